@@ -1,0 +1,455 @@
+"""LLaVA-OneVision-1.5: Qwen3 decoder, visual tokens placed among its words, loss, generation.
+
+In: packed token ids (T,), cu_seqlens (S + 1,), packed patches (P, 588) with grid_thw (I, 3).
+Out: logits (T, V), the summed loss, or next tokens.
+Called by `convert.py`, `train.py`, `sample.py`; calls `vision.py` and `attention_kernel.py`.
+
+The idea.  Every `<|image_pad|>` (and `<|video_pad|>`) token id is a hole; the r-th hole of the row
+is filled with the r-th visual token.  From there on the decoder is plain Qwen3 and does not know
+about pictures: positions are 0, 1, 2, ... in every packed sample, visual tokens counted like words
+(there is no M-RoPE in this model).  A layer is
+
+    x <- x + W_o attention(rope(norm(W_q n)), rope(norm(W_k n)), W_v n),    n = RMSNorm(x)
+    x <- x + W_down (silu(W_gate m) * W_up m),                              m = RMSNorm(x)
+
+Shapes: T tokens in a packed row, S segments, P patches, M visual tokens (P / 4), C decoder width,
+F MLP width, V vocabulary, H query heads, G key/value heads, E head width, I pictures.
+
+Module names are those of the released checkpoints, so a state dict is a file's content as it is.
+
+Run `python model.py`: prints parameters of every preset by part.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from attention_kernel import flash_attn_varlen_func, segment_ids
+from vision import RiceViT, VisionConfig, apply_rope
+
+LOSS_CHUNK = 1024  # rows of logits alive at once: 1024 x 151,936 fp32 = 0.6 GB
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder's sizes, the special ids, and the ViT; defaults are those shared by all sizes."""
+
+    hidden_size: int  # C
+    intermediate_size: int  # F
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # G
+    rope_theta: float  # base of the rotary frequencies; differs per size
+    head_dim: int = 128  # E
+    vocab_size: int = 151936  # V
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32768  # tokens of a sample seen in training
+    initializer_range: float = 0.02  # standard deviation of fresh linear weights
+    tie_word_embeddings: bool = False  # the head is the embedding, transposed
+    image_token_id: int = 151655  # <|image_pad|>
+    video_token_id: int = 151656  # <|video_pad|>
+    vision: VisionConfig = field(default_factory=VisionConfig)
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> "ModelConfig":
+        """Read a released `config.json`, as transformers 4 or 5 writes it.
+
+        Raises ValueError naming the file and what it lacks.
+        """
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{path} is no checkpoint: it has no config.json")
+        try:
+            raw = json.loads(file.read_text())
+            text, vision = raw["text_config"], raw["vision_config"]
+            rope = text.get("rope_parameters") or text  # transformers 5 nests the base
+            dense = {key: text[key] for key in (
+                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps",
+                "max_position_embeddings", "initializer_range")}
+            sizes = {key: vision[key] for key in (
+                "depth", "embed_dim", "num_heads", "intermediate_size", "text_hidden_size",
+                "layer_norm_eps")}
+            config = cls(**dense, rope_theta=rope["rope_theta"], vision=VisionConfig(**sizes),
+                         image_token_id=raw["image_token_id"], video_token_id=raw["video_token_id"])
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not valid JSON: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{file} lacks the entry {error}") from error
+        fixed = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 1}
+        for key, value in fixed.items():
+            if vision.get(key, value) != value:
+                raise ValueError(f"{file}: {key} is {vision[key]}, only {value} is supported")
+        if text.get("num_experts"):
+            raise ValueError(f"{file} describes a mixture of experts, which is not supported yet")
+        return config
+
+
+def qwen3(layers: int, hidden: int, ffn: int, heads: int, theta: float) -> ModelConfig:
+    """A released size: 8 key heads of width 128 beside the full RICE-ViT."""
+    return ModelConfig(hidden, ffn, layers, heads, 8, theta,
+                       vision=VisionConfig(text_hidden_size=hidden))
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(160, 448, 4, 5, 5, 1e4, head_dim=32, vocab_size=1024,
+                        max_position_embeddings=4096, initializer_range=0.06,
+                        vision=VisionConfig(4, 128, 4, 512, 160)),
+    "2b": qwen3(28, 2048, 6144, 16, 1e6),
+    "4b": qwen3(36, 2560, 9728, 32, 5e6),
+    "8b": qwen3(36, 4096, 12288, 32, 1e6),
+    "14b": qwen3(40, 5120, 17408, 40, 1e6),
+    "32b": qwen3(64, 5120, 25600, 64, 1e6),
+}
+
+
+# -------------------------------------------------------------------------------------- the decoder
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, cast back, times a weight; over the last dimension."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of S growing segments, room for `capacity` tokens in each.
+
+    `advance` is called once per step with the new tokens' cu_seqlens, then `update` by each layer.
+    """
+
+    def __init__(self, config: ModelConfig, segments: int, capacity: int, like: Tensor) -> None:
+        shape = (config.num_hidden_layers, segments * capacity, config.num_key_value_heads,
+                 config.head_dim)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.capacity = capacity
+        self.lengths = torch.zeros(segments, dtype=torch.int64, device=like.device)
+
+    def advance(self, cu_seqlens: Tensor) -> None:
+        first_free = torch.arange(len(self.lengths), device=self.lengths.device) * self.capacity
+        start = first_free + self.lengths - cu_seqlens[:-1]
+        segment = segment_ids(cu_seqlens)
+        self.slots = start[segment] + torch.arange(len(segment), device=segment.device)  # (T,)
+        self.lengths = self.lengths + cu_seqlens.diff()
+        used = torch.arange(self.capacity, device=segment.device) < self.lengths[:, None]
+        self.used = used.flatten().nonzero()[:, 0]
+        self.cu_seqlens = F.pad(self.lengths.cumsum(0), (1, 0))
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (T, G, E) of the step; return all keys and values so far, packed."""
+        self.k[layer, self.slots], self.v[layer, self.slots] = k, v
+        return self.k[layer].index_select(0, self.used), self.v[layer].index_select(0, self.used)
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query attention; q and k are normalised per head before the rotation."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor,
+                cache: KVCache | None) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = apply_rope(self.q_norm(q), cos, sin)  # (T, H, E)
+        k = apply_rope(self.k_norm(k), cos, sin)  # (T, G, E)
+        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+            cu_seqlens_k, max_seqlen_k = cache.cu_seqlens, cache.capacity
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k,
+                                     causal=True)
+        return self.o_proj(out.flatten(1))  # (T, C)
+
+
+class SwiGlu(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGlu(config)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor,
+                cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cu_seqlens, max_seqlen, cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3(nn.Module):
+    """Embeddings (T, C) -> normalised hidden states (T, C).  Source: Qwen3 (arXiv 2505.09388)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i)
+                                    for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, position_ids: Tensor,
+                cache: KVCache | None = None) -> Tensor:
+        width = self.config.head_dim
+        powers = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width
+        angles = position_ids[:, None, None] * self.config.rope_theta**-powers  # (T, 1, E/2)
+        cos, sin = angles.cos(), angles.sin()
+        max_seqlen = int(cu_seqlens.diff().max())
+        if cache is not None:
+            cache.advance(cu_seqlens)
+        for layer in self.layers:
+            x = layer(x, cu_seqlens, max_seqlen, cos, sin, cache)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------- the whole model
+
+
+def packed_positions(cu_seqlens: Tensor) -> Tensor:
+    """0, 1, 2, ... restarting in every segment, (T,)."""
+    segment = segment_ids(cu_seqlens)
+    return torch.arange(len(segment), device=segment.device) - cu_seqlens[segment]
+
+
+def sample_tokens(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token per row of logits (S, V): the best at temperature 0, else drawn from the nucleus.
+
+    The nucleus is the smallest set of likeliest tokens whose probabilities reach `top_p`.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, order = (logits.float() / temperature).softmax(dim=-1).sort(descending=True)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities[before >= top_p] = 0
+    return order.gather(-1, torch.multinomial(probabilities, 1))[:, 0]
+
+
+class LlavaOneVision(nn.Module):
+    """RICE-ViT, merger, Qwen3 and head.  Source: LLaVA-OneVision-1.5 (arXiv 2509.23661)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vision.text_hidden_size != config.hidden_size:
+            raise ValueError(f"the merger's width {config.vision.text_hidden_size} is not the "
+                             f"decoder's {config.hidden_size}")
+        self.config = config
+        self.visual = RiceViT(config.vision)
+        self.model = Qwen3(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def init_weights(self) -> "LlavaOneVision":
+        """Fresh random weights from torch's global generator, as upstream draws them."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.visual.class_embedding, std=self.config.vision.embed_dim**-0.5)
+        nn.init.normal_(self.visual.class_pos_emb)
+        return self
+
+    def embed(self, input_ids: Tensor, patches: Tensor | None, grid_thw: Tensor | None) -> Tensor:
+        """Token embeddings with the visual tokens in their holes, (T, C)."""
+        x = self.model.embed_tokens(input_ids)
+        holes = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+        holes = holes.nonzero()[:, 0]  # (M,)
+        cells = 0 if grid_thw is None else int(grid_thw.prod(dim=1).sum()) // 4
+        if len(holes) != cells:
+            raise ValueError(f"{len(holes)} image or video tokens in the text, "
+                             f"but the pictures have {cells} visual tokens")
+        if cells:
+            x = x.index_copy(0, holes, self.visual(patches, grid_thw).to(x.dtype))
+        return x
+
+    def hidden(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None,
+               grid_thw: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        if position_ids is None:
+            position_ids = packed_positions(cu_seqlens)
+        return self.model(self.embed(input_ids, patches, grid_thw), cu_seqlens, position_ids)
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None = None,
+                grid_thw: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+        """Logits (T, V) of a packed row.
+
+        input_ids: (T,); cu_seqlens: (S + 1,) starts of the samples, then T; patches: (P, 588);
+        grid_thw: (I, 3) frames, rows, columns of each picture in patches, in the row's order;
+        position_ids: (T,), default 0, 1, 2, ... in each sample.
+        Raises ValueError if visual tokens and their places in the text differ in number.
+        """
+        return self.lm_head(self.hidden(input_ids, cu_seqlens, patches, grid_thw, position_ids))
+
+    def loss(self, input_ids: Tensor, targets: Tensor, cu_seqlens: Tensor,
+             patches: Tensor | None = None, grid_thw: Tensor | None = None,
+             position_ids: Tensor | None = None) -> Tensor:
+        """Cross entropy summed (not averaged) over the tokens with targets >= 0, fp32 scalar.
+
+        targets: (T,) the token that should *follow* each one, -100 where nothing is to be learnt.
+        Only rows with a target reach the head, LOSS_CHUNK at a time, and their logits are computed
+        again in the backward pass: the (T, V) logits never exist.
+        """
+        x = self.hidden(input_ids, cu_seqlens, patches, grid_thw, position_ids)
+        rows = (targets >= 0).nonzero()[:, 0]
+        x, targets = x.index_select(0, rows), targets.index_select(0, rows)
+
+        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
+
+        chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
+        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum()
+
+    @torch.inference_mode()
+    def generate(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None = None,
+                 grid_thw: Tensor | None = None, max_new_tokens: int = 1024,
+                 stop_ids: tuple[int, ...] = (), temperature: float = 0.0,
+                 top_p: float = 1.0) -> Iterator[Tensor]:
+        """Continue S packed prompts; yields (S,) next tokens, one tensor per step.
+
+        Greedy at temperature 0.  A prompt that has produced one of `stop_ids` repeats it; the
+        generator ends when all have, or after max_new_tokens.
+        """
+        prompts = len(cu_seqlens) - 1
+        capacity = int(cu_seqlens.diff().max()) + max_new_tokens
+        x = self.embed(input_ids, patches, grid_thw)
+        cache = KVCache(self.config, prompts, capacity, x)
+        position_ids = packed_positions(cu_seqlens)
+        stops = torch.tensor(stop_ids, dtype=torch.int64, device=x.device)
+        tokens = torch.full((prompts,), -1, device=x.device)
+        for _ in range(max_new_tokens):
+            x = self.model(x, cu_seqlens, position_ids, cache)
+            logits = self.lm_head(x.index_select(0, cu_seqlens[1:] - 1))  # (S, V)
+            done = torch.isin(tokens, stops)
+            tokens = torch.where(done, tokens, sample_tokens(logits, temperature, top_p))
+            yield tokens
+            if torch.isin(tokens, stops).all():
+                return
+            x = self.model.embed_tokens(tokens)
+            position_ids = cache.lengths
+            cu_seqlens = torch.arange(prompts + 1, device=x.device)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None,
+                        device: str | torch.device | None = None) -> "LlavaOneVision":
+        """Load a released checkpoint: a directory of safetensors, one file or many with an index.
+
+        Both key layouts are read (`visual.*`, `model.*` and `model.visual.*`,
+        `model.language_model.*`).  The head is tied to the embedding only when the files have none.
+        dtype and device default to those of the files and the CPU.
+        Raises ValueError naming the tensor and the file if one is missing, unknown or misshapen.
+        """
+        config = ModelConfig.from_dir(path)
+        tensors = tensor_files(Path(path))
+        config = replace(config, tie_word_embeddings="lm_head.weight" not in tensors)
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: tensor.shape for name, tensor in model.named_parameters()}
+        for name in expected.keys() - tensors.keys():
+            raise ValueError(f"{path} lacks the tensor {name}")
+        state = {}
+        for name, (file, key) in tensors.items():
+            if name not in expected:
+                raise ValueError(f"{file} has a tensor {key} that the model does not have")
+            with safe_open(file, framework="pt") as reader:
+                tensor = reader.get_tensor(key)
+            if tensor.shape != expected[name]:
+                raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, "
+                                 f"the model needs {tuple(expected[name])}")
+            state[name] = tensor.to(device=device, dtype=dtype)
+        if config.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        model.load_state_dict(state, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+
+def canonical_name(key: str) -> str:
+    """The name of a file's tensor in this model: both published layouts become the first one."""
+    for prefix, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if key.startswith(prefix):
+            return ours + key.removeprefix(prefix)
+    return key
+
+
+def tensor_files(path: Path) -> dict[str, tuple[Path, str]]:
+    """Where each tensor of a checkpoint directory is: our name -> (file, the file's name for it).
+
+    Raises ValueError for a directory without weights, an unreadable file, an index that names a
+    tensor its file does not have, or a tensor that is there twice.
+    """
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted({path / name for name in weight_map.values()})
+    else:
+        weight_map, files = {}, [path / "model.safetensors"]
+    found: dict[str, tuple[Path, str]] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{path} has no {file.name}")
+        try:
+            with safe_open(file, framework="pt") as reader:
+                keys = list(reader.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+        for key in keys:
+            name = canonical_name(key)
+            if name in found:
+                raise ValueError(f"{file}: {key} is also in {found[name][0]}")
+            found[name] = (file, key)
+    for key, name in weight_map.items():
+        if found.get(canonical_name(key), (None,))[0] != path / name:
+            raise ValueError(f"{index} places {key} in {name}, which does not have it")
+    return found
+
+
+def main() -> None:
+    print(f"{'preset':8}{'vision':>14}{'merger':>14}{'decoder':>16}{'total':>16}")
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            model = LlavaOneVision(config)
+        total = sum(p.numel() for p in model.parameters())
+        merger = sum(p.numel() for p in model.visual.merger.parameters())
+        vision = sum(p.numel() for p in model.visual.parameters()) - merger
+        print(f"{name:8}{vision:14,}{merger:14,}{total - vision - merger:16,}{total:16,}")
+
+
+if __name__ == "__main__":
+    main()

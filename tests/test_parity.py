@@ -1,0 +1,139 @@
+"""Parity with the released modeling code: every recorded tap, logits, loss, gradients, words.
+
+`parity/dense` holds a random-weight model in the released layout with the inputs and outputs of the
+reference implementation (transformers 4.53.1, fp32, CPU); `parity/preprocess` the pixels of its
+image processor.  The README.txt beside each states what the tensors are.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from model import LlavaOneVision, ModelConfig
+from vision import CLIP_MEAN, CLIP_STD, image_to_patches, smart_resize, to_rgb
+
+PARITY = Path(__file__).parent / "parity"
+TOLERANCE = {"vision.": 2e-6, "inputs_embeds": 1e-6, "layer.": 1.5e-6, "final_norm": 1e-5}
+
+
+def load_case(name: str) -> dict[str, Tensor]:
+    with safe_open(PARITY / "dense" / "cases.safetensors", framework="pt") as file:
+        prefix = name + "/"
+        return {key.removeprefix(prefix): file.get_tensor(key)
+                for key in file.keys() if key.startswith(prefix)}
+
+
+def load_model(shifted: bool) -> LlavaOneVision:
+    model = LlavaOneVision.from_pretrained(PARITY / "dense")
+    vision = replace(model.visual.config, released_class_token_shift=shifted)
+    model.visual.config = vision
+    return model
+
+
+def packed(case: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """The arguments of `model(...)` for a recorded batch: padding dropped, positions kept."""
+    ids = case["input_ids"]
+    keep = case.get("attention_mask", torch.ones_like(ids)).bool()
+    patches = case.get("pixel_values", case.get("pixel_values_videos"))
+    return {"input_ids": ids[keep], "cu_seqlens": torch.cat([torch.zeros(1), keep.sum(1).cumsum(0)]).long(),
+            "patches": patches, "grid_thw": case.get("image_grid_thw", case.get("video_grid_thw")),
+            "position_ids": torch.arange(ids.shape[1]).expand_as(ids)[keep]}
+
+
+def record_taps(model: LlavaOneVision) -> dict[str, Tensor]:
+    """Forward hooks that keep what passes the places named in the fixtures."""
+    taps: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        return lambda module, args, out: taps.__setitem__(name, out)
+
+    model.visual.patch_embed.register_forward_hook(keep("vision.patch_embed"))
+    model.visual.pre_layernorm.register_forward_hook(keep("vision.pre_layernorm"))
+    for i, block in enumerate(model.visual.blocks):
+        block.register_forward_hook(keep(f"vision.block.{i}"))
+    model.visual.merger.register_forward_pre_hook(
+        lambda module, args: taps.__setitem__("vision.merger_in", args[0]))
+    model.visual.merger.register_forward_hook(keep("vision.merger"))
+    model.model.register_forward_pre_hook(
+        lambda module, args: taps.__setitem__("inputs_embeds", args[0]))
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(keep(f"layer.{i}"))
+    model.model.norm.register_forward_hook(keep("final_norm"))
+    return taps
+
+
+@pytest.mark.parametrize("name", ["text_only", "one_image", "multi_image", "multi_image.fixed",
+                                  "video", "video.fixed", "left_pad_batch"])
+def test_taps_logits_and_greedy_tokens(name: str) -> None:
+    recorded = load_case(name)
+    inputs = packed(load_case(name.removesuffix(".fixed")))
+    model = load_model(shifted=not name.endswith(".fixed"))
+    taps = record_taps(model)
+    with torch.no_grad():
+        logits = model(**inputs)
+    if "attention_mask" in recorded:
+        recorded["logits"] = recorded["logits"][recorded["attention_mask"].bool()]
+    torch.testing.assert_close(logits, recorded["logits"].flatten(0, -2), atol=1e-4, rtol=0)
+    if name == "one_image":
+        cos = recorded["tap.vision.rope_cos"]
+        ours, _ = model.visual.rope(inputs["grid_thw"], torch.arange(len(cos)))
+        torch.testing.assert_close(torch.cat([ours, ours], -1)[:, 0], cos, atol=2e-6, rtol=0)
+    checked = 0
+    for key, tensor in recorded.items():
+        if key.startswith("tap.") and "rope" not in key:
+            tap = key.removeprefix("tap.")
+            tolerance = next(t for prefix, t in TOLERANCE.items() if tap.startswith(prefix))
+            ours = taps[tap].view_as(tensor)
+            torch.testing.assert_close(ours, tensor, atol=tolerance, rtol=0, msg=lambda m: f"{tap}: {m}")
+            checked += 1
+    assert checked == sum(key.startswith("tap.") and "rope" not in key for key in recorded)
+    steps = model.generate(inputs["input_ids"], inputs["cu_seqlens"], inputs["patches"],
+                           inputs["grid_thw"], max_new_tokens=16)
+    assert torch.equal(torch.stack(list(steps), dim=1), recorded["generated_ids"])
+
+
+def test_loss_and_gradients() -> None:
+    case = load_case("one_image")
+    model = load_model(shifted=False)
+    targets = torch.cat([case["labels"][0, 1:], torch.tensor([-100])])
+    loss = model.loss(targets=targets, **packed(case)) / (targets >= 0).sum()
+    torch.testing.assert_close(loss, case["loss"][0], atol=1e-5, rtol=0)
+    loss.backward()
+    names = [key.removeprefix("grad.") for key in case if key.startswith("grad.")]
+    assert len(names) >= 10
+    for name in names:
+        recorded = case[f"grad.{name}"]
+        error = (model.get_parameter(name).grad - recorded).abs().max()
+        assert error <= 1e-4 * recorded.abs().max(), name
+
+
+MANIFEST = json.loads((PARITY / "preprocess" / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("name", list(MANIFEST["images"]))
+def test_preprocessing(name: str) -> None:
+    entry = MANIFEST["images"][name]
+    image = Image.open(PARITY / "preprocess" / f"{name}.png")
+    patches, grid = image_to_patches(image, entry["min_pixels"], entry["max_pixels"])
+    assert list(grid) == entry["grid_thw"]
+    assert patches.shape == (entry["n_patches"], 588)
+    resized = smart_resize(*entry["input_hw"], entry["min_pixels"], entry["max_pixels"])
+    assert list(resized) == entry["resized_hw"]
+    # undo merge order and normalisation: the resized picture must be the reference's, bit for bit
+    rows, columns = grid[1] // 2, grid[2] // 2
+    blocks = patches.numpy().reshape(rows, columns, 2, 2, 3, 14, 14).transpose(0, 2, 5, 1, 3, 6, 4)
+    pixels = blocks.reshape(*resized, 3) * CLIP_STD + CLIP_MEAN
+    levels = np.rint(pixels * 255).astype(np.uint8)
+    digest = hashlib.sha256(levels.tobytes()).hexdigest()
+    assert digest == entry["slow"]["resized_uint8_sha256"]
+    with safe_open(PARITY / "preprocess" / "preprocess.safetensors", framework="pt") as file:
+        recorded = file.get_tensor(f"{name}/slow.first1000")
+    torch.testing.assert_close(patches.flatten()[:1000], recorded, atol=1e-6, rtol=0)

@@ -1,0 +1,292 @@
+"""From a picture to visual tokens: resize, cut into patches, RICE-ViT, patch merger.
+
+In: a PIL picture, or the packed patches (P, 588) of many.  Out: visual tokens (M, C), M = P / 4,
+ready to stand among the decoder's token embeddings.
+Called by `data.py` (pictures -> patches) and `model.py` (patches -> tokens); calls
+`attention_kernel.py`.
+
+The idea.  A picture keeps its shape ("native resolution"): it is resized only to the nearest
+multiple of 28 pixels and cut into h x w patches of 14 x 14.  Patches of all pictures stand in one
+row, each picture (each *frame* of a video) being one attention segment with a class token in front.
+Position is rotary in two dimensions: with f_i = 10000^(-i / (E/4)), i = 0 .. E/4 - 1, the patch at
+row r, column c turns its query and key by the angles (r f_0, r f_1, ..., c f_0, c f_1, ...); the
+class token's angles are learned.  After the blocks the class tokens go, and the merger joins each
+2 x 2 block of patches into one token of the decoder's width.
+
+To make that join a plain reshape, patches are in *merge order* from the start: the 2 x 2 blocks in
+raster order, inside a block top-left, top-right, bottom-left, bottom-right.
+
+    columns  0 1   2 3
+    row 0    0 1 | 4 5         a picture of 4 x 4 patches and the place of each in the packed row
+    row 1    2 3 | 6 7
+             ----+-----
+    row 2    8 9 | 12 13
+    row 3   10 11| 14 15
+
+Shapes: P patches, S segments (frames), D width of the ViT, C width of the decoder, H heads, E head
+width, M = P / 4 visual tokens, I pictures.  grid_thw (I, 3): frames, patch rows, patch columns.
+
+Run `python vision.py PICTURE`: prints what becomes of it, with shapes.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from attention_kernel import flash_attn_varlen_func
+
+PATCH = 14  # pixels a side
+MERGE = 2  # patches a side of a visual token
+CELL = PATCH * MERGE  # pixels a side of a visual token; picture sides become multiples of it
+MIN_PIXELS = 56 * 56  # the released processor's limits on height * width
+MAX_PIXELS = 1600 * 1600
+MAX_ASPECT = 200
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """RICE-ViT and merger; the defaults are the released ViT-L/14."""
+
+    depth: int = 24  # transformer blocks
+    embed_dim: int = 1024  # D
+    num_heads: int = 16  # H
+    intermediate_size: int = 4096  # width of the MLP
+    text_hidden_size: int = 2560  # C, the decoder's width
+    layer_norm_eps: float = 1e-5
+    released_class_token_shift: bool = False  # True repeats a slip of the released code, see strip
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+
+# ------------------------------------------------------------------------------- picture -> patches
+
+
+def smart_resize(height: int, width: int, min_pixels: int = MIN_PIXELS,
+                 max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Nearest (height, width) in multiples of 28 whose area lies between the limits, in pixels.
+
+    Rounds half to even, as the reference processor (Qwen2-VL) does: 42 x 70 -> 56 x 56.
+    Raises ValueError if one side is more than 200 times the other.
+
+    >>> smart_resize(480, 640)
+    (476, 644)
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"a picture of {width} x {height} pixels is too narrow: "
+                         f"the longer side may be at most {MAX_ASPECT} times the shorter")
+    rows, columns = round(height / CELL), round(width / CELL)
+    if rows * columns * CELL**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (max(1, math.floor(x / shrink / CELL)) for x in (height, width))
+    elif rows * columns * CELL**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(x * grow / CELL) for x in (height, width))
+    return rows * CELL, columns * CELL
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB: EXIF orientation applied, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    elif image.mode.startswith("I"):  # 16-bit grey, which PIL would clip rather than scale
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def image_to_patches(image: Image.Image, min_pixels: int = MIN_PIXELS,
+                     max_pixels: int = MAX_PIXELS) -> tuple[Tensor, tuple[int, int, int]]:
+    """Resize, normalise and cut one picture.
+
+    Returns patches (P, 588) float32 in merge order, the columns being (channel, y, x) of a patch,
+    and the grid (1, rows, columns) in patches.  Equal to the released processor bit for bit before
+    normalisation (Pillow below 13, whose bicubic filter the checkpoints were trained with).
+    """
+    image = to_rgb(image)
+    height, width = smart_resize(image.height, image.width, min_pixels, max_pixels)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image, dtype=np.float32) / 255  # (height, width, 3)
+    pixels = (pixels - CLIP_MEAN) / CLIP_STD
+    rows, columns = height // PATCH, width // PATCH
+    blocks = pixels.reshape(rows // 2, 2, PATCH, columns // 2, 2, PATCH, 3)
+    patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block row, column, y, x, channel, py, px
+    return torch.from_numpy(patches.reshape(rows * columns, -1)), (1, rows, columns)
+
+
+# --------------------------------------------------------------------------------- rotary positions
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + E/2}) of every head by the token's angles; in fp32, cast back.
+
+    x: (T, H, E); cos, sin: (T, 1, E/2).
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def patch_positions(grid_thw: Tensor) -> Tensor:
+    """Row and column of every patch of a packed row in merge order, (P, 2) int64."""
+    sizes = grid_thw.prod(dim=1)
+    rows, columns = (torch.repeat_interleave(grid_thw[:, i], sizes) for i in (1, 2))  # (P,) each
+    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    index = (torch.arange(len(starts), device=starts.device) - starts) % (rows * columns)
+    block, inside = index // 4, index % 4
+    return torch.stack([block // (columns // 2) * 2 + inside // 2,
+                        block % (columns // 2) * 2 + inside % 2], dim=1)
+
+
+# -------------------------------------------------------------------------------------- the network
+
+
+class PatchEmbed(nn.Module):
+    """A 14 x 14 convolution of stride 14 without bias, which on cut patches is one product."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.embed_dim, PATCH, PATCH, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.proj.weight.flatten(1))  # (P, D)
+
+
+class Attention(nn.Module):
+    """Bidirectional attention inside each frame; q, k, v from one product, laid out [q | k | v]."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor,
+                sin: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # (P + S, H, E)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return self.proj(out.flatten(1))  # (P + S, D)
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.embed_dim, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # exact (erf) GELU
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
+        self.norm2 = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor,
+                sin: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), cu_seqlens, max_seqlen, cos, sin)
+        return x + self.mlp(self.norm2(x))
+
+
+class Merger(nn.Module):
+    """Four neighbouring patches -> one visual token of the decoder's width."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = MERGE**2 * config.embed_dim
+        self.ln_q = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(),
+                                 nn.Linear(width, config.text_hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ln_q(x).view(-1, MERGE**2 * x.shape[-1])  # (M, 4 D): merge order makes it a view
+        return self.mlp(x)  # (M, C)
+
+
+class RiceViT(nn.Module):
+    """Packed patches of any number of pictures -> visual tokens.
+
+    Source: RICE (arXiv 2507.20025), as used by LLaVA-OneVision-1.5 (arXiv 2509.23661).
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.class_embedding = nn.Parameter(torch.empty(config.embed_dim))
+        self.class_pos_emb = nn.Parameter(torch.empty(1, config.head_dim // 2))  # RoPE angles
+        self.pre_layernorm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.merger = Merger(config)
+
+    def rope(self, grid_thw: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of every token's angles, class tokens included: (P + S, 1, E/2) each."""
+        half = self.config.head_dim // 2
+        powers = torch.arange(0, half, 2, device=grid_thw.device, dtype=torch.float32) / half
+        angles = patch_positions(grid_thw)[..., None] * 10000.0**-powers  # (P, 2, E/4)
+        frames = int(grid_thw[:, 0].sum())
+        class_angles = self.class_pos_emb.float().expand(frames, half)
+        angles = torch.cat([class_angles, angles.flatten(1)]).index_select(0, order)
+        return angles.cos()[:, None], angles.sin()[:, None]
+
+    def strip(self, x: Tensor, segment: Tensor) -> Tensor:
+        """Drop the class tokens: (P + S, D) -> (P, D).
+
+        The released modeling code forgets that each class token moved all later rows by one, so its
+        segments after the first are shifted; `released_class_token_shift` does the same.
+        """
+        offset = 1 if self.config.released_class_token_shift else segment + 1
+        return x.index_select(0, torch.arange(len(segment), device=x.device) + offset)
+
+    def forward(self, patches: Tensor, grid_thw: Tensor) -> Tensor:
+        """patches (P, 588) and grid_thw (I, 3) int64 -> (M, C)."""
+        frame_sizes = torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
+        frames = len(frame_sizes)  # S
+        segment = torch.repeat_interleave(torch.arange(frames, device=patches.device), frame_sizes)
+        cu_seqlens = F.pad((frame_sizes + 1).cumsum(0), (1, 0))  # (S + 1,), class tokens counted
+        # sources are stacked [class tokens; patches]; order[i] is the source of packed row i
+        patch_rows = torch.arange(len(patches), device=patches.device)
+        order = torch.empty(len(patches) + frames, dtype=torch.int64, device=patches.device)
+        order[cu_seqlens[:-1]] = torch.arange(frames, device=patches.device)
+        order[patch_rows + segment + 1] = patch_rows + frames
+
+        x = self.patch_embed(patches.to(self.class_embedding.dtype))
+        x = torch.cat([self.class_embedding.expand(frames, -1), x]).index_select(0, order)
+        x = self.pre_layernorm(x)  # (P + S, D)
+        cos, sin = self.rope(grid_thw, order)
+        max_seqlen = int(frame_sizes.max()) + 1
+        for block in self.blocks:
+            x = block(x, cu_seqlens, max_seqlen, cos, sin)
+        return self.merger(self.strip(x, segment))
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python vision.py PICTURE")
+    with Image.open(sys.argv[1]) as image:
+        patches, grid = image_to_patches(image)
+        print(f"{sys.argv[1]}: {image.width} x {image.height} pixels, {image.mode}")
+    print(f"resized to {grid[2] * PATCH} x {grid[1] * PATCH}, "
+          f"{grid[1]} x {grid[2]} patches: {tuple(patches.shape)}")
+    print(f"visual tokens: {len(patches) // MERGE**2}")
+
+
+if __name__ == "__main__":
+    main()
