@@ -25,7 +25,6 @@ masked product, on this machine.
 """
 
 import math
-import time
 
 import torch
 import torch.nn.functional as F

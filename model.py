@@ -275,12 +275,17 @@ class LlavaOneVision(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> "LlavaOneVision":
-        """Fresh random weights from torch's global generator, as upstream draws them."""
+        """Fresh random weights from torch's global generator, as upstream draws them.
+
+        But for patch_embed: the norm behind it makes its scale free, and a large one makes its
+        relative steps small, which it needs, since the 588 numbers of a patch move together.
+        """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        nn.init.normal_(self.visual.patch_embed.proj.weight, std=0.5)
         nn.init.normal_(self.visual.class_embedding, std=self.config.vision.embed_dim**-0.5)
         nn.init.normal_(self.visual.class_pos_emb)
         return self
@@ -288,8 +293,8 @@ class LlavaOneVision(nn.Module):
     def embed(self, input_ids: Tensor, patches: Tensor | None, grid_thw: Tensor | None) -> Tensor:
         """Token embeddings with the visual tokens in their holes, (T, C)."""
         x = self.model.embed_tokens(input_ids)
-        holes = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
-        holes = holes.nonzero()[:, 0]  # (M,)
+        image, video = self.config.image_token_id, self.config.video_token_id
+        holes = ((input_ids == image) | (input_ids == video)).nonzero()[:, 0]  # (M,)
         cells = 0 if grid_thw is None else int(grid_thw.prod(dim=1).sum()) // 4
         if len(holes) != cells:
             raise ValueError(f"{len(holes)} image or video tokens in the text, "

@@ -1,0 +1,78 @@
+"""Everything on disk: a run's checkpoints in the released layout.
+
+In: a model and its tokenizer.  Out: a directory that `LlavaOneVision.from_pretrained` and
+`data.load_tokenizer` read, as they read the released ones: config.json, model.safetensors,
+tokenizer.json.
+Called by `train.py` (save) and `sample.py` (find the newest); calls `model.py`.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from model import LlavaOneVision, ModelConfig
+
+
+def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
+    """The released `config.json` for a model, as transformers 4 writes it."""
+    vision = config.vision
+    return {
+        "architectures": ["LLaVAOneVision1_5_ForConditionalGeneration"],
+        "model_type": "llavaonevision1_5",
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": config.vocab_size,
+        "text_config": {
+            "model_type": "LLaVAOneVision1_5_text",
+            "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+            "head_dim": config.head_dim, "hidden_size": config.hidden_size,
+            "initializer_range": config.initializer_range,
+            "intermediate_size": config.intermediate_size,
+            "layer_types": ["full_attention"] * config.num_hidden_layers,
+            "max_position_embeddings": config.max_position_embeddings,
+            "num_attention_heads": config.num_attention_heads,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_key_value_heads": config.num_key_value_heads,
+            "rms_norm_eps": config.rms_norm_eps, "rope_scaling": None,
+            "rope_theta": config.rope_theta, "sliding_window": None,
+            "tie_word_embeddings": config.tie_word_embeddings, "use_cache": True,
+            "use_sliding_window": False, "vocab_size": config.vocab_size,
+        },
+        "vision_config": {
+            "model_type": "rice_vit", "depth": vision.depth, "embed_dim": vision.embed_dim,
+            "hidden_act": "gelu", "hidden_size": vision.embed_dim, "in_channels": 3,
+            "initializer_range": config.initializer_range,
+            "intermediate_size": vision.intermediate_size,
+            "layer_norm_eps": vision.layer_norm_eps, "num_heads": vision.num_heads,
+            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 1,
+            "text_hidden_size": vision.text_hidden_size,
+        },
+    }
+
+
+def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
+                    dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write weights, config.json and tokenizer.json, which `from_pretrained` and later stages read.
+
+    Written beside the target and moved into place, so that an interrupted save leaves nothing.
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().to("cpu", dtype).contiguous()
+             for name, tensor in model.named_parameters()}
+    save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+    (partial / "config.json").write_text(json.dumps(config_json(model.config, dtype), indent=2))
+    tokenizer.save(str(partial / "tokenizer.json"))
+    partial.rename(path)
+
+
+def newest_checkpoint() -> tuple[Path, str]:
+    """The newest checkpoint under runs/, else the shipped one; with a word on which it is."""
+    own = sorted(Path("runs").glob("*/*/config.json"), key=lambda file: file.stat().st_mtime)
+    if own:
+        return own[-1].parent, "your newest run"
+    return Path(__file__).parent / "assets" / "tiny", "shipped with the project"

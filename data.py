@@ -1,0 +1,719 @@
+"""Records -> packed rows: chat template, labels, packing, and the default data set.
+
+In: records (conversations with pictures) from JSON, from WebDataset tar shards, or drawn on the
+fly.  Out: `Batch`, one packed row of tokens and one of patches, ready for `model.py`.
+Called by `train.py` and `sample.py`; calls `vision.py`.
+
+The idea.  A conversation is text between special tokens (Qwen's ChatML):
+
+    <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
+    <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>What is this?<|im_end|>\\n
+    <|im_start|>assistant\\nA cat.<|im_end|>
+
+It is never written out as one string.  It is kept as stretches of plain text and special tokens;
+each stretch is tokenised once, an answer apart from its header.  So labels need no search (answers
+and the <|im_end|> behind them are learnt, all else is -100), and "<|im_end|>" typed by somebody
+stays text.  A picture stands for P / 4 tokens <|image_pad|>.
+
+Samples of any length are laid end to end in rows of at most `seq_length` tokens.  There is no
+padding: `cu_seqlens` keeps samples apart.
+
+Shapes: T tokens in a packed row, S samples, P patches, I pictures.
+
+Run `python data.py inspect` (default data) or `python data.py inspect --data PATH`: prints records,
+their tokens with what is learnt, how full rows are; --save DIR writes the pictures.
+"""
+
+import argparse
+import io
+import json
+import random
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from vision import MAX_PIXELS, MERGE, MIN_PIXELS, image_to_patches
+
+SYSTEM_PROMPT = "You are a helpful assistant."
+IGNORE = -100  # label of a token that is not learnt
+SPECIAL_TOKENS = (  # in the order of their ids in the released vocabulary, from 151643 on
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+    "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+)
+# how Qwen cuts text before byte-pair merging: contractions, words, single digits, symbols, spaces
+WORD_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+ASSETS = Path(__file__).parent / "assets"
+
+# {"id", "messages": [{"role", "content"}], "images": [picture, path or file content], "category"}
+Record = dict
+
+
+# ---------------------------------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with Qwen's pre-tokenisation and special tokens, learnt from `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.encode_special_tokens = True  # a special token's name inside a text stays text
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read `tokenizer.json` of a checkpoint directory.  Raises ValueError if it is unfit."""
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{path} has no tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for malformed files
+        raise ValueError(f"{file} is no tokenizer: {error}") from error
+    for token in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>"):
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"{file} has no token {token}")
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------ chat template
+
+
+def split_content(content: str | list[dict]) -> list[dict]:
+    """A message's content as items {"type": "text"|"image"|"video", ...}: `<image>` is a picture.
+
+    >>> split_content("<image>\\nWhat is this?")
+    [{'type': 'image'}, {'type': 'text', 'text': '\\nWhat is this?'}]
+    """
+    if isinstance(content, list):
+        return content
+    items: list[dict] = []
+    for i, text in enumerate(content.split("<image>")):
+        items += [{"type": "image"}] if i else []
+        items += [{"type": "text", "text": text}] if text else []
+    return items
+
+
+def render(messages: list[dict], visual_tokens: list[int],
+           generation_prompt: bool = False) -> Iterator[tuple[str, int, bool]]:
+    """The published template as pieces (text or special token, repeats, learnt).
+
+    A piece with repeats = 0 is plain text.  Raises ValueError for an unknown role or a number of
+    pictures that differs from the number of places for them.
+    """
+    counts = iter(visual_tokens)
+    if messages and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
+    if generation_prompt:
+        messages = [*messages, {"role": "assistant", "content": None}]
+    for i, message in enumerate(messages):
+        role = message["role"]
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"a message has the role {role!r}, not system, user or assistant")
+        if i:
+            yield "\n", 0, False
+        yield "<|im_start|>", 1, False
+        yield f"{role}\n", 0, False
+        if message["content"] is None:
+            break
+        learnt = role == "assistant"
+        for item in split_content(message["content"]):
+            if item["type"] == "text":
+                yield item["text"], 0, learnt
+                continue
+            count = next(counts, None)
+            if count is None:
+                raise ValueError(f"the text has more places for pictures than the "
+                                 f"{len(visual_tokens)} pictures there are")
+            yield "<|vision_start|>", 1, False
+            yield f"<|{item['type']}_pad|>", count, False
+            yield "<|vision_end|>", 1, False
+        yield "<|im_end|>", 1, learnt
+    if next(counts, None) is not None:
+        raise ValueError(f"the text has fewer places for pictures than the "
+                         f"{len(visual_tokens)} pictures there are")
+
+
+def chat_tokens(messages: list[dict], tokenizer: Tokenizer, visual_tokens: list[int],
+                generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation and their labels (the id itself where learnt, else -100).
+
+    messages: [{"role": "system"|"user"|"assistant", "content": str or list of items}].
+    visual_tokens: tokens of each picture, in order.
+    generation_prompt: end with the header of an answer instead of after one.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    text, text_learnt = "", False
+
+    def add(new: list[int], learnt: bool) -> None:
+        ids.extend(new)
+        labels.extend(new if learnt else [IGNORE] * len(new))
+
+    def flush() -> None:
+        nonlocal text
+        if text:
+            add(tokenizer.encode(text, add_special_tokens=False).ids, text_learnt)
+        text = ""
+
+    for piece, repeats, learnt in render(messages, visual_tokens, generation_prompt):
+        if repeats or learnt != text_learnt:
+            flush()
+        if repeats:
+            add([tokenizer.token_to_id(piece)] * repeats, learnt)
+        else:
+            text, text_learnt = text + piece, learnt
+    flush()
+    return ids, labels
+
+
+# ---------------------------------------------------------------------------------- encode and pack
+
+
+@dataclass(eq=False)  # compared by identity: a waiting sample is taken once
+class Sample:
+    """One conversation, ready to be packed."""
+
+    input_ids: Tensor  # (L,) int64
+    labels: Tensor  # (L,) the token itself where learnt, else -100
+    patches: Tensor  # (P, 588) float32
+    grid_thw: Tensor  # (I, 3) int64
+
+
+@dataclass
+class Batch:
+    """One packed row."""
+
+    input_ids: Tensor  # (T,) int64
+    targets: Tensor  # (T,) the token that follows, where learnt, else -100
+    position_ids: Tensor  # (T,) restarts at 0 in each sample
+    cu_seqlens: Tensor  # (S + 1,) int64
+    patches: Tensor | None  # (P, 588) float32, None without pictures
+    grid_thw: Tensor | None  # (I, 3) int64
+    skipped: int = 0  # samples longer than a row, dropped since the last one
+
+    def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor | None]:
+        """The arguments of `model(...)`."""
+        tensors = {name: getattr(self, name) for name in
+                   ("input_ids", "cu_seqlens", "patches", "grid_thw", "position_ids")}
+        return {k: None if v is None else v.to(device, non_blocking=True)
+                for k, v in tensors.items()}
+
+
+def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
+           max_pixels: int = MAX_PIXELS, generation_prompt: bool = False) -> Sample:
+    """Tokenise a record and cut its pictures; pixel limits are on height * width.
+
+    Raises ValueError naming the record where it is malformed.
+    """
+    try:
+        cut = [image_to_patches(open_image(image), min_pixels, max_pixels)
+               for image in record["images"]]
+        counts = [len(patches) // MERGE**2 for patches, _ in cut]
+        ids, labels = chat_tokens(record["messages"], tokenizer, counts, generation_prompt)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"record {record.get('id', '?')}: {error}") from error
+    patches = torch.cat([p for p, _ in cut]) if cut else torch.zeros(0, 588)
+    grids = torch.tensor([grid for _, grid in cut], dtype=torch.int64).view(-1, 3)
+    return Sample(torch.tensor(ids), torch.tensor(labels), patches, grids)
+
+
+def pack(samples: list[Sample], skipped: int = 0) -> Batch:
+    """Lay samples end to end.  The label of a token becomes the target of the one before it."""
+    lengths = torch.tensor([len(s.input_ids) for s in samples])
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    targets = torch.cat([torch.cat([s.labels[1:], s.labels.new_tensor([IGNORE])]) for s in samples])
+    grids = torch.cat([s.grid_thw for s in samples])
+    return Batch(
+        input_ids=torch.cat([s.input_ids for s in samples]), targets=targets,
+        position_ids=torch.cat([torch.arange(n) for n in lengths.tolist()]), cu_seqlens=cu_seqlens,
+        patches=torch.cat([s.patches for s in samples]) if len(grids) else None,
+        grid_thw=grids if len(grids) else None, skipped=skipped)
+
+
+def pack_rows(samples: Iterator[Sample], seq_length: int, pool_size: int = 64) -> Iterator[Batch]:
+    """Rows of at most `seq_length` tokens: the oldest waiting sample, then always the longest fit.
+
+    With 64 samples to choose from, rows are full to a few tokens and none waits for ever.
+    """
+    pool: list[Sample] = []
+    skipped = 0
+
+    def take_row() -> list[Sample]:
+        row, room = [], seq_length
+        choice: Sample | None = pool[0]
+        while choice is not None:
+            pool.remove(choice)
+            row.append(choice)
+            room -= len(choice.input_ids)
+            fitting = [s for s in pool if len(s.input_ids) <= room]
+            choice = max(fitting, key=lambda s: len(s.input_ids), default=None)
+        return row
+
+    waiting = 0
+    for sample in samples:
+        if len(sample.input_ids) > seq_length:
+            skipped += 1
+            continue
+        pool.append(sample)
+        waiting += len(sample.input_ids)
+        if len(pool) >= pool_size and waiting >= 2 * seq_length:
+            row = take_row()
+            waiting -= sum(len(s.input_ids) for s in row)
+            yield pack(row, skipped)
+            skipped = 0
+    while pool:
+        yield pack(take_row(), skipped)
+        skipped = 0
+
+
+# ---------------------------------------------------------------------- records from people's disks
+
+
+def normalize_record(raw: dict, images: list[str | Path | bytes], name: str) -> Record:
+    """A record from any of the field's schemas: `messages`, LLaVA's `conversations`, or `texts`."""
+    if "conversations" in raw:
+        roles = {"human": "user", "gpt": "assistant"}
+        messages = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+                    for turn in raw["conversations"]]
+    else:
+        messages = raw.get("messages") or raw.get("texts")
+    if not messages:
+        raise ValueError(f"{name} has neither messages nor conversations")
+    return {"id": raw.get("id", name), "messages": messages, "images": images}
+
+
+def read_json(path: Path) -> list[Record]:
+    """Records of a .json list or a .jsonl file; picture paths are relative to the file."""
+    try:
+        text = path.read_text()
+        rows = ([json.loads(line) for line in text.splitlines() if line.strip()]
+                if path.suffix == ".jsonl" else json.loads(text))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(raw, dict) for raw in rows):
+        raise ValueError(f"{path} is not a list of records")
+    records = []
+    for i, raw in enumerate(rows):
+        names = raw.get("images") or raw.get("image") or []
+        names = [names] if isinstance(names, str) else names
+        records.append(normalize_record(raw, [path.parent / n for n in names], f"{path}[{i}]"))
+    return records
+
+
+def read_tar(path: Path) -> Iterator[Record]:
+    """Records of a WebDataset shard in the quick start's unpacked layout, one after another.
+
+    Neighbouring members that share a key (the name up to the first dot) are one sample: a `json`
+    with `texts` and the `name`s of its media, and the media themselves.
+    """
+    def members() -> Iterator[tuple[str, str, bytes]]:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.isfile():
+                    key, _, field = member.name.partition(".")
+                    yield key, field, tar.extractfile(member).read()
+
+    try:
+        for key, group in groupby(members(), key=lambda member: member[0]):
+            fields = {field: content for _, field, content in group}
+            raw = json.loads(fields["json"])
+            images = [fields[name] for name in raw.get("name", [])]
+            yield normalize_record(raw, images, f"{path}:{key}")
+    except KeyError as error:
+        raise ValueError(f"{path}: sample {key} lacks its member {error}") from error
+    except (tarfile.TarError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no shard of samples: {error}") from error
+
+
+def open_image(image: Image.Image | str | Path | bytes) -> Image.Image:
+    """Open a picture given as a path or as a file's content.
+
+    Raises ValueError naming the file if it is missing or unreadable.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    name = "a picture of the shard" if isinstance(image, bytes) else image
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            opened.load()
+            return opened
+    except FileNotFoundError:
+        raise ValueError(f"there is no picture {name}") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+
+
+# --------------------------------------------------------- the default data set, first part: scenes
+
+COLOURS = {"red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 80, 220),
+           "yellow": (240, 200, 20), "purple": (140, 50, 170), "orange": (250, 130, 20),
+           "brown": (130, 80, 50), "black": (20, 20, 20)}
+BACKGROUNDS = {"white": (255, 255, 255), "cream": (250, 240, 215), "mist": (220, 232, 240)}
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
+PLACES = ("top left", "top middle", "top right", "middle left", "center", "middle right",
+          "bottom left", "bottom middle", "bottom right")
+WORDS = ("sun", "cat", "dog", "tree", "fish", "moon", "bird", "star", "milk", "book", "door",
+         "ship", "rain", "king", "lamp", "frog", "hand", "road", "salt", "wolf")
+CATEGORIES = ("colour", "shape", "count", "position", "word", "number", "chart", "two pictures",
+              "flag country", "flag continent", "flag colours")
+FONT = ImageFont.load_default(size=24)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A drawn picture, what a caption says of it, and questions by category."""
+
+    facts: tuple  # everything that is asked about; decides whether the scene is held out
+    draw: Callable[[random.Random], Image.Image]
+    caption: str
+    questions: list[tuple[str, str, str]]  # category, question, answer
+
+    @property
+    def held_out(self) -> bool:
+        """One scene in ten is never trained on; which one depends on its facts alone."""
+        return zlib.crc32(repr(self.facts).encode()) % 10 == 0
+
+
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, colour: str, x: int, y: int, r: int) -> None:
+    """One filled shape of radius r around (x, y), in pixels."""
+    fill, box = COLOURS[colour], (x - r, y - r, x + r, y + r)
+    if shape == "circle":
+        draw.ellipse(box, fill=fill)
+    elif shape == "ring":
+        draw.ellipse(box, outline=fill, width=4)
+    elif shape == "square":
+        draw.rectangle(box, fill=fill)
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=fill)
+    elif shape == "diamond":
+        draw.polygon([(x, y - r), (x - r, y), (x, y + r), (x + r, y)], fill=fill)
+    else:
+        draw.rectangle((x - r, y - 3, x + r, y + 3), fill=fill)
+        draw.rectangle((x - 3, y - r, x + 3, y + r), fill=fill)
+
+
+def objects_scene(rng: random.Random) -> Scene:
+    """One to five shapes on a 3 x 3 board: colour, shape, position, counting."""
+    background = rng.choice(list(BACKGROUNDS))
+    objects = [(cell, rng.choice(list(COLOURS)), rng.choice(SHAPES))
+               for cell in sorted(rng.sample(range(9), rng.randint(1, 5)))]
+
+    def draw(rng: random.Random) -> Image.Image:
+        image = Image.new("RGB", (84, 84), BACKGROUNDS[background])
+        for cell, colour, shape in objects:
+            x, y = (28 * i + 14 + rng.randint(-2, 2) for i in (cell % 3, cell // 3))
+            draw_shape(ImageDraw.Draw(image), shape, colour, x, y, rng.randint(9, 11))
+        return image
+
+    shapes = [shape for _, _, shape in objects]
+    colours = [colour for _, colour, _ in objects]
+    questions = [("count", "How many objects are there?", str(len(objects)))]
+    for shape in rng.sample(SHAPES, 2) + rng.sample(shapes, 1):
+        questions.append(("count", f"How many {shape}s are there?".replace("crosss", "crosses"),
+                          str(shapes.count(shape))))
+    taken = {}
+    for cell, colour, shape in objects:
+        taken[cell] = f"{colour} {shape}"
+        if shapes.count(shape) == 1:
+            questions.append(("colour", f"What colour is the {shape}?", colour))
+        if colours.count(colour) == 1:
+            questions.append(("shape", f"Which shape is {colour}?", shape))
+        if [(c, s) for _, c, s in objects].count((colour, shape)) == 1:
+            questions.append(("position", f"Where is the {colour} {shape}?", PLACES[cell]))
+    for cell in rng.sample(range(9), 1) + rng.sample(list(taken), 1):
+        questions.append(("position", f"What is at the {PLACES[cell]}?",
+                          taken.get(cell, "nothing")))
+    caption = ", ".join(f"{colour} {shape} {PLACES[cell]}" for cell, colour, shape in objects)
+    return Scene(("objects", background, *objects), draw, caption, questions)
+
+
+def sign_scene(rng: random.Random) -> Scene:
+    """A word above a number, or below it: reading."""
+    background = rng.choice(list(BACKGROUNDS))
+    word, number = rng.choice(WORDS), str(rng.randint(10, 99))
+    ink_word, ink_number = rng.choice(list(COLOURS)), rng.choice(list(COLOURS))
+    lines = [(word, ink_word), (number, ink_number)]
+    if rng.random() < 0.5:
+        lines.reverse()
+
+    def draw(rng: random.Random) -> Image.Image:
+        image = Image.new("RGB", (84, 56), BACKGROUNDS[background])
+        for i, (text, ink) in enumerate(lines):
+            x, y = 12 + rng.randint(-2, 2), 28 * i + 14 + rng.randint(-1, 1)
+            ImageDraw.Draw(image).text((x, y), text, COLOURS[ink], FONT, anchor="lm")
+        return image
+
+    questions = [("word", "Which word is printed?", word),
+                 ("number", "Which number is printed?", number),
+                 ("colour", "What colour is the word?", ink_word),
+                 ("colour", "What colour is the number?", ink_number)]
+    caption = ", ".join(f"{ink} {text}" for text, ink in lines)
+    return Scene(("sign", background, *lines), draw, caption, questions)
+
+
+def chart_scene(rng: random.Random) -> Scene:
+    """Two or three bars, one to five units high: reading a chart."""
+    colours = rng.sample(list(COLOURS), rng.randint(2, 3))
+    heights = [rng.randint(1, 5) for _ in colours]
+
+    def draw(rng: random.Random) -> Image.Image:
+        image = Image.new("RGB", (84, 84), BACKGROUNDS["white"])
+        draw = ImageDraw.Draw(image)
+        for unit in range(6):
+            draw.line((0, 78 - 14 * unit, 84, 78 - 14 * unit), fill=(200, 200, 200))
+        for i, (colour, height) in enumerate(zip(colours, heights)):
+            x = 28 * i + 7 + rng.randint(-2, 2)
+            draw.rectangle((x, 78 - 14 * height, x + 13, 78), fill=COLOURS[colour])
+        return image
+
+    questions = [("chart", f"How high is the {colour} bar?", str(height))
+                 for colour, height in zip(colours, heights)]
+    for word, extreme in (("highest", max(heights)), ("lowest", min(heights))):
+        if heights.count(extreme) == 1:
+            questions.append(("chart", f"Which bar is the {word}?",
+                              colours[heights.index(extreme)]))
+    caption = ", ".join(f"{colour} bar {height}" for colour, height in zip(colours, heights))
+    return Scene(("chart", *zip(colours, heights)), draw, caption, questions)
+
+
+SCENES = (objects_scene, objects_scene, sign_scene, chart_scene)  # objects twice: most categories
+
+
+def draw_scene(rng: random.Random, held_out: bool) -> Scene:
+    while True:
+        scene = rng.choice(SCENES)(rng)
+        if scene.held_out == held_out:
+            return scene
+
+
+def scene_questions(rng: random.Random, held_out: bool, most: int) -> Record:
+    """One scene, or two side by side (one record in five), with up to `most` questions."""
+    scenes = [draw_scene(rng, held_out) for _ in range(2 if rng.random() < 0.2 else 1)]
+    images = [scene.draw(rng) for scene in scenes]
+    if len(scenes) == 1:
+        return conversation(rng, images, scenes[0].questions, most)
+    questions = [("two pictures", f"{question[:-1]} in the {place} picture?", answer)
+                 for place, scene in zip(("first", "second"), scenes)
+                 for _, question, answer in scene.questions]
+    return conversation(rng, images, questions, most)
+
+
+def scene_caption(rng: random.Random, held_out: bool) -> Record:
+    scene = draw_scene(rng, held_out)
+    return caption_record(scene.draw(rng), scene.caption, "scene caption")
+
+
+# ------------------------------------------------------------------------------- second part: flags
+
+WIDTHS = range(48, 104)  # pixels; every seventh is held out, and so are the crops and backgrounds
+CROPS = (0.0, 0.02, 0.05)  # share cut off each side
+HELD_OUT_CROPS = (0.01, 0.035)
+HELD_OUT_BACKGROUNDS = ((200, 180, 140), (90, 120, 110), (60, 50, 80), (235, 225, 245))
+
+
+def read_flags() -> list[Record]:
+    """The shipped flags, pictures decoded."""
+    flags = list(read_tar(ASSETS / "flags.tar"))
+    for flag in flags:
+        flag["images"] = [open_image(flag["images"][0]).convert("RGBA")]
+    return flags
+
+
+def flag_picture(rng: random.Random, flag: Image.Image, held_out: bool) -> Image.Image:
+    """The flag at some size, a little cropped, on a plain background."""
+    width = rng.choice([w for w in WIDTHS if (w % 7 == 0) == held_out])
+    crops = HELD_OUT_CROPS if held_out else CROPS
+    left, top, right, bottom = (rng.choice(crops) for _ in range(4))
+    background = rng.choice(HELD_OUT_BACKGROUNDS if held_out else
+                            [*COLOURS.values(), *BACKGROUNDS.values()])
+    w, h = flag.size
+    flag = flag.crop((w * left, h * top, w * (1 - right), h * (1 - bottom)))
+    flag = flag.resize((width, round(width * h / w)), Image.Resampling.BILINEAR)
+    margins = [rng.randint(0, 8) for _ in range(4)]
+    size = (flag.width + margins[0] + margins[1], flag.height + margins[2] + margins[3])
+    image = Image.new("RGBA", size, background)
+    image.alpha_composite(flag, (margins[0], margins[2]))
+    return image.convert("RGB")
+
+
+def flag_questions(rng: random.Random, flag: Record, held_out: bool, most: int) -> Record:
+    turns = flag["messages"]
+    questions = [(flag_category(question["content"]), question["content"].removeprefix("<image>\n"),
+                  answer["content"]) for question, answer in zip(turns[::2], turns[1::2])]
+    image = flag_picture(rng, flag["images"][0], held_out)
+    return conversation(rng, [image], questions, most)
+
+
+def flag_category(question: str) -> str:
+    return "flag " + next(word for word in ("country", "continent", "colours") if word in question)
+
+
+def flag_caption(rng: random.Random, flag: Record, held_out: bool) -> Record:
+    country, continent, colours = (turn["content"] for turn in flag["messages"][1::2])
+    return caption_record(flag_picture(rng, flag["images"][0], held_out),
+                          f"flag of {country}, {continent}, {colours}", "flag caption")
+
+
+# ------------------------------------------------------------------------------- streams of records
+
+
+def conversation(rng: random.Random, images: list[Image.Image],
+                 questions: list[tuple[str, str, str]], most: int) -> Record:
+    """Up to `most` of the questions in random order, pictures in front of the first."""
+    questions = list(dict.fromkeys(questions))  # each once
+    chosen = rng.sample(questions, min(most, len(questions)))
+    messages = []
+    for i, (_, question, answer) in enumerate(chosen):
+        content = [{"type": "text", "text": question}]
+        messages += [{"role": "user", "content": content if i else
+                      [{"type": "image"}] * len(images) + content},
+                     {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    return {"messages": messages, "images": images, "category": chosen[0][0]}
+
+
+def caption_record(image: Image.Image, caption: str, category: str) -> Record:
+    """The form of upstream's stages 1 and 1.5: the user's turn is the picture and nothing else."""
+    return {"messages": [{"role": "user", "content": [{"type": "image"}]},
+                         {"role": "assistant", "content": [{"type": "text", "text": caption}]}],
+            "images": [image], "category": category}
+
+
+def default_records(kind: str, seed: int, held_out: bool = False, most: int = 5,
+                    flag_share: float = 0.3) -> Iterator[Record]:
+    """Endless `captions`, `questions`, or both `mixed`, over drawn scenes and flags.
+
+    The stream depends on the arguments alone; `most` limits the questions of one conversation.
+    """
+    flags, rng = read_flags(), random.Random(f"{kind} {seed} {held_out}")
+    while True:
+        captions = kind == "captions" or kind == "mixed" and rng.random() < 0.5
+        if rng.random() < flag_share:
+            flag = rng.choice(flags)
+            yield (flag_caption(rng, flag, held_out) if captions else
+                   flag_questions(rng, flag, held_out, most))
+        else:
+            yield (scene_caption(rng, held_out) if captions else
+                   scene_questions(rng, held_out, most))
+
+
+def held_out_questions(per_category: int) -> dict[str, list[Record]]:
+    """The test set: single questions about held-out scenes and flags, always the same ones."""
+    chosen: dict[str, list[Record]] = {category: [] for category in CATEGORIES}
+    for record in default_records("questions", seed=0, held_out=True, most=1):
+        if len(chosen[record["category"]]) < per_category:
+            chosen[record["category"]].append(record)
+        if all(len(records) == per_category for records in chosen.values()):
+            return chosen
+
+
+def file_records(path: Path, seed: int) -> Iterator[Record]:
+    """Endless records of a file: JSON in a new random order each epoch, a shard in its own."""
+    if path.suffix not in (".json", ".jsonl", ".tar"):
+        raise ValueError(f"{path} is neither .json, .jsonl nor .tar, nor captions or questions")
+    if not path.is_file():
+        raise ValueError(f"there is no data file {path}")
+    rng = random.Random(seed)
+    listed = None if path.suffix == ".tar" else read_json(path)
+    while True:
+        empty = True
+        for record in read_tar(path) if listed is None else rng.sample(listed, len(listed)):
+            empty = False
+            yield record
+        if empty:
+            raise ValueError(f"{path} holds no records")
+
+
+def records(data: str, seed: int) -> Iterator[Record]:
+    """Endless training records: `captions`, `questions`, `mixed`, or the path of a file."""
+    if data in ("captions", "questions", "mixed"):
+        return default_records(data, seed)
+    return file_records(Path(data), seed)
+
+
+class PackedRows(torch.utils.data.IterableDataset):
+    """Endless packed rows of encoded records, for a DataLoader with batch_size=None."""
+
+    def __init__(self, data: str, tokenizer: Tokenizer, seq_length: int, seed: int,
+                 max_pixels: int = MAX_PIXELS) -> None:
+        self.data, self.tokenizer, self.seq_length = data, tokenizer, seq_length
+        self.seed, self.max_pixels = seed, max_pixels
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = torch.utils.data.get_worker_info()
+        seed = self.seed if worker is None else 1000 * self.seed + worker.id
+        samples = (encode(record, self.tokenizer, max_pixels=self.max_pixels)
+                   for record in records(self.data, seed))
+        return pack_rows(samples, self.seq_length)
+
+
+# ----------------------------------------------------------------------------------- python data.py
+
+
+def default_texts(seed: int) -> Iterator[str]:
+    """Text of 8,000 default records, template included: what the tiny tokenizer learns from."""
+    for kind in ("captions", "questions"):
+        for record in islice(default_records(kind, seed), 4000):
+            pieces = render(record["messages"], [1] * len(record["images"]))
+            yield from (piece for piece, repeats, _ in pieces if not repeats)
+
+
+def inspect(data: str, count: int, seq_length: int, save: str) -> None:
+    """Print records with what is learnt in brackets, then how full packed rows are."""
+    tokenizer = train_tokenizer(default_texts(0), 1024)
+    for number, record in enumerate(islice(records(data, 0), count)):
+        sample = encode(record, tokenizer)
+        print(f"\n{number}: {len(sample.input_ids)} tokens, {int((sample.labels >= 0).sum())} "
+              f"learnt, pictures of {[grid[1:] for grid in sample.grid_thw.tolist()]} patches")
+        learnt = False
+        for i, label in zip(sample.input_ids.tolist(), sample.labels.tolist()):
+            if (label != IGNORE) != learnt:
+                print("]" if learnt else "[", end="")
+                learnt = not learnt
+            text = tokenizer.id_to_token(i)
+            print(text if text in SPECIAL_TOKENS else tokenizer.decode([i]), end="")
+        print("]" if learnt else "")
+        for i, image in enumerate(record["images"] if save else []):
+            Path(save).mkdir(parents=True, exist_ok=True)
+            open_image(image).save(Path(save) / f"{number}-{i}.png")
+    rows = list(islice(PackedRows(data, tokenizer, seq_length, seed=0), 50))
+    tokens = sum(len(row.input_ids) for row in rows)
+    samples = sum(len(row.cu_seqlens) - 1 for row in rows)
+    print(f"\n{len(rows)} rows of {seq_length}: {samples} samples, "
+          f"{tokens / (len(rows) * seq_length):.1%} full")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Look at training data.")
+    parser.add_argument("command", choices=["inspect"])
+    parser.add_argument("--data", default="questions", help="captions, questions or a data file")
+    parser.add_argument("--count", type=int, default=4, help="records to print")
+    parser.add_argument("--seq-length", type=int, default=1024, help="tokens in a row")
+    parser.add_argument("--save", default="", help="directory for the records' pictures")
+    flags = parser.parse_args()
+    try:
+        inspect(flags.data, flags.count, flags.seq_length, flags.save)
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Ask a checkpoint: pictures and a prompt -> an answer, streamed to the terminal.
+
+In: `python sample.py IMAGE... PROMPT` (no picture: plain text).  Out: the answer on standard
+output; which checkpoint gave it on standard error.
+Run by people; calls `data.py`, `model.py`, `convert.py`.
+
+The idea.  The prompt is encoded as in training but ends with the header of an answer.  One pass
+over it fills the cache of keys and values and gives the logits of the first word; from then on each
+step feeds one token back in:
+
+    y_1 = argmax p(. | x),   y_{n+1} = argmax p(. | x, y_1 ... y_n)   until <|im_end|>
+
+or, with a temperature, a draw from the nucleus of likely words instead of the argmax.
+
+Shapes: T tokens of the prompt, P patches, M = P / 4 visual tokens, C decoder width, V vocabulary.
+
+Run `python sample.py assets/examples/scene.png "Where is the red circle?"`.  `--trace` prints the
+prompt's way through the files, with shapes.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from convert import newest_checkpoint
+from data import Batch, encode, load_tokenizer, open_image, pack
+from model import LlavaOneVision
+from vision import MAX_PIXELS, MIN_PIXELS
+
+
+def build_prompt(images: list[str], prompt: str, tokenizer: Tokenizer, max_pixels: int) -> Batch:
+    """Pictures in their order, then the text, as one user's turn."""
+    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]
+    record = {"messages": [{"role": "user", "content": content}], "images": images, "id": "prompt"}
+    return pack([encode(record, tokenizer, MIN_PIXELS, max_pixels, generation_prompt=True)])
+
+
+def stream_answer(model: LlavaOneVision, tokenizer: Tokenizer, batch: Batch, max_new_tokens: int,
+                  temperature: float = 0.0, top_p: float = 1.0) -> Iterator[str]:
+    """Pieces of the answer's text as they become complete characters."""
+    inputs = batch.inputs(model.lm_head.weight.device)
+    del inputs["position_ids"]
+    stop_ids = tuple(tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>"))
+    ids: list[int] = []
+    shown = 0
+    for token in model.generate(**inputs, max_new_tokens=max_new_tokens, stop_ids=stop_ids,
+                                temperature=temperature, top_p=top_p):
+        ids.append(int(token))
+        text = tokenizer.decode([i for i in ids if i not in stop_ids])
+        if not text.endswith("\ufffd"):  # half of a character of several bytes
+            yield text[shown:]
+            shown = len(text)
+
+
+def trace(model: LlavaOneVision, batch: Batch) -> None:
+    """Print shapes at the stations of the next forward pass, each once."""
+    def shape(x: Tensor) -> str:
+        return "(" + ", ".join(f"{n:,}" for n in x.shape) + ")"
+
+    def station(module: nn.Module, file: str, what: str) -> None:
+        def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
+            print(f"  {file:18} {what:44} {shape(out)}", file=sys.stderr)
+            handle.remove()
+        handle = module.register_forward_hook(hook)
+
+    visual, decoder = model.visual, model.model
+    print(f"  {'data.py':18} {'encode, pack: token ids of the prompt':44} "
+          f"{shape(batch.input_ids)}", file=sys.stderr)
+    if batch.patches is not None:
+        print(f"  {'vision.py':18} {'image_to_patches: patches of the pictures':44} "
+              f"{shape(batch.patches)}", file=sys.stderr)
+    for module, file, what in (
+            (decoder.embed_tokens, "model.py", "embed_tokens: a vector per token"),
+            (visual.patch_embed, "vision.py", "patch_embed: a vector per patch"),
+            (visual.pre_layernorm, "vision.py", "class tokens in front of each picture"),
+            (visual.blocks[-1], "vision.py", f"after {len(visual.blocks)} blocks"),
+            (visual.merger, "vision.py", "merger: visual tokens, placed in their holes"),
+            (decoder.layers[0].self_attn.q_proj, "model.py", "first layer: all query heads"),
+            (decoder.layers[0].self_attn.k_proj, "model.py", "first layer: all key heads"),
+            (decoder.norm, "model.py", f"after {len(decoder.layers)} layers"),
+            (model.lm_head, "model.py", "logits of the first word")):
+        station(module, file, what)
+
+
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Ask about pictures.", usage="python sample.py [flags] IMAGE... PROMPT",
+        allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE... PROMPT",
+                        help="files of pictures, then the question; without pictures: text only")
+    parser.add_argument("--checkpoint", default="", help="directory in the released layout; "
+                        "default: the newest of runs/, else the one that comes with the project")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="share of the nucleus, default 1")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="default 1024")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS,
+                        help=f"a picture's largest area, default {MAX_PIXELS:,}")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws at a temperature above 0")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--trace", action="store_true",
+                        help="print the prompt's way through the files, with shapes")
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise ValueError(f"there is no flag {unknown[0]}; --help lists them")
+    if flags.temperature < 0 or not 0 < flags.top_p <= 1:
+        raise ValueError("--temperature must be at least 0, --top-p above 0 and at most 1")
+    if flags.max_new_tokens < 1 or flags.max_pixels < MIN_PIXELS:
+        raise ValueError(f"--max-new-tokens must be at least 1, --max-pixels at least {MIN_PIXELS}")
+    return flags
+
+
+def run(flags: argparse.Namespace) -> None:
+    *images, prompt = flags.inputs
+    for name in images:
+        open_image(name)  # refuse before the model is loaded
+    checkpoint, whose = ((Path(flags.checkpoint), "as told") if flags.checkpoint
+                         else newest_checkpoint())
+    tokenizer = load_tokenizer(checkpoint)
+    batch = build_prompt(images, prompt, tokenizer, flags.max_pixels)
+    print(f"checkpoint: {checkpoint} ({whose})", file=sys.stderr)
+    dtype = torch.float32 if flags.device == "cpu" else torch.bfloat16
+    model = LlavaOneVision.from_pretrained(checkpoint, dtype, flags.device)
+    torch.manual_seed(flags.seed)
+    if flags.trace:
+        trace(model, batch)
+    pieces, started = 0, time.monotonic()
+    for piece in stream_answer(model, tokenizer, batch, flags.max_new_tokens, flags.temperature,
+                               flags.top_p):
+        print(piece, end="", flush=True)
+        pieces += 1
+    print()
+    if flags.trace:
+        print(f"  {pieces} tokens in {time.monotonic() - started:.2f} s", file=sys.stderr)
+
+
+def main() -> None:
+    try:
+        run(parse_flags(sys.argv[1:]))
+    except (ValueError, OSError, argparse.ArgumentError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
