@@ -25,7 +25,6 @@ their tokens with what is learnt, how full rows are; --save DIR writes the pictu
 """
 
 import argparse
-import io
 import json
 import random
 import sys
@@ -41,7 +40,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from vision import MAX_PIXELS, MERGE, MIN_PIXELS, image_to_patches
+from vision import MAX_PIXELS, MERGE, MIN_PIXELS, image_to_patches, open_image
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 IGNORE = -100  # label of a token that is not learnt
@@ -343,24 +342,6 @@ def read_tar(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path} is no shard of samples: {error}") from error
 
 
-def open_image(image: Image.Image | str | Path | bytes) -> Image.Image:
-    """Open a picture given as a path or as a file's content.
-
-    Raises ValueError naming the file if it is missing or unreadable.
-    """
-    if isinstance(image, Image.Image):
-        return image
-    name = "a picture of the shard" if isinstance(image, bytes) else image
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
-            return opened
-    except FileNotFoundError:
-        raise ValueError(f"there is no picture {name}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-
-
 # --------------------------------------------------------- the default data set, first part: scenes
 
 COLOURS = {"red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 80, 220),
@@ -433,7 +414,8 @@ def objects_scene(rng: random.Random) -> Scene:
     for cell, colour, shape in objects:
         taken[cell] = f"{colour} {shape}"
         if shapes.count(shape) == 1:
-            questions.append(("colour", f"What colour is the {shape}?", colour))
+            questions += [("colour", f"What colour is the {shape}?", colour),
+                          ("position", f"Where is the {shape}?", PLACES[cell])]
         if colours.count(colour) == 1:
             questions.append(("shape", f"Which shape is {colour}?", shape))
         if [(c, s) for _, c, s in objects].count((colour, shape)) == 1:
@@ -494,7 +476,7 @@ def chart_scene(rng: random.Random) -> Scene:
     return Scene(("chart", *zip(colours, heights)), draw, caption, questions)
 
 
-SCENES = (objects_scene, objects_scene, sign_scene, chart_scene)  # objects twice: most categories
+SCENES = (objects_scene,) * 4 + (sign_scene,) * 2 + (chart_scene,)  # as hard as they are common
 
 
 def draw_scene(rng: random.Random, held_out: bool) -> Scene:
@@ -597,14 +579,14 @@ def caption_record(image: Image.Image, caption: str, category: str) -> Record:
 
 
 def default_records(kind: str, seed: int, held_out: bool = False, most: int = 5,
-                    flag_share: float = 0.3) -> Iterator[Record]:
+                    flag_share: float = 0.45) -> Iterator[Record]:
     """Endless `captions`, `questions`, or both `mixed`, over drawn scenes and flags.
 
     The stream depends on the arguments alone; `most` limits the questions of one conversation.
     """
     flags, rng = read_flags(), random.Random(f"{kind} {seed} {held_out}")
     while True:
-        captions = kind == "captions" or kind == "mixed" and rng.random() < 0.5
+        captions = kind == "captions" or kind == "mixed" and rng.random() < 0.35
         if rng.random() < flag_share:
             flag = rng.choice(flags)
             yield (flag_caption(rng, flag, held_out) if captions else
@@ -700,15 +682,25 @@ def inspect(data: str, count: int, seq_length: int, save: str) -> None:
           f"{tokens / (len(rows) * seq_length):.1%} full")
 
 
+def flag_parser(description: str) -> argparse.ArgumentParser:
+    """A command-line parser that raises ValueError, one sentence, instead of printing its usage."""
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.error = refuse
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Look at training data.")
+    parser = flag_parser("Look at training data.")
     parser.add_argument("command", choices=["inspect"])
     parser.add_argument("--data", default="questions", help="captions, questions or a data file")
     parser.add_argument("--count", type=int, default=4, help="records to print")
     parser.add_argument("--seq-length", type=int, default=1024, help="tokens in a row")
     parser.add_argument("--save", default="", help="directory for the records' pictures")
-    flags = parser.parse_args()
     try:
+        flags = parser.parse_args()
         inspect(flags.data, flags.count, flags.seq_length, flags.save)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)

@@ -29,9 +29,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from convert import newest_checkpoint
-from data import Batch, encode, load_tokenizer, open_image, pack
+from data import Batch, encode, flag_parser, load_tokenizer, pack
 from model import LlavaOneVision
-from vision import MAX_PIXELS, MIN_PIXELS
+from vision import MAX_PIXELS, MIN_PIXELS, open_image
 
 
 def build_prompt(images: list[str], prompt: str, tokenizer: Tokenizer, max_pixels: int) -> Batch:
@@ -89,9 +89,8 @@ def trace(model: LlavaOneVision, batch: Batch) -> None:
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Ask about pictures.", usage="python sample.py [flags] IMAGE... PROMPT",
-        allow_abbrev=False, exit_on_error=False)
+    parser = flag_parser("Ask about pictures.")
+    parser.usage = "python sample.py [flags] IMAGE... PROMPT"
     parser.add_argument("inputs", nargs="+", metavar="IMAGE... PROMPT",
                         help="files of pictures, then the question; without pictures: text only")
     parser.add_argument("--checkpoint", default="", help="directory in the released layout; "
@@ -105,9 +104,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--trace", action="store_true",
                         help="print the prompt's way through the files, with shapes")
-    flags, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise ValueError(f"there is no flag {unknown[0]}; --help lists them")
+    flags = parser.parse_args(arguments)
     if flags.temperature < 0 or not 0 < flags.top_p <= 1:
         raise ValueError("--temperature must be at least 0, --top-p above 0 and at most 1")
     if flags.max_new_tokens < 1 or flags.max_pixels < MIN_PIXELS:
@@ -142,7 +139,7 @@ def run(flags: argparse.Namespace) -> None:
 def main() -> None:
     try:
         run(parse_flags(sys.argv[1:]))
-    except (ValueError, OSError, argparse.ArgumentError) as error:
+    except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -24,9 +24,10 @@ Run `python train.py`: trains the tiny preset from scratch through all stages in
 on two CPU cores and prints its accuracies.  `--help` lists every flag.
 """
 
-import argparse
+import inspect
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -39,8 +40,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from convert import save_checkpoint
-from data import (Batch, PackedRows, default_texts, encode, held_out_questions, load_tokenizer,
-                  pack, train_tokenizer)
+from data import (Batch, PackedRows, default_texts, encode, flag_parser, held_out_questions,
+                  load_tokenizer, pack, records, train_tokenizer)
 from model import PRESETS, LlavaOneVision
 
 
@@ -77,7 +78,7 @@ TINY = {
     "align": Recipe(MERGER, "captions", 20, 1, 1024, 1e-3, 1e-4, 0.0, 0.95, warmup=0.1),
     "mid": Recipe(ALL, "captions", 900, 1, 1024, 2e-3, 2e-4, 0.01, 0.95, warmup=0.02,
                   vision_lr=0.25),
-    "instruct": Recipe(ALL, "mixed", 3000, 1, 1024, 1e-3, 2e-5, 0.01, 0.95, warmup=0.02,
+    "instruct": Recipe(ALL, "mixed", 3300, 1, 1024, 1.5e-3, 3e-5, 0.01, 0.95, warmup=0.02,
                        vision_lr=0.25),
 }
 
@@ -189,6 +190,48 @@ def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, rows: list[B
     return float(total), float(norm)
 
 
+def flops_of(row: Batch, model: LlavaOneVision, trainable: tuple[str, ...]) -> float:
+    """Floating-point operations that training on a row needs, recomputation not counted.
+
+    Forward, 2 per weight and token of every matrix, and 4 E per head and pair of tokens that see
+    each other.  Backward, as much again for the gradient of the input and, where a part learns, of
+    its weights; a ViT that does not learn has no backward pass.
+    """
+    config, vision = model.config, model.config.vision
+    weights = dict.fromkeys(("vision", "merger", "decoder"), 0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "embed_tokens" not in name and "lm_head" not in name:
+            weights[part_of(name)] += parameter.numel()
+    frames = torch.zeros(0)
+    if row.grid_thw is not None:
+        frames = torch.repeat_interleave(row.grid_thw[:, 1:].prod(dim=1), row.grid_thw[:, 0])
+    patches, labels = float(frames.sum()), int((row.targets >= 0).sum())
+    causal_pairs = float(row.cu_seqlens.diff().square().sum()) / 2
+    query_width = config.num_attention_heads * config.head_dim
+    forward = {
+        "vision": 2 * weights["vision"] * patches
+        + 4 * vision.depth * vision.embed_dim * float(frames.square().sum()),
+        "merger": 2 * weights["merger"] * patches / 4,
+        "decoder": 2 * weights["decoder"] * len(row.input_ids)
+        + 2 * model.lm_head.weight.numel() * labels
+        + 4 * config.num_hidden_layers * query_width * causal_pairs}
+    frozen = {"vision": 1, "merger": 2, "decoder": 2}
+    return sum((3 if part in trainable else frozen[part]) * n for part, n in forward.items())
+
+
+def matrix_rate(device: torch.device) -> float:
+    """FLOP/s of the best of five products of two 2048 x 2048 fp32 matrices."""
+    a = torch.randn(2048, 2048, device=device)
+    seconds = []
+    for _ in range(6):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a number waits for the product
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(seconds[1:])
+
+
 class Log:
     """One line per log step on the console, the same as JSON lines in a file, a progress bar."""
 
@@ -219,8 +262,10 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
         dataset, batch_size=None, num_workers=config.workers,
         prefetch_factor=4 if config.workers else None)
     stream = iter(loader)
+    peak = matrix_rate(model.lm_head.weight.device)
     started = mark = time.monotonic()
-    waited, losses, seen = 0.0, [], {"tokens": 0, "labels": 0, "samples": 0, "skipped": 0}
+    waited, losses = 0.0, []
+    seen = {"tokens": 0, "labels": 0, "samples": 0, "skipped": 0, "flops": 0.0}
     for step in range(recipe.steps):
         before = time.monotonic()
         rows = list(islice(stream, recipe.rows))
@@ -233,6 +278,7 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
             seen["labels"] += int((row.targets >= 0).sum())
             seen["samples"] += len(row.cu_seqlens) - 1
             seen["skipped"] += row.skipped
+            seen["flops"] += flops_of(row, model, recipe.trainable)
         if not math.isfinite(loss):
             raise ValueError(f"the loss of step {step + 1} of stage {name} is {loss}; "
                              "a smaller --lr may help")
@@ -240,13 +286,14 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
             seconds = time.monotonic() - mark
             rates = {f"{key}_per_second": round(seen[key] / seconds, 1)
                      for key in ("tokens", "labels", "samples")}
-            mean = sum(losses) / len(losses)
+            mean, used = sum(losses) / len(losses), seen["flops"] / seconds / peak
             log.line(f"{name:8} {step + 1:6}/{recipe.steps}  loss {mean:.4f}  lr {lr:.2e}  "
                      f"norm {norm:.2f}  {rates['tokens_per_second']:,.0f} tok/s  "
-                     f"{rates['samples_per_second']:,.1f} samples/s  wait {waited / seconds:.0%}",
+                     f"{rates['samples_per_second']:,.0f} samples/s  {used:.0%} of matrix rate  "
+                     f"wait {waited / seconds:.0%}",
                      stage=name, step=step + 1, loss=mean, lr=lr, norm=norm, **rates,
-                     wait=waited / seconds, skipped=seen["skipped"],
-                     seconds=mark - started + seconds)
+                     matrix_rate=peak, matrix_share=used, wait=waited / seconds,
+                     skipped=seen["skipped"], seconds=mark - started + seconds)
             mark, waited, losses, seen = time.monotonic(), 0.0, [], dict.fromkeys(seen, 0)
         log.progress(name, step + 1, recipe.steps, started)
 
@@ -257,10 +304,10 @@ def evaluate(model: LlavaOneVision, tokenizer: Tokenizer, per_category: int,
     device = model.lm_head.weight.device
     stop = tokenizer.token_to_id("<|im_end|>")
     scores = {}
-    for category, records in held_out_questions(per_category).items():
+    for category, questions in held_out_questions(per_category).items():
         right = 0
-        for start in range(0, len(records), batch):
-            chunk = records[start:start + batch]
+        for start in range(0, len(questions), batch):
+            chunk = questions[start:start + batch]
             prompts = [{**record, "messages": record["messages"][:-1]} for record in chunk]
             packed = pack([encode(prompt, tokenizer, generation_prompt=True) for prompt in prompts])
             inputs = packed.inputs(device)
@@ -269,7 +316,7 @@ def evaluate(model: LlavaOneVision, tokenizer: Tokenizer, per_category: int,
             for record, ids in zip(chunk, torch.stack(list(steps), dim=1).tolist()):
                 answer = tokenizer.decode(ids[:ids.index(stop)] if stop in ids else ids)
                 right += answer == record["messages"][-1]["content"][0]["text"]
-        scores[category] = 100 * right / len(records)
+        scores[category] = 100 * right / len(questions)
     return scores
 
 
@@ -284,25 +331,31 @@ def report(scores: dict[str, float], log: Log) -> None:
 
 
 def parse_flags(arguments: list[str]) -> TrainConfig:
-    """Build the command line from TrainConfig's fields; a comment beside a field is its help."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Build the command line from TrainConfig's fields; the comment beside a field is its help."""
+    parser = flag_parser(__doc__.splitlines()[0])
+    comments = dict(re.findall(r"^    (\w+): .*#  ?(.*)$", inspect.getsource(TrainConfig), re.M))
     for entry in fields(TrainConfig):
         parser.add_argument(f"--{entry.name.replace('_', '-')}", type=type(entry.default),
-                            default=entry.default, help=f"default: {entry.default!r}")
+                            default=entry.default,
+                            help=f"{comments[entry.name]} (default {entry.default!r})")
     return TrainConfig(**vars(parser.parse_args(arguments)))
 
 
 def run(config: TrainConfig) -> Path:
     """Train the stages, save a checkpoint after each, evaluate; returns the last checkpoint."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    out = Path(config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.start:
-        model = LlavaOneVision.from_pretrained(config.start, torch.float32)
+        model = LlavaOneVision.from_pretrained(config.start, torch.float32, device)
         tokenizer = load_tokenizer(config.start)
     else:
         model, tokenizer = fresh_model(config)
-    model.to(device)
+        model.to(device)
     recipes = config.recipes()
-    out = Path(config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    for name, recipe in recipes.items():  # refuse before anything is written
+        encode(next(records(recipe.data, config.seed)), tokenizer)
+        if (out / name).exists():
+            raise ValueError(f"{out / name} is there already")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.jsonl", "a") as file:
         log = Log(file)
@@ -322,8 +375,10 @@ def run(config: TrainConfig) -> Path:
 def main() -> None:
     try:
         run(parse_flags(sys.argv[1:]))
-    except ValueError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        # an error in a worker process arrives with its traceback; its last line says what is wrong
+        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        print(f"train.py: {message}", file=sys.stderr)
         sys.exit(2)
 
 

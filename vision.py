@@ -29,9 +29,11 @@ width, M = P / 4 visual tokens, I pictures.  grid_thw (I, 3): frames, patch rows
 Run `python vision.py PICTURE`: prints what becomes of it, with shapes.
 """
 
+import io
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -92,6 +94,24 @@ def smart_resize(height: int, width: int, min_pixels: int = MIN_PIXELS,
         grow = math.sqrt(min_pixels / (height * width))
         rows, columns = (math.ceil(x * grow / CELL) for x in (height, width))
     return rows * CELL, columns * CELL
+
+
+def open_image(image: Image.Image | str | Path | bytes) -> Image.Image:
+    """Open a picture given as a path or as a file's content.
+
+    Raises ValueError naming the file if it is missing or unreadable.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    name = "a picture of the shard" if isinstance(image, bytes) else image
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            opened.load()
+            return opened
+    except FileNotFoundError:
+        raise ValueError(f"there is no picture {name}") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -278,11 +298,15 @@ class RiceViT(nn.Module):
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python vision.py PICTURE")
-    with Image.open(sys.argv[1]) as image:
+    try:
+        if len(sys.argv) != 2:
+            raise ValueError("usage: python vision.py PICTURE")
+        image = open_image(sys.argv[1])
         patches, grid = image_to_patches(image)
-        print(f"{sys.argv[1]}: {image.width} x {image.height} pixels, {image.mode}")
+    except ValueError as error:
+        print(f"vision.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{sys.argv[1]}: {image.width} x {image.height} pixels, {image.mode}")
     print(f"resized to {grid[2] * PATCH} x {grid[1] * PATCH}, "
           f"{grid[1]} x {grid[2]} patches: {tuple(patches.shape)}")
     print(f"visual tokens: {len(patches) // MERGE**2}")

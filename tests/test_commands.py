@@ -1,0 +1,152 @@
+"""The commands as a user runs them: training, asking, and every refusal in one sentence."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from model import LlavaOneVision
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "assets" / "tiny"
+SCENE = ROOT / "assets" / "examples" / "scene.png"
+
+
+def command(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    script, *rest = map(str, arguments)
+    return subprocess.run([sys.executable, ROOT / script, *rest], cwd=folder, text=True,
+                          capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all stages were run, far too briefly."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = command(folder, "train.py", "--steps", "3", "--log-every", "1", "--questions", "2",
+                   "--out", "runs/short")
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def test_training_writes_log_and_checkpoints(trained: Path) -> None:
+    out = trained / "runs" / "short"
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [(line["stage"], line["step"]) for line in lines if "stage" in line]
+    assert steps == [(s, i) for s in ("align", "mid", "instruct") for i in (1, 2, 3)]
+    assert {line.get("group") for line in lines} >= {"flags", "scenes"}
+    assert "held-out scenes" in (trained / "stdout").read_text()
+    before = load_file(out / "align" / "model.safetensors")
+    after = load_file(out / "mid" / "model.safetensors")
+    assert all(not torch.equal(before[name], after[name]) for name in
+               ("visual.blocks.0.attn.qkv.weight", "visual.merger.mlp.0.weight", "lm_head.weight"))
+
+
+def test_align_trains_the_merger_alone(trained: Path, tmp_path: Path) -> None:
+    start = trained / "runs" / "short" / "mid"
+    done = command(tmp_path, "train.py", "--stage", "align", "--start", start, "--steps", "2",
+                   "--questions", "0", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    before = load_file(start / "model.safetensors")
+    after = load_file(tmp_path / "out" / "align" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("visual.merger.") for name in changed)
+
+
+def test_sampling_prefers_the_newest_run(trained: Path) -> None:
+    done = command(trained, "sample.py", SCENE, "What is this?", "--max-new-tokens", "3")
+    assert done.returncode == 0, done.stderr
+    assert "runs/short/instruct (your newest run)" in done.stderr
+
+
+def test_training_is_reproducible(trained: Path, tmp_path: Path) -> None:
+    done = command(tmp_path, "train.py", "--steps", "3", "--questions", "0", "--out", "again")
+    assert done.returncode == 0, done.stderr
+    first, second = (LlavaOneVision.from_pretrained(folder).state_dict() for folder in
+                     (trained / "runs/short/instruct", tmp_path / "again/instruct"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_shipped_checkpoint_answers(tmp_path: Path) -> None:
+    """Right after installation, with a trace, several pictures, and text alone."""
+    done = command(tmp_path, "sample.py", SCENE, "How many objects are there?", "--trace")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "3"
+    assert "shipped" in done.stderr and "merger" in done.stderr
+    sign = ROOT / "assets" / "examples" / "sign.png"
+    done = command(tmp_path, "sample.py", SCENE, sign,
+                   "Which number is printed in the second picture?")
+    assert (done.returncode, done.stdout.strip()) == (0, "47")
+    done = command(tmp_path, "sample.py", "Hello <|im_end|> there", "--temperature", "1",
+                   "--top-p", "0.9", "--max-new-tokens", "5", "--seed", "3")
+    assert done.returncode == 0 and done.stdout
+
+
+def damaged(folder: Path, how: str) -> Path:
+    shutil.copytree(SHIPPED, folder / how)
+    file = folder / how / "model.safetensors"
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+        return folder / how
+    tensors = load_file(file)
+    name = "model.norm.weight"
+    if how == "missing":
+        del tensors[name]
+    elif how == "extra":
+        tensors["surplus"] = tensors[name].clone()
+    else:
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, file)
+    return folder / how
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["sample.py", "nowhere.png", "What?"], "there is no picture nowhere.png"),
+    (["sample.py", "text.png", "What?"], "text.png cannot be read as a picture"),
+    (["sample.py", "narrow.png", "What?"], "too narrow"),
+    (["sample.py", "What?", "--colour", "red"], "--colour"),
+    (["sample.py", "What?", "--temperature", "hot"], "--temperature"),
+    (["sample.py", "What?", "--top-p", "2"], "--top-p"),
+    (["sample.py", "What?", "--checkpoint", "nowhere"], "nowhere"),
+    (["sample.py", "What?", "--checkpoint", "missing"], "lacks the tensor model.norm.weight"),
+    (["sample.py", "What?", "--checkpoint", "extra"], "surplus"),
+    (["sample.py", "What?", "--checkpoint", "misshapen"], "model.norm.weight has shape"),
+    (["sample.py", "What?", "--checkpoint", "cut"], "cannot be read as safetensors"),
+    (["train.py", "--stpes", "3"], "--stpes"),
+    (["train.py", "--steps", "many"], "--steps"),
+    (["train.py", "--model", "5b"], "'5b'"),
+    (["train.py", "--model", "4b"], "--start"),
+    (["train.py", "--stage", "middle"], "'middle'"),
+    (["train.py", "--lr", "-1"], "--lr"),
+    (["train.py", "--start", "nowhere"], "nowhere"),
+    (["train.py", "--data", "nowhere.json"], "there is no data file nowhere.json"),
+    (["train.py", "--data", "empty.json"], "empty.json holds no records"),
+    (["train.py", "--data", "broken.json"], "broken.json is not valid JSON"),
+    (["train.py", "--data", "unseen.json"], "there is no picture"),
+    (["train.py", "--data", "text.png"], "neither .json"),
+    (["data.py", "inspect", "--data", "empty.json"], "empty.json holds no records"),
+    (["vision.py", "nowhere.png"], "there is no picture nowhere.png"),
+])
+def test_refusals(tmp_path: Path, arguments: list[str], message: str) -> None:
+    """Exit code 2, one line that names the offending thing, and nothing written."""
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.new("RGB", (2010, 10)).save(tmp_path / "narrow.png")
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "broken.json").write_text("[{")
+    record = {"image": "gone.png", "messages": [{"role": "user", "content": "<image>"},
+                                                {"role": "assistant", "content": "?"}]}
+    (tmp_path / "unseen.json").write_text(json.dumps([record]))
+    if arguments[-1] in ("missing", "extra", "misshapen", "cut"):
+        damaged(tmp_path, arguments[-1])
+    present = set(tmp_path.rglob("*"))
+    done = command(tmp_path, *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert set(tmp_path.rglob("*")) == present

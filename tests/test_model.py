@@ -1,0 +1,213 @@
+"""Model properties that need no reference: packing, caching, loss, strict loading."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import model as model_module
+from model import PRESETS, KVCache, LlavaOneVision, ModelConfig, sample_tokens
+from vision import VisionConfig, patch_positions
+
+PARITY = Path(__file__).parent / "parity" / "dense"
+IMAGE = 199  # image_token_id of the parity checkpoint
+
+
+def random_prompts(seed: int, prompts: int) -> list[dict[str, Tensor]]:
+    """Prompts of random words with none to two pictures each."""
+    rng = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(prompts):
+        grids, ids = [], torch.randint(0, 190, (3,), generator=rng)
+        for _ in range(int(torch.randint(0, 3, (1,), generator=rng))):
+            rows, columns = (2 * torch.randint(1, 4, (2,), generator=rng)).tolist()
+            grids.append([1, rows, columns])
+            words = torch.randint(0, 190, (2,), generator=rng)
+            ids = torch.cat([ids, torch.full((rows * columns // 4,), IMAGE), words])
+        grid = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+        patches = torch.randn(int(grid.prod(dim=1).sum()), 588, generator=rng)
+        made.append({"input_ids": ids, "patches": patches, "grid_thw": grid,
+                     "cu_seqlens": torch.tensor([0, len(ids)])})
+    return made
+
+
+def packed_together(prompts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    row = {key: torch.cat([p[key] for p in prompts])
+           for key in ("input_ids", "patches", "grid_thw")}
+    lengths = torch.tensor([0] + [len(p["input_ids"]) for p in prompts])
+    return {**row, "cu_seqlens": lengths.cumsum(0)}
+
+
+@pytest.fixture(scope="module")
+def model() -> LlavaOneVision:
+    return LlavaOneVision.from_pretrained(PARITY)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_samples_do_not_see_each_other(model: LlavaOneVision, seed: int) -> None:
+    prompts = random_prompts(seed, 4)
+    together = model(**packed_together(prompts))
+    alone = torch.cat([model(**prompt) for prompt in prompts])
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cached_generation_equals_full_passes(model: LlavaOneVision, seed: int) -> None:
+    prompts = random_prompts(seed, 3)
+    steps = list(model.generate(**packed_together(prompts), max_new_tokens=6))
+    for i, prompt in enumerate(prompts):
+        for step in steps:
+            with torch.no_grad():
+                best = model(**prompt)[-1].argmax()
+            assert step[i] == best
+            ids = torch.cat([prompt["input_ids"], best[None]])
+            prompt = {**prompt, "input_ids": ids, "cu_seqlens": torch.tensor([0, len(ids)])}
+
+
+def test_generation_stops(model: LlavaOneVision) -> None:
+    prompt = packed_together(random_prompts(0, 2))
+    free = torch.stack(list(model.generate(**prompt, max_new_tokens=8)), dim=1)
+    stop = int(free[0, 2])
+    steps = torch.stack(list(model.generate(**prompt, max_new_tokens=8, stop_ids=(stop,))), dim=1)
+    end = free[0].tolist().index(stop)
+    assert (steps[0, end:] == stop).all()
+    assert torch.equal(steps[0, :end], free[0, :end])
+
+
+def test_chunked_loss_equals_plain_cross_entropy(model: LlavaOneVision,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    row = packed_together(random_prompts(1, 4))
+    targets = torch.randint(0, 200, row["input_ids"].shape)
+    targets[::3] = -100
+    plain = torch.nn.functional.cross_entropy(model(**row), targets, reduction="sum")
+    expected = torch.autograd.grad(plain, model.lm_head.weight)[0]
+    for chunk in (3, 1024):
+        monkeypatch.setattr(model_module, "LOSS_CHUNK", chunk)
+        loss = model.loss(targets=targets, **row)
+        torch.testing.assert_close(loss, plain)
+        torch.testing.assert_close(torch.autograd.grad(loss, model.lm_head.weight)[0], expected)
+
+
+def test_loss_without_labels_is_zero(model: LlavaOneVision) -> None:
+    row = packed_together(random_prompts(1, 2))
+    loss = model.loss(targets=torch.full_like(row["input_ids"], -100), **row)
+    loss.backward()
+    assert loss == 0
+
+
+def test_wrong_number_of_visual_tokens(model: LlavaOneVision) -> None:
+    prompt = next(p for p in random_prompts(2, 9) if len(p["grid_thw"]))
+    prompt["input_ids"] = prompt["input_ids"][prompt["input_ids"] != IMAGE]
+    prompt["cu_seqlens"] = torch.tensor([0, len(prompt["input_ids"])])
+    with pytest.raises(ValueError, match="0 image or video tokens"):
+        model(**prompt)
+
+
+def test_patch_positions_follow_the_merge_order() -> None:
+    positions = patch_positions(torch.tensor([[1, 4, 4], [2, 2, 4]])).tolist()
+    picture = [(r + y, c + x) for r in (0, 2) for c in (0, 2) for y in (0, 1) for x in (0, 1)]
+    frame = [(y, c + x) for c in (0, 2) for y in (0, 1) for x in (0, 1)]
+    assert [tuple(p) for p in positions] == picture + frame + frame
+
+
+def test_nucleus() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(2000, 1)
+    drawn = sample_tokens(logits, temperature=1.0, top_p=0.7)
+    assert set(drawn.tolist()) == {0, 1}
+    assert abs((drawn == 0).float().mean() - 0.5 / 0.8) < 0.04
+    assert (sample_tokens(logits, 0.0, 0.7) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["4b", "8b"])
+def test_full_size_parameters(name: str) -> None:
+    with torch.device("meta"):
+        big = LlavaOneVision(PRESETS[name])
+    total = {"4b": 4_741_610_528, "8b": 8_527_214_624}[name]
+    assert sum(p.numel() for p in big.parameters()) == total
+    assert len(list(big.named_parameters())) == 698
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def copy_checkpoint(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of the parity checkpoint whose tensors went through `change`."""
+    shutil.copy(PARITY / "config.json", folder)
+    tensors = load_file(PARITY / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_loads_the_other_key_layout_and_shards(tmp_path: Path, model: LlavaOneVision) -> None:
+    shutil.copy(PARITY / "config.json", tmp_path)
+    tensors = load_file(PARITY / "model.safetensors")
+    renamed = {("model." + k if k.startswith("visual.") else
+                k.replace("model.", "model.language_model.", 1)): v for k, v in tensors.items()}
+    names = sorted(renamed)
+    weight_map = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        save_file({name: renamed[name] for name in part}, tmp_path / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    loaded = LlavaOneVision.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.bfloat16()), name
+
+
+def test_transformers_5_config(tmp_path: Path) -> None:
+    raw = json.loads((PARITY / "config.json").read_text())
+    raw["text_config"]["rope_parameters"] = {"rope_theta": raw["text_config"].pop("rope_theta"),
+                                             "rope_type": "default"}
+    raw["dtype"] = raw.pop("torch_dtype")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert ModelConfig.from_dir(tmp_path) == ModelConfig.from_dir(PARITY)
+
+
+def test_head_is_tied_only_when_absent(tmp_path: Path) -> None:
+    folder = copy_checkpoint(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    tied = LlavaOneVision.from_pretrained(folder)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert tied.config.tie_word_embeddings
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop(NORM), f"lacks the tensor {NORM}"),
+    (lambda t: t.update({"model.extra": torch.zeros(1)}), "model.extra that the model does not"),
+    (lambda t: t.update({NORM: torch.zeros(7)}), rf"{NORM} has shape \(7,\)"),
+    (lambda t: t.update({"model.visual.class_embedding": t["visual.class_embedding"].clone()}),
+     "is also in"),
+])
+def test_refuses_damaged_checkpoints(tmp_path: Path, change: Callable, message: str) -> None:
+    folder = copy_checkpoint(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        LlavaOneVision.from_pretrained(folder)
+
+
+def test_mismatched_merger_width() -> None:
+    config = replace(PRESETS["tiny"], vision=VisionConfig(text_hidden_size=7))
+    with pytest.raises(ValueError, match="merger's width 7"):
+        LlavaOneVision(config)
+
+
+def test_cache_returns_segments_in_order() -> None:
+    config = replace(PRESETS["tiny"], num_hidden_layers=1, num_key_value_heads=1, head_dim=1)
+    cache = KVCache(config, segments=2, capacity=4, like=torch.zeros(1))
+    cache.advance(torch.tensor([0, 2, 3]))
+    keys = torch.tensor([1.0, 2.0, 10.0]).view(3, 1, 1)
+    assert cache.update(0, keys, keys)[0].flatten().tolist() == [1, 2, 10]
+    cache.advance(torch.tensor([0, 1, 2]))
+    keys = torch.tensor([3.0, 11.0]).view(2, 1, 1)
+    assert cache.update(0, keys, keys)[0].flatten().tolist() == [1, 2, 3, 10, 11]
