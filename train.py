@@ -78,7 +78,7 @@ TINY = {
     "align": Recipe(MERGER, "captions", 20, 1, 1024, 1e-3, 1e-4, 0.0, 0.95, warmup=0.1),
     "mid": Recipe(ALL, "captions", 900, 1, 1024, 2e-3, 2e-4, 0.01, 0.95, warmup=0.02,
                   vision_lr=0.25),
-    "instruct": Recipe(ALL, "mixed", 3300, 1, 1024, 1.5e-3, 3e-5, 0.01, 0.95, warmup=0.02,
+    "instruct": Recipe(ALL, "mixed", 3600, 1, 1024, 1.5e-3, 3e-5, 0.01, 0.95, warmup=0.02,
                        vision_lr=0.25),
 }
 
