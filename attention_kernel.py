@@ -77,15 +77,16 @@ def check_arguments(
         raise ValueError(f"q, k, v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v are on different devices: {q.device}, {k.device}, {v.device}")
-    if len(cu_seqlens_q) != len(cu_seqlens_k):
-        raise ValueError(f"cu_seqlens_q has {len(cu_seqlens_q) - 1} segments, "
-                         f"cu_seqlens_k {len(cu_seqlens_k) - 1}")
     for name, cu_seqlens, tokens in (("q", cu_seqlens_q, len(q)), ("k", cu_seqlens_k, len(k))):
-        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"cu_seqlens_{name} must be a vector of int32 or int64")
+        if (cu_seqlens.dim() != 1 or len(cu_seqlens) == 0
+                or cu_seqlens.dtype not in (torch.int32, torch.int64)):
+            raise ValueError(f"cu_seqlens_{name} must be a vector of int32 or int64, at least [0]")
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
             raise ValueError(f"cu_seqlens_{name} must rise from 0 to the {tokens} tokens of "
                              f"{name}, got {cu_seqlens.tolist()[:8]}...{cu_seqlens[-1]}")
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise ValueError(f"cu_seqlens_q has {len(cu_seqlens_q) - 1} segments, "
+                         f"cu_seqlens_k {len(cu_seqlens_k) - 1}")
     if q_positions is not None and (not causal or q_positions.shape != (len(q),)):
         raise ValueError("q_positions needs causal=True and one position per query")
 
@@ -135,7 +136,7 @@ def flash_attn_varlen_func(
 
     q: (Tq, H, E); k, v: (Tk, G, E), H a multiple of G.
     cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 or int64, first row of each segment, then the total.
-    max_seqlen_q, max_seqlen_k: longest segment, in tokens.
+    max_seqlen_q, max_seqlen_k: longest segment, in tokens (of use to a kernel's launch only).
     softmax_scale: factor on the scores, default E ** -0.5.
     causal: query i of a segment sees keys up to i + len_k - len_q (bottom-right alignment).
     q_positions: (Tq,) with causal=True: the query sees keys up to this position of its segment.

@@ -1,9 +1,8 @@
-"""Everything on disk: a run's checkpoints in the released layout.
+"""Everything on disk: checkpoint directories in the released layout, read, written and found.
 
-In: a model and its tokenizer.  Out: a directory that `LlavaOneVision.from_pretrained` and
-`data.load_tokenizer` read, as they read the released ones: config.json, model.safetensors,
-tokenizer.json.
-Called by `train.py` (save) and `sample.py` (find the newest); calls `model.py`.
+In and out: a model and its tokenizer, or a directory with config.json, *.safetensors and
+tokenizer.json.  What a run writes and what was released are read by the same code.
+Called by `train.py` and `sample.py`; calls `model.py`, which reads the weights.
 """
 
 import json
@@ -54,11 +53,46 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     }
 
 
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read `tokenizer.json` of a checkpoint directory.  Raises ValueError if it is unfit."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{path} has no tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for malformed files
+        raise ValueError(f"{file} is no tokenizer: {error}") from error
+    for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad",
+                 "video_pad"):
+        if tokenizer.token_to_id(f"<|{name}|>") is None:
+            raise ValueError(f"{file} has no token <|{name}|>")
+    tokenizer.encode_special_tokens = True  # a special token's name inside a text stays text
+    return tokenizer
+
+
+def load_checkpoint(path: str | Path, dtype: torch.dtype,
+                    device: torch.device) -> tuple[LlavaOneVision, Tokenizer]:
+    """Model and tokenizer of a directory.  Raises ValueError if they do not belong together."""
+    path = Path(path)
+    config = ModelConfig.from_dir(path)
+    tokenizer = load_tokenizer(path)
+    for token, expected in (("<|image_pad|>", config.image_token_id),
+                            ("<|video_pad|>", config.video_token_id)):
+        found = tokenizer.token_to_id(token)
+        if found != expected:
+            raise ValueError(f"{path}: {token} is {found} in tokenizer.json, "
+                             f"but {expected} in config.json")
+    if max(tokenizer.get_vocab().values()) >= config.vocab_size:
+        raise ValueError(f"{path}: tokenizer.json has more tokens than the model's "
+                         f"{config.vocab_size}")
+    return LlavaOneVision.from_pretrained(path, dtype, device), tokenizer
+
+
 def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
                     dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write weights, config.json and tokenizer.json, which `from_pretrained` and later stages read.
+    """Write weights, config.json and tokenizer.json to the directory `path`, which must be new.
 
-    Written beside the target and moved into place, so that an interrupted save leaves nothing.
+    They are written to `path`.partial and moved into place, so `path` is whole or not there.
     """
     partial = path.with_name(path.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -72,7 +106,8 @@ def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
 
 def newest_checkpoint() -> tuple[Path, str]:
     """The newest checkpoint under runs/, else the shipped one; with a word on which it is."""
-    own = sorted(Path("runs").glob("*/*/config.json"), key=lambda file: file.stat().st_mtime)
+    own = [file for file in Path("runs").glob("*/*/config.json")
+           if file.parent.suffix != ".partial"]
     if own:
-        return own[-1].parent, "your newest run"
+        return max(own, key=lambda file: file.stat().st_mtime).parent, "your newest run"
     return Path(__file__).parent / "assets" / "tiny", "shipped with the project"

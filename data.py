@@ -76,22 +76,6 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read `tokenizer.json` of a checkpoint directory.  Raises ValueError if it is unfit."""
-    file = Path(path) / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{path} has no tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for malformed files
-        raise ValueError(f"{file} is no tokenizer: {error}") from error
-    for token in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>"):
-        if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{file} has no token {token}")
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
 # ------------------------------------------------------------------------------------ chat template
 
 
@@ -110,29 +94,48 @@ def split_content(content: str | list[dict]) -> list[dict]:
     return items
 
 
+def check_messages(messages: list[dict]) -> None:
+    """Raise ValueError for what is no conversation, naming the offending value."""
+    if not isinstance(messages, list):
+        raise ValueError(f"the messages are {messages!r}, not a list")
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"{message!r} is not a message with role and content")
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"a message has the role {message['role']!r}, "
+                             "not system, user or assistant")
+        content = message["content"]
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(items, list):
+            raise ValueError(f"a message has the content {content!r}, not text or a list of items")
+        for item in items:
+            kind = item.get("type") if isinstance(item, dict) else None
+            text = item.get("text") if kind == "text" else ""
+            if kind not in ("text", "image", "video") or not isinstance(text, str):
+                raise ValueError(f"{item!r} is not an item of type text, image or video")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"the text {text!r} is not valid Unicode") from None
+
+
 def render(messages: list[dict], visual_tokens: list[int],
            generation_prompt: bool = False) -> Iterator[tuple[str, int, bool]]:
     """The published template as pieces (text or special token, repeats, learnt).
 
-    A piece with repeats = 0 is plain text.  Raises ValueError for an unknown role or a number of
-    pictures that differs from the number of places for them.
+    A piece with repeats = 0 is plain text.  Raises ValueError for a malformed message or a number
+    of pictures that differs from the number of places for them.
     """
+    check_messages(messages)
     counts = iter(visual_tokens)
     if messages and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
-    if generation_prompt:
-        messages = [*messages, {"role": "assistant", "content": None}]
     for i, message in enumerate(messages):
-        role = message["role"]
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"a message has the role {role!r}, not system, user or assistant")
         if i:
             yield "\n", 0, False
         yield "<|im_start|>", 1, False
-        yield f"{role}\n", 0, False
-        if message["content"] is None:
-            break
-        learnt = role == "assistant"
+        yield f"{message['role']}\n", 0, False
+        learnt = message["role"] == "assistant"
         for item in split_content(message["content"]):
             if item["type"] == "text":
                 yield item["text"], 0, learnt
@@ -145,6 +148,10 @@ def render(messages: list[dict], visual_tokens: list[int],
             yield f"<|{item['type']}_pad|>", count, False
             yield "<|vision_end|>", 1, False
         yield "<|im_end|>", 1, learnt
+    if generation_prompt:
+        yield "\n", 0, False
+        yield "<|im_start|>", 1, False
+        yield "assistant\n", 0, False
     if next(counts, None) is not None:
         raise ValueError(f"the text has fewer places for pictures than the "
                          f"{len(visual_tokens)} pictures there are")
@@ -202,16 +209,15 @@ class Batch:
 
     input_ids: Tensor  # (T,) int64
     targets: Tensor  # (T,) the token that follows, where learnt, else -100
-    position_ids: Tensor  # (T,) restarts at 0 in each sample
     cu_seqlens: Tensor  # (S + 1,) int64
     patches: Tensor | None  # (P, 588) float32, None without pictures
     grid_thw: Tensor | None  # (I, 3) int64
     skipped: int = 0  # samples longer than a row, dropped since the last one
 
     def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor | None]:
-        """The arguments of `model(...)`."""
+        """The arguments of `model(...)`; positions follow from cu_seqlens."""
         tensors = {name: getattr(self, name) for name in
-                   ("input_ids", "cu_seqlens", "patches", "grid_thw", "position_ids")}
+                   ("input_ids", "cu_seqlens", "patches", "grid_thw")}
         return {k: None if v is None else v.to(device, non_blocking=True)
                 for k, v in tensors.items()}
 
@@ -220,14 +226,16 @@ def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
            max_pixels: int = MAX_PIXELS, generation_prompt: bool = False) -> Sample:
     """Tokenise a record and cut its pictures; pixel limits are on height * width.
 
-    Raises ValueError naming the record where it is malformed.
+    Raises ValueError naming the record where it is malformed or, in training, teaches nothing.
     """
     try:
         cut = [image_to_patches(open_image(image), min_pixels, max_pixels)
                for image in record["images"]]
         counts = [len(patches) // MERGE**2 for patches, _ in cut]
         ids, labels = chat_tokens(record["messages"], tokenizer, counts, generation_prompt)
-    except (ValueError, KeyError) as error:
+        if not generation_prompt and all(label == IGNORE for label in labels):
+            raise ValueError("it has no answer to learn")
+    except ValueError as error:
         raise ValueError(f"record {record.get('id', '?')}: {error}") from error
     patches = torch.cat([p for p, _ in cut]) if cut else torch.zeros(0, 588)
     grids = torch.tensor([grid for _, grid in cut], dtype=torch.int64).view(-1, 3)
@@ -241,8 +249,7 @@ def pack(samples: list[Sample], skipped: int = 0) -> Batch:
     targets = torch.cat([torch.cat([s.labels[1:], s.labels.new_tensor([IGNORE])]) for s in samples])
     grids = torch.cat([s.grid_thw for s in samples])
     return Batch(
-        input_ids=torch.cat([s.input_ids for s in samples]), targets=targets,
-        position_ids=torch.cat([torch.arange(n) for n in lengths.tolist()]), cu_seqlens=cu_seqlens,
+        input_ids=torch.cat([s.input_ids for s in samples]), targets=targets, cu_seqlens=cu_seqlens,
         patches=torch.cat([s.patches for s in samples]) if len(grids) else None,
         grid_thw=grids if len(grids) else None, skipped=skipped)
 
@@ -251,6 +258,7 @@ def pack_rows(samples: Iterator[Sample], seq_length: int, pool_size: int = 64) -
     """Rows of at most `seq_length` tokens: the oldest waiting sample, then always the longest fit.
 
     With 64 samples to choose from, rows are full to a few tokens and none waits for ever.
+    A sample longer than a row is skipped and counted; after 1,000 in a row a ValueError says so.
     """
     pool: list[Sample] = []
     skipped = 0
@@ -270,6 +278,10 @@ def pack_rows(samples: Iterator[Sample], seq_length: int, pool_size: int = 64) -
     for sample in samples:
         if len(sample.input_ids) > seq_length:
             skipped += 1
+            if skipped == 1000:
+                raise ValueError(f"1,000 samples in a row are longer than a row of {seq_length} "
+                                 f"tokens (the last has {len(sample.input_ids)}): raise "
+                                 "--seq-length or lower --max-pixels")
             continue
         pool.append(sample)
         waiting += len(sample.input_ids)
@@ -288,12 +300,14 @@ def pack_rows(samples: Iterator[Sample], seq_length: int, pool_size: int = 64) -
 
 def normalize_record(raw: dict, images: list[str | Path | bytes], name: str) -> Record:
     """A record from any of the field's schemas: `messages`, LLaVA's `conversations`, or `texts`."""
+    messages = raw.get("messages") or raw.get("texts")
     if "conversations" in raw:
         roles = {"human": "user", "gpt": "assistant"}
-        messages = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-                    for turn in raw["conversations"]]
-    else:
-        messages = raw.get("messages") or raw.get("texts")
+        try:
+            messages = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+                        for turn in raw["conversations"]]
+        except (KeyError, TypeError):
+            raise ValueError(f"{name}: conversations is not a list of from and value") from None
     if not messages:
         raise ValueError(f"{name} has neither messages nor conversations")
     return {"id": raw.get("id", name), "messages": messages, "images": images}
@@ -302,8 +316,8 @@ def normalize_record(raw: dict, images: list[str | Path | bytes], name: str) -> 
 def read_json(path: Path) -> list[Record]:
     """Records of a .json list or a .jsonl file; picture paths are relative to the file."""
     try:
-        text = path.read_text()
-        rows = ([json.loads(line) for line in text.splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
+        rows = ([json.loads(line) for line in text.split("\n") if line.strip()]
                 if path.suffix == ".jsonl" else json.loads(text))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
@@ -313,6 +327,8 @@ def read_json(path: Path) -> list[Record]:
     for i, raw in enumerate(rows):
         names = raw.get("images") or raw.get("image") or []
         names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"{path}[{i}]: {names!r} is not a picture's path or a list of them")
         records.append(normalize_record(raw, [path.parent / n for n in names], f"{path}[{i}]"))
     return records
 
@@ -320,25 +336,28 @@ def read_json(path: Path) -> list[Record]:
 def read_tar(path: Path) -> Iterator[Record]:
     """Records of a WebDataset shard in the quick start's unpacked layout, one after another.
 
-    Neighbouring members that share a key (the name up to the first dot) are one sample: a `json`
-    with `texts` and the `name`s of its media, and the media themselves.
+    Neighbouring members that share a key (the name up to its first dot, folders aside) are one
+    sample: a `json` with `texts` and the `name`s of its media, and the media themselves.
     """
     def members() -> Iterator[tuple[str, str, bytes]]:
         with tarfile.open(path) as tar:
             for member in tar:
                 if member.isfile():
-                    key, _, field = member.name.partition(".")
-                    yield key, field, tar.extractfile(member).read()
+                    folder, slash, file = member.name.rpartition("/")
+                    key, _, field = file.partition(".")
+                    yield folder + slash + key, field, tar.extractfile(member).read()
 
     try:
         for key, group in groupby(members(), key=lambda member: member[0]):
             fields = {field: content for _, field, content in group}
             raw = json.loads(fields["json"])
+            if not isinstance(raw, dict):
+                raise ValueError(f"{path}: the json of sample {key} is not an object")
             images = [fields[name] for name in raw.get("name", [])]
             yield normalize_record(raw, images, f"{path}:{key}")
     except KeyError as error:
         raise ValueError(f"{path}: sample {key} lacks its member {error}") from error
-    except (tarfile.TarError, json.JSONDecodeError) as error:
+    except (tarfile.TarError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no shard of samples: {error}") from error
 
 
@@ -505,9 +524,9 @@ def scene_caption(rng: random.Random, held_out: bool) -> Record:
 
 # ------------------------------------------------------------------------------- second part: flags
 
-WIDTHS = range(48, 104)  # pixels; every seventh is held out, and so are the crops and backgrounds
-CROPS = (0.0, 0.02, 0.05)  # share cut off each side
-HELD_OUT_CROPS = (0.01, 0.035)
+WIDTHS = range(48, 104)  # pixels; every seventh is held out, and so are crops and backgrounds:
+CROPS = (0.0, 0.02, 0.05)  # share cut off each side, a flag's file being 100 pixels wide
+HELD_OUT_CROPS = (0.01, 0.035)  # of left and right; heights differ, and pixels would coincide
 HELD_OUT_BACKGROUNDS = ((200, 180, 140), (90, 120, 110), (60, 50, 80), (235, 225, 245))
 
 
@@ -522,8 +541,8 @@ def read_flags() -> list[Record]:
 def flag_picture(rng: random.Random, flag: Image.Image, held_out: bool) -> Image.Image:
     """The flag at some size, a little cropped, on a plain background."""
     width = rng.choice([w for w in WIDTHS if (w % 7 == 0) == held_out])
-    crops = HELD_OUT_CROPS if held_out else CROPS
-    left, top, right, bottom = (rng.choice(crops) for _ in range(4))
+    sides = HELD_OUT_CROPS if held_out else CROPS
+    left, top, right, bottom = (rng.choice(crops) for crops in (sides, CROPS, sides, CROPS))
     background = rng.choice(HELD_OUT_BACKGROUNDS if held_out else
                             [*COLOURS.values(), *BACKGROUNDS.values()])
     w, h = flag.size
@@ -640,9 +659,9 @@ class PackedRows(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
-        seed = self.seed if worker is None else 1000 * self.seed + worker.id
-        samples = (encode(record, self.tokenizer, max_pixels=self.max_pixels)
-                   for record in records(self.data, seed))
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        mine = islice(records(self.data, self.seed), first, None, step)
+        samples = (encode(record, self.tokenizer, max_pixels=self.max_pixels) for record in mine)
         return pack_rows(samples, self.seq_length)
 
 
@@ -692,6 +711,17 @@ def flag_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of that name, or a GPU if there is one.  Raises ValueError if it is not there."""
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name} here: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
 def main() -> None:
     parser = flag_parser("Look at training data.")
     parser.add_argument("command", choices=["inspect"])
@@ -701,6 +731,8 @@ def main() -> None:
     parser.add_argument("--save", default="", help="directory for the records' pictures")
     try:
         flags = parser.parse_args()
+        if flags.count < 0 or flags.seq_length < 1:
+            raise ValueError("--count must not be negative, --seq-length must be positive")
         inspect(flags.data, flags.count, flags.seq_length, flags.save)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)

@@ -66,30 +66,36 @@ class ModelConfig:
         file = Path(path) / "config.json"
         if not file.is_file():
             raise ValueError(f"{path} is no checkpoint: it has no config.json")
-        try:
-            raw = json.loads(file.read_text())
-            text, vision = raw["text_config"], raw["vision_config"]
-            rope = text.get("rope_parameters") or text  # transformers 5 nests the base
-            dense = {key: text[key] for key in (
-                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps",
-                "max_position_embeddings", "initializer_range")}
-            sizes = {key: vision[key] for key in (
-                "depth", "embed_dim", "num_heads", "intermediate_size", "text_hidden_size",
-                "layer_norm_eps")}
-            config = cls(**dense, rope_theta=rope["rope_theta"], vision=VisionConfig(**sizes),
-                         image_token_id=raw["image_token_id"], video_token_id=raw["video_token_id"])
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
-        except KeyError as error:
-            raise ValueError(f"{file} lacks the entry {error}") from error
+        raw = read_json_object(file)
+        text, vision = raw.get("text_config"), raw.get("vision_config")
+        if not isinstance(text, dict) or not isinstance(vision, dict):
+            raise ValueError(f"{file} lacks text_config or vision_config")
+
+        def number(section: dict, key: str) -> float:
+            if not isinstance(section.get(key), (int, float)):
+                raise ValueError(f"{file}: {key} is {section.get(key)!r}, not a number")
+            return section[key]
+
+        rope = text.get("rope_parameters") or text  # transformers 5 nests the base
+        scaling = text.get("rope_scaling") or rope.get("rope_type", "default")
+        if scaling != "default":
+            raise ValueError(f"{file}: rotary scaling {scaling!r} is not supported")
+        dense = {key: number(text, key) for key in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps",
+            "max_position_embeddings", "initializer_range")}
+        sizes = {key: number(vision, key) for key in (
+            "depth", "embed_dim", "num_heads", "intermediate_size", "text_hidden_size",
+            "layer_norm_eps")}
+        ids = {key: number(raw, key) for key in ("image_token_id", "video_token_id")}
         fixed = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 1}
         for key, value in fixed.items():
             if vision.get(key, value) != value:
                 raise ValueError(f"{file}: {key} is {vision[key]}, only {value} is supported")
         if text.get("num_experts"):
             raise ValueError(f"{file} describes a mixture of experts, which is not supported yet")
-        return config
+        return cls(**dense, **ids, rope_theta=number(rope, "rope_theta"),
+                   vision=VisionConfig(**sizes))
 
 
 def qwen3(layers: int, hidden: int, ffn: int, heads: int, theta: float) -> ModelConfig:
@@ -101,6 +107,7 @@ def qwen3(layers: int, hidden: int, ffn: int, heads: int, theta: float) -> Model
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(160, 448, 4, 5, 5, 1e4, head_dim=32, vocab_size=1024,
                         max_position_embeddings=4096, initializer_range=0.06,
+                        image_token_id=12, video_token_id=13,
                         vision=VisionConfig(4, 128, 4, 512, 160)),
     "2b": qwen3(28, 2048, 6144, 16, 1e6),
     "4b": qwen3(36, 2560, 9728, 32, 5e6),
@@ -252,7 +259,8 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities, order = (logits.float() / temperature).softmax(dim=-1).sort(descending=True)
+    logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # any temperature stays finite
+    probabilities, order = (logits / temperature).softmax(dim=-1).sort(descending=True)
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities[before >= top_p] = 0
     return order.gather(-1, torch.multinomial(probabilities, 1))[:, 0]
@@ -295,10 +303,11 @@ class LlavaOneVision(nn.Module):
         x = self.model.embed_tokens(input_ids)
         image, video = self.config.image_token_id, self.config.video_token_id
         holes = ((input_ids == image) | (input_ids == video)).nonzero()[:, 0]  # (M,)
+        rows = 0 if patches is None else len(patches)
         cells = 0 if grid_thw is None else int(grid_thw.prod(dim=1).sum()) // 4
-        if len(holes) != cells:
-            raise ValueError(f"{len(holes)} image or video tokens in the text, "
-                             f"but the pictures have {cells} visual tokens")
+        if len(holes) != cells or rows != 4 * cells:
+            raise ValueError(f"{len(holes)} image or video tokens in the text and {rows} patches, "
+                             f"but the grids of the pictures have {cells} visual tokens")
         if cells:
             x = x.index_copy(0, holes, self.visual(patches, grid_thw).to(x.dtype))
         return x
@@ -385,8 +394,9 @@ class LlavaOneVision(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         expected = {name: tensor.shape for name, tensor in model.named_parameters()}
-        for name in expected.keys() - tensors.keys():
-            raise ValueError(f"{path} lacks the tensor {name}")
+        for name in expected:
+            if name not in tensors:
+                raise ValueError(f"{path} lacks the tensor {name}")
         state = {}
         for name, (file, key) in tensors.items():
             if name not in expected:
@@ -405,6 +415,17 @@ class LlavaOneVision(nn.Module):
         return model
 
 
+def read_json_object(file: Path) -> dict:
+    """The JSON object in a file.  Raises ValueError naming the file if there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return content
+
+
 def canonical_name(key: str) -> str:
     """The name of a file's tensor in this model: both published layouts become the first one."""
     for prefix, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
@@ -421,7 +442,9 @@ def tensor_files(path: Path) -> dict[str, tuple[Path, str]]:
     """
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map")
         files = sorted({path / name for name in weight_map.values()})
     else:
         weight_map, files = {}, [path / "model.safetensors"]

@@ -19,6 +19,7 @@ prompt's way through the files, with shapes.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -28,8 +29,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from convert import newest_checkpoint
-from data import Batch, encode, flag_parser, load_tokenizer, pack
+from convert import load_checkpoint, newest_checkpoint
+from data import Batch, choose_device, encode, flag_parser, pack
 from model import LlavaOneVision
 from vision import MAX_PIXELS, MIN_PIXELS, open_image
 
@@ -45,17 +46,17 @@ def stream_answer(model: LlavaOneVision, tokenizer: Tokenizer, batch: Batch, max
                   temperature: float = 0.0, top_p: float = 1.0) -> Iterator[str]:
     """Pieces of the answer's text as they become complete characters."""
     inputs = batch.inputs(model.lm_head.weight.device)
-    del inputs["position_ids"]
     stop_ids = tuple(tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>"))
     ids: list[int] = []
-    shown = 0
+    text = shown = ""
     for token in model.generate(**inputs, max_new_tokens=max_new_tokens, stop_ids=stop_ids,
                                 temperature=temperature, top_p=top_p):
-        ids.append(int(token))
-        text = tokenizer.decode([i for i in ids if i not in stop_ids])
-        if not text.endswith("\ufffd"):  # half of a character of several bytes
-            yield text[shown:]
-            shown = len(text)
+        ids += [int(token)] if int(token) not in stop_ids else []
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # half of a character of several bytes: wait for the rest
+            yield text.removeprefix(shown)
+            shown = text
+    yield text.removeprefix(shown)
 
 
 def trace(model: LlavaOneVision, batch: Batch) -> None:
@@ -65,15 +66,15 @@ def trace(model: LlavaOneVision, batch: Batch) -> None:
 
     def station(module: nn.Module, file: str, what: str) -> None:
         def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-            print(f"  {file:18} {what:44} {shape(out)}", file=sys.stderr)
+            print(f"  {file:20} {what:45}{shape(out)}", file=sys.stderr)
             handle.remove()
         handle = module.register_forward_hook(hook)
 
     visual, decoder = model.visual, model.model
-    print(f"  {'data.py':18} {'encode, pack: token ids of the prompt':44} "
+    print(f"  {'data.py':20} {'encode, pack: token ids of the prompt':45}"
           f"{shape(batch.input_ids)}", file=sys.stderr)
     if batch.patches is not None:
-        print(f"  {'vision.py':18} {'image_to_patches: patches of the pictures':44} "
+        print(f"  {'vision.py':20} {'image_to_patches: patches of the pictures':45}"
               f"{shape(batch.patches)}", file=sys.stderr)
     for module, file, what in (
             (decoder.embed_tokens, "model.py", "embed_tokens: a vector per token"),
@@ -83,6 +84,7 @@ def trace(model: LlavaOneVision, batch: Batch) -> None:
             (visual.merger, "vision.py", "merger: visual tokens, placed in their holes"),
             (decoder.layers[0].self_attn.q_proj, "model.py", "first layer: all query heads"),
             (decoder.layers[0].self_attn.k_proj, "model.py", "first layer: all key heads"),
+            (decoder.layers[0].self_attn, "attention_kernel.py", "first layer: attended"),
             (decoder.norm, "model.py", f"after {len(decoder.layers)} layers"),
             (model.lm_head, "model.py", "logits of the first word")):
         station(module, file, what)
@@ -101,14 +103,16 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS,
                         help=f"a picture's largest area, default {MAX_PIXELS:,}")
     parser.add_argument("--seed", type=int, default=0, help="of the draws at a temperature above 0")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="", help="default: cuda where there is one, else cpu")
     parser.add_argument("--trace", action="store_true",
                         help="print the prompt's way through the files, with shapes")
-    flags = parser.parse_args(arguments)
-    if flags.temperature < 0 or not 0 < flags.top_p <= 1:
+    flags = parser.parse_intermixed_args(arguments)
+    if not 0 <= flags.temperature < math.inf or not 0 < flags.top_p <= 1:
         raise ValueError("--temperature must be at least 0, --top-p above 0 and at most 1")
     if flags.max_new_tokens < 1 or flags.max_pixels < MIN_PIXELS:
         raise ValueError(f"--max-new-tokens must be at least 1, --max-pixels at least {MIN_PIXELS}")
+    if Path(flags.inputs[-1]).is_file():
+        raise ValueError(f"the prompt is missing: {flags.inputs[-1]} is a file")
     return flags
 
 
@@ -118,22 +122,25 @@ def run(flags: argparse.Namespace) -> None:
         open_image(name)  # refuse before the model is loaded
     checkpoint, whose = ((Path(flags.checkpoint), "as told") if flags.checkpoint
                          else newest_checkpoint())
-    tokenizer = load_tokenizer(checkpoint)
+    device = choose_device(flags.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model, tokenizer = load_checkpoint(checkpoint, dtype, device)
     batch = build_prompt(images, prompt, tokenizer, flags.max_pixels)
+    room = model.config.max_position_embeddings - len(batch.input_ids)
+    if flags.max_new_tokens > room:
+        raise ValueError(f"the prompt leaves room for {room} new tokens, "
+                         f"--max-new-tokens asks for {flags.max_new_tokens}")
     print(f"checkpoint: {checkpoint} ({whose})", file=sys.stderr)
-    dtype = torch.float32 if flags.device == "cpu" else torch.bfloat16
-    model = LlavaOneVision.from_pretrained(checkpoint, dtype, flags.device)
     torch.manual_seed(flags.seed)
     if flags.trace:
         trace(model, batch)
-    pieces, started = 0, time.monotonic()
+    started = time.monotonic()
     for piece in stream_answer(model, tokenizer, batch, flags.max_new_tokens, flags.temperature,
                                flags.top_p):
         print(piece, end="", flush=True)
-        pieces += 1
     print()
     if flags.trace:
-        print(f"  {pieces} tokens in {time.monotonic() - started:.2f} s", file=sys.stderr)
+        print(f"  answered in {time.monotonic() - started:.2f} s", file=sys.stderr)
 
 
 def main() -> None:
@@ -142,6 +149,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from convert import save_checkpoint
-from data import (Batch, PackedRows, default_texts, encode, flag_parser, held_out_questions,
-                  load_tokenizer, pack, records, train_tokenizer)
+from convert import load_checkpoint, save_checkpoint
+from data import (Batch, PackedRows, choose_device, default_texts, encode, flag_parser,
+                  held_out_questions, pack, records, train_tokenizer)
 from model import PRESETS, LlavaOneVision
+from vision import MAX_PIXELS, MIN_PIXELS
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Recipe:
     rows: int  # packed rows per step
     seq_length: int  # tokens in a row at most
     lr: float  # peak learning rate
-    min_lr: float  # at the last step
+    min_lr: float  # what the rate falls to
     weight_decay: float  # on matrices only
     beta2: float  # AdamW's second; the first is 0.9
     eps: float = 1e-8  # AdamW's
@@ -87,7 +88,7 @@ TINY = {
 class TrainConfig:
     """Command-line flags; 0 or an empty text means the stage's own value."""
 
-    model: str = "tiny"  # a preset of model.py
+    model: str = "tiny"  # a preset of model.py; also chooses the recipes
     stage: str = "all"  # align, mid, instruct, or all three in a row
     start: str = ""  # checkpoint directory to start from; fresh weights without
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME
@@ -96,11 +97,12 @@ class TrainConfig:
     longer: float = 1.0  # factor on the steps of every stage
     rows: int = 0  # packed rows per step
     seq_length: int = 0  # tokens in a row
-    lr: float = 0.0  # peak learning rate
+    lr: float = 0.0  # peak learning rate; the lowest keeps its share of it
+    max_pixels: int = MAX_PIXELS  # largest area of a picture, larger ones are shrunk
     seed: int = 0  # of weights and data
     workers: int = 1  # processes that prepare rows
     log_every: int = 50  # steps
-    questions: int = 100  # held-out questions per category at the end; 0 for none
+    questions: int = 100  # held-out questions per category, asked at the end if data is not given
     device: str = ""  # cpu or cuda; default cuda where there is one
 
     def __post_init__(self) -> None:
@@ -113,8 +115,10 @@ class TrainConfig:
         for name in ("steps", "rows", "seq_length", "lr", "workers", "questions"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")
-        if self.longer <= 0 or self.log_every < 1:
-            raise ValueError("--longer and --log-every must be positive")
+        if not 0 < self.longer < math.inf or not self.lr < math.inf or self.log_every < 1:
+            raise ValueError("--longer, --lr and --log-every must be positive numbers")
+        if self.max_pixels < MIN_PIXELS:
+            raise ValueError(f"--max-pixels must be at least {MIN_PIXELS}")
 
     def recipes(self) -> dict[str, Recipe]:
         """The stages to run, with the flags applied."""
@@ -122,9 +126,12 @@ class TrainConfig:
         names = list(table) if self.stage == "all" else [self.stage]
         given = {name: getattr(self, name) for name in ("data", "steps", "rows", "seq_length", "lr")
                  if getattr(self, name)}
-        chosen = {name: replace(table[name], **given) for name in names}
-        return {name: replace(recipe, steps=max(1, round(recipe.steps * self.longer)))
-                for name, recipe in chosen.items()}
+        chosen = {}
+        for name in names:
+            recipe = replace(table[name], **given)
+            chosen[name] = replace(recipe, steps=max(1, round(recipe.steps * self.longer)),
+                                   min_lr=table[name].min_lr * recipe.lr / table[name].lr)
+        return chosen
 
 
 # -------------------------------------------------------------------------- what a stage is made of
@@ -134,10 +141,8 @@ def fresh_model(config: TrainConfig) -> tuple[LlavaOneVision, Tokenizer]:
     """The tiny preset with random weights, and a tokenizer learnt from its data."""
     preset = PRESETS[config.model]
     tokenizer = train_tokenizer(default_texts(config.seed), preset.vocab_size)
-    ids = {f"{kind}_token_id": tokenizer.token_to_id(f"<|{kind}_pad|>")
-           for kind in ("image", "video")}
     torch.manual_seed(config.seed)
-    return LlavaOneVision(replace(preset, **ids)).init_weights(), tokenizer
+    return LlavaOneVision(preset).init_weights(), tokenizer
 
 
 def part_of(name: str) -> str:
@@ -179,7 +184,8 @@ def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, rows: list[B
     total = torch.zeros((), device=device)
     for row in rows:
         loss = model.loss(targets=row.targets.to(device), **row.inputs(device)) / max(1, labels)
-        loss.backward()
+        if loss.requires_grad:  # a row without pictures teaches the merger nothing
+            loss.backward()
         total += loss.detach()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
@@ -257,12 +263,12 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
                 config: TrainConfig, log: Log) -> None:
     """Run one stage; the model is changed in place."""
     optimizer = make_optimizer(model, recipe)
-    dataset = PackedRows(recipe.data, tokenizer, recipe.seq_length, config.seed)
+    peak = matrix_rate(model.lm_head.weight.device)
+    dataset = PackedRows(recipe.data, tokenizer, recipe.seq_length, config.seed, config.max_pixels)
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=config.workers,
         prefetch_factor=4 if config.workers else None)
     stream = iter(loader)
-    peak = matrix_rate(model.lm_head.weight.device)
     started = mark = time.monotonic()
     waited, losses = 0.0, []
     seen = {"tokens": 0, "labels": 0, "samples": 0, "skipped": 0, "flops": 0.0}
@@ -290,7 +296,8 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
             log.line(f"{name:8} {step + 1:6}/{recipe.steps}  loss {mean:.4f}  lr {lr:.2e}  "
                      f"norm {norm:.2f}  {rates['tokens_per_second']:,.0f} tok/s  "
                      f"{rates['samples_per_second']:,.0f} samples/s  {used:.0%} of matrix rate  "
-                     f"wait {waited / seconds:.0%}",
+                     f"wait {waited / seconds:.0%}"
+                     + (f"  {seen['skipped']} samples too long" if seen["skipped"] else ""),
                      stage=name, step=step + 1, loss=mean, lr=lr, norm=norm, **rates,
                      matrix_rate=peak, matrix_share=used, wait=waited / seconds,
                      skipped=seen["skipped"], seconds=mark - started + seconds)
@@ -310,9 +317,7 @@ def evaluate(model: LlavaOneVision, tokenizer: Tokenizer, per_category: int,
             chunk = questions[start:start + batch]
             prompts = [{**record, "messages": record["messages"][:-1]} for record in chunk]
             packed = pack([encode(prompt, tokenizer, generation_prompt=True) for prompt in prompts])
-            inputs = packed.inputs(device)
-            del inputs["position_ids"]
-            steps = model.generate(**inputs, max_new_tokens=24, stop_ids=(stop,))
+            steps = model.generate(**packed.inputs(device), max_new_tokens=24, stop_ids=(stop,))
             for record, ids in zip(chunk, torch.stack(list(steps), dim=1).tolist()):
                 answer = tokenizer.decode(ids[:ids.index(stop)] if stop in ids else ids)
                 right += answer == record["messages"][-1]["content"][0]["text"]
@@ -343,17 +348,20 @@ def parse_flags(arguments: list[str]) -> TrainConfig:
 
 def run(config: TrainConfig) -> Path:
     """Train the stages, save a checkpoint after each, evaluate; returns the last checkpoint."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device)
     out = Path(config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.start:
-        model = LlavaOneVision.from_pretrained(config.start, torch.float32, device)
-        tokenizer = load_tokenizer(config.start)
+        model, tokenizer = load_checkpoint(config.start, torch.float32, device)
+        sizes = {name: (c.hidden_size, c.num_hidden_layers) for name, c in PRESETS.items()}
+        if (model.config.hidden_size, model.config.num_hidden_layers) != sizes[config.model]:
+            raise ValueError(f"{config.start} is not of the size {config.model}: "
+                             "name its preset with --model")
     else:
         model, tokenizer = fresh_model(config)
         model.to(device)
     recipes = config.recipes()
     for name, recipe in recipes.items():  # refuse before anything is written
-        encode(next(records(recipe.data, config.seed)), tokenizer)
+        encode(next(records(recipe.data, config.seed)), tokenizer, max_pixels=config.max_pixels)
         if (out / name).exists():
             raise ValueError(f"{out / name} is there already")
     out.mkdir(parents=True, exist_ok=True)
@@ -362,11 +370,11 @@ def run(config: TrainConfig) -> Path:
         parameters = sum(p.numel() for p in model.parameters())
         log.line(f"{config.model}: {parameters:,} parameters on {device}, torch "
                  f"{torch.__version__}, {torch.get_num_threads()} threads -> {out}",
-                 config=asdict(config))
+                 config=asdict(config), recipes={k: asdict(r) for k, r in recipes.items()})
         for name, recipe in recipes.items():
             train_stage(name, model, tokenizer, recipe, config, log)
             save_checkpoint(model, tokenizer, out / name)
-        if config.questions:
+        if config.questions and not config.data:
             report(evaluate(model, tokenizer, config.questions), log)
         log.line(f"saved: {out / name}")
     return out / name
@@ -377,9 +385,12 @@ def main() -> None:
         run(parse_flags(sys.argv[1:]))
     except (ValueError, OSError) as error:
         # an error in a worker process arrives with its traceback; its last line says what is wrong
-        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        print(f"train.py: {message}", file=sys.stderr)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"train.py: {lines[-1].removeprefix('ValueError: ')}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted; finished stages are saved", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

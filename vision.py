@@ -121,8 +121,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    elif image.mode.startswith("I"):  # 16-bit grey, which PIL would clip rather than scale
+    elif image.mode.startswith("I;16"):  # 16-bit grey, which PIL would clip rather than scale
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"a picture's numbers are of mode {image.mode}, whose scale is unknown: "
+                         "save it with 8 or 16 bits a channel")
     return image.convert("RGB")
 
 

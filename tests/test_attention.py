@@ -85,7 +85,8 @@ def test_a_query_without_keys_gets_zero() -> None:
     ({"v": torch.zeros(5, 2, 8)}, "need q"),
     ({"q": torch.zeros(6, 4, 8, dtype=torch.float16)}, "differ in dtype"),
     ({"cu_seqlens_q": torch.tensor([0, 5])}, "must rise from 0 to the 6 tokens of q"),
-    ({"cu_seqlens_k": torch.tensor([0, 7, 6])}, "segments"),
+    ({"cu_seqlens_k": torch.tensor([0, 2, 6])}, "segments"),
+    ({"cu_seqlens_k": torch.tensor([0, 7, 6])}, "must rise from 0 to the 6 tokens of k"),
     ({"cu_seqlens_k": torch.tensor([0.0, 6.0])}, "int32 or int64"),
     ({"q_positions": torch.zeros(6, dtype=torch.int64)}, "needs causal"),
 ])

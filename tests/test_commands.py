@@ -73,6 +73,21 @@ def test_training_is_reproducible(trained: Path, tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_bad_record_in_the_middle_stops_in_one_sentence(trained: Path, tmp_path: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    bad = {"id": "the bad one", "messages": [{"role": "user", "content": "<image>"}]}
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*[good] * 300, bad])))
+    done = command(tmp_path, "train.py", "--start", trained / "runs/short/mid", "--stage", "mid",
+                   "--data", "data.jsonl", "--steps", "50")
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: record the bad one") and done.stderr.count("\n") == 1
+
+
+def test_start_must_fit_the_preset(trained: Path, tmp_path: Path) -> None:
+    done = command(tmp_path, "train.py", "--model", "4b", "--start", trained / "runs/short/mid")
+    assert done.returncode == 2 and "is not of the size 4b" in done.stderr
+
+
 def test_shipped_checkpoint_answers(tmp_path: Path) -> None:
     """Right after installation, with a trace, several pictures, and text alone."""
     done = command(tmp_path, "sample.py", SCENE, "How many objects are there?", "--trace")
@@ -94,6 +109,10 @@ def damaged(folder: Path, how: str) -> Path:
     if how == "cut":
         file.write_bytes(file.read_bytes()[:1000])
         return folder / how
+    if how == "foreign":
+        config = (folder / how / "config.json").read_text()
+        (folder / how / "config.json").write_text(config.replace('_token_id": 12', '_token_id": 5'))
+        return folder / how
     tensors = load_file(file)
     name = "model.norm.weight"
     if how == "missing":
@@ -110,6 +129,13 @@ def damaged(folder: Path, how: str) -> Path:
     (["sample.py", "nowhere.png", "What?"], "there is no picture nowhere.png"),
     (["sample.py", "text.png", "What?"], "text.png cannot be read as a picture"),
     (["sample.py", "narrow.png", "What?"], "too narrow"),
+    (["sample.py", "narrow.png"], "the prompt is missing"),
+    (["sample.py", "What?", "--device", "banana"], "there is no device banana"),
+    (["sample.py", "What?", "--temperature", "nan"], "--temperature"),
+    (["sample.py", "What?", "--max-new-tokens", "1000000000"], "leaves room for"),
+    (["sample.py", "What?", "--checkpoint", "foreign"], "<|image_pad|> is 12"),
+    (["train.py", "--longer", "inf"], "--longer"),
+    (["train.py", "--data", "odd.json"], "is not a list of from and value"),
     (["sample.py", "What?", "--colour", "red"], "--colour"),
     (["sample.py", "What?", "--temperature", "hot"], "--temperature"),
     (["sample.py", "What?", "--top-p", "2"], "--top-p"),
@@ -139,10 +165,11 @@ def test_refusals(tmp_path: Path, arguments: list[str], message: str) -> None:
     Image.new("RGB", (2010, 10)).save(tmp_path / "narrow.png")
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "broken.json").write_text("[{")
+    (tmp_path / "odd.json").write_text('[{"conversations": [{"value": "x"}]}]')
     record = {"image": "gone.png", "messages": [{"role": "user", "content": "<image>"},
                                                 {"role": "assistant", "content": "?"}]}
     (tmp_path / "unseen.json").write_text(json.dumps([record]))
-    if arguments[-1] in ("missing", "extra", "misshapen", "cut"):
+    if arguments[-1] in ("missing", "extra", "misshapen", "cut", "foreign"):
         damaged(tmp_path, arguments[-1])
     present = set(tmp_path.rglob("*"))
     done = command(tmp_path, *arguments)

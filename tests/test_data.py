@@ -82,6 +82,12 @@ def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
     ([{"role": "user", "content": "<image><image>"}], [4], "more places"),
     ([{"role": "user", "content": "none"}], [4], "fewer places"),
     ([{"role": "robot", "content": "hm"}], [], "'robot'"),
+    ([{"role": "user", "content": None}], [], "content None"),
+    ([{"role": "user", "content": ["hi"]}], [], "'hi' is not an item"),
+    ([{"role": "user", "content": [{"type": "audio"}]}], [], "audio"),
+    ([{"role": "user", "content": "\ud800"}], [], "not valid Unicode"),
+    ([{"content": "x"}], [], "not a message with role"),
+    ("hello", [], "not a list"),
 ])
 def test_template_refuses(tokenizer: Tokenizer, messages: list, cells: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -100,7 +106,6 @@ def test_packing_keeps_every_sample(tokenizer: Tokenizer, seed: int) -> None:
         images = 0
         for a, b in zip(row.cu_seqlens.tolist(), row.cu_seqlens.tolist()[1:]):
             ids, targets = row.input_ids[a:b].tolist(), row.targets[a:b].tolist()
-            assert row.position_ids[a:b].tolist() == list(range(b - a))
             match = next(s for s in unseen if s[0] == ids and s[2] == row.grid_thw[
                 images:images + len(s[2])].tolist())
             assert targets == match[1][1:] + [IGNORE]
@@ -123,8 +128,32 @@ def test_samples_longer_than_a_row_are_counted(tokenizer: Tokenizer) -> None:
 
 def test_text_only_row(tokenizer: Tokenizer) -> None:
     record = {"messages": [{"role": "user", "content": "hello"}], "images": []}
-    batch = pack([encode(record, tokenizer)])
+    batch = pack([encode(record, tokenizer, generation_prompt=True)])
     assert batch.patches is None and batch.grid_thw is None
+    with pytest.raises(ValueError, match="no answer to learn"):
+        encode(record, tokenizer)
+
+
+def test_a_row_too_short_for_every_sample_is_refused(tokenizer: Tokenizer) -> None:
+    samples = (encode(r, tokenizer) for r in default_records("captions", 0))
+    with pytest.raises(ValueError, match="1,000 samples in a row"):
+        next(pack_rows(samples, seq_length=10))
+
+
+def test_workers_share_the_stream(tokenizer: Tokenizer) -> None:
+    """Two workers together see each record of the stream once."""
+    def ids(workers: int) -> list[list[int]]:
+        loader = torch.utils.data.DataLoader(PackedRows("captions", tokenizer, 10_000, 0),
+                                             batch_size=None, num_workers=workers)
+        rows = list(islice(loader, max(1, workers)))
+        return [row.input_ids[a:b].tolist() for row in rows for a, b in
+                zip(row.cu_seqlens.tolist(), row.cu_seqlens.tolist()[1:])]
+    stream = [encode(r, tokenizer).input_ids.tolist()
+              for r in islice(default_records("captions", 0), 1500)]
+    for found in (ids(0), ids(2)):
+        remaining = list(stream)
+        for sample in found:
+            remaining.remove(sample)
 
 
 def test_held_out_scenes_never_occur_in_training() -> None:

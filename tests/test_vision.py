@@ -42,7 +42,7 @@ def test_sixteen_bit_grey_is_scaled() -> None:
 
 
 def test_merge_order_of_patches() -> None:
-    """The red corner of a 2 x 4 patch picture is the first patch; 2 x 2 blocks follow each other."""
+    """A red corner of 2 x 2 patches is the first four rows: blocks stand together."""
     image = corner_picture().resize((56, 112), Image.Resampling.NEAREST)  # 4 columns, 8 rows
     patches, grid = image_to_patches(image)
     assert grid == (1, 8, 4)
@@ -68,6 +68,12 @@ def test_resize_properties() -> None:
         assert 3136 <= rows * columns <= 2_560_000
         if min(rows, columns) > 10 * CELL:
             assert abs(np.log(rows * width / (columns * height))) < 0.1
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pictures_of_unknown_scale_are_refused(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"mode {mode}"):
+        to_rgb(Image.new(mode, (4, 4)))
 
 
 def test_too_narrow() -> None:
