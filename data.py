@@ -499,6 +499,7 @@ SCENES = (objects_scene, objects_scene, sign_scene, chart_scene)  # objects ask 
 
 
 def draw_scene(rng: random.Random, held_out: bool) -> Scene:
+    """A random scene of the training set or of the held-out tenth."""
     while True:
         scene = rng.choice(SCENES)(rng)
         if scene.held_out == held_out:
@@ -518,6 +519,7 @@ def scene_questions(rng: random.Random, held_out: bool, most: int) -> Record:
 
 
 def scene_caption(rng: random.Random, held_out: bool) -> Record:
+    """One scene, told in full: every word of it is a label."""
     scene = draw_scene(rng, held_out)
     return caption_record(scene.draw(rng), scene.caption, "scene caption")
 
@@ -556,6 +558,7 @@ def flag_picture(rng: random.Random, flag: Image.Image, held_out: bool) -> Image
 
 
 def flag_questions(rng: random.Random, flag: Record, held_out: bool, most: int) -> Record:
+    """A picture of the flag with up to `most` of the questions that the shard has about it."""
     turns = flag["messages"]
     questions = [(flag_category(question["content"]), question["content"].removeprefix("<image>\n"),
                   answer["content"]) for question, answer in zip(turns[::2], turns[1::2])]
@@ -564,10 +567,12 @@ def flag_questions(rng: random.Random, flag: Record, held_out: bool, most: int) 
 
 
 def flag_category(question: str) -> str:
+    """The category of a question of the shard, by the word that it asks for."""
     return "flag " + next(word for word in ("country", "continent", "colours") if word in question)
 
 
 def flag_caption(rng: random.Random, flag: Record, held_out: bool) -> Record:
+    """A picture of the flag with all three answers as its caption."""
     country, continent, colours = (turn["content"] for turn in flag["messages"][1::2])
     return caption_record(flag_picture(rng, flag["images"][0], held_out),
                           f"flag of {country}, {continent}, {colours}", "flag caption")
@@ -628,7 +633,7 @@ def held_out_questions(per_category: int) -> dict[str, list[Record]]:
 def file_records(path: Path, seed: int) -> Iterator[Record]:
     """Endless records of a file: JSON in a new random order each epoch, a shard in its own."""
     if path.suffix not in (".json", ".jsonl", ".tar"):
-        raise ValueError(f"{path} is neither .json, .jsonl nor .tar, nor captions or questions")
+        raise ValueError(f"{path} is neither .json, .jsonl nor .tar, nor captions, questions, mixed")
     if not path.is_file():
         raise ValueError(f"there is no data file {path}")
     rng = random.Random(seed)

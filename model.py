@@ -77,9 +77,10 @@ class ModelConfig:
             return section[key]
 
         rope = text.get("rope_parameters") or text  # transformers 5 nests the base
-        scaling = text.get("rope_scaling") or rope.get("rope_type", "default")
-        if scaling != "default":
-            raise ValueError(f"{file}: rotary scaling {scaling!r} is not supported")
+        scaling = text.get("rope_scaling") or rope
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{file}: rotary scaling {kind!r} is not supported")
         dense = {key: number(text, key) for key in (
             "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps",
@@ -192,6 +193,8 @@ class SelfAttention(nn.Module):
 
 
 class SwiGlu(nn.Module):
+    """Gated MLP: silu(gate) decides how much of each of the F values of `up` passes."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -314,6 +317,7 @@ class LlavaOneVision(nn.Module):
 
     def hidden(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None,
                grid_thw: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """The decoder's last states (T, C); arguments as in `forward`."""
         if position_ids is None:
             position_ids = packed_positions(cu_seqlens)
         return self.model(self.embed(input_ids, patches, grid_thw), cu_seqlens, position_ids)

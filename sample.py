@@ -127,16 +127,16 @@ def run(flags: argparse.Namespace) -> None:
     model, tokenizer = load_checkpoint(checkpoint, dtype, device)
     batch = build_prompt(images, prompt, tokenizer, flags.max_pixels)
     room = model.config.max_position_embeddings - len(batch.input_ids)
-    if flags.max_new_tokens > room:
-        raise ValueError(f"the prompt leaves room for {room} new tokens, "
-                         f"--max-new-tokens asks for {flags.max_new_tokens}")
+    if room < 1:
+        raise ValueError(f"the prompt has {len(batch.input_ids)} tokens, but the model's context "
+                         f"is {model.config.max_position_embeddings}")
     print(f"checkpoint: {checkpoint} ({whose})", file=sys.stderr)
     torch.manual_seed(flags.seed)
     if flags.trace:
         trace(model, batch)
     started = time.monotonic()
-    for piece in stream_answer(model, tokenizer, batch, flags.max_new_tokens, flags.temperature,
-                               flags.top_p):
+    for piece in stream_answer(model, tokenizer, batch, min(flags.max_new_tokens, room),
+                               flags.temperature, flags.top_p):
         print(piece, end="", flush=True)
     print()
     if flags.trace:

@@ -92,7 +92,7 @@ class TrainConfig:
     stage: str = "all"  # align, mid, instruct, or all three in a row
     start: str = ""  # checkpoint directory to start from; fresh weights without
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME
-    data: str = ""  # captions, questions, or a .json, .jsonl or .tar file
+    data: str = ""  # captions, questions, mixed, or a .json, .jsonl or .tar file
     steps: int = 0  # optimizer steps of each stage
     longer: float = 1.0  # factor on the steps of every stage
     rows: int = 0  # packed rows per step

@@ -203,13 +203,15 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two layers with the exact (erf) GELU between them."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.embed_dim, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # exact (erf) GELU
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
