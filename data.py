@@ -633,7 +633,7 @@ def held_out_questions(per_category: int) -> dict[str, list[Record]]:
 def file_records(path: Path, seed: int) -> Iterator[Record]:
     """Endless records of a file: JSON in a new random order each epoch, a shard in its own."""
     if path.suffix not in (".json", ".jsonl", ".tar"):
-        raise ValueError(f"{path} is neither .json, .jsonl nor .tar, nor captions, questions, mixed")
+        raise ValueError(f"{path} is neither .json, .jsonl nor .tar nor captions, questions, mixed")
     if not path.is_file():
         raise ValueError(f"there is no data file {path}")
     rng = random.Random(seed)
