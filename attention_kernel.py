@@ -213,7 +213,8 @@ def print_errors(device: str) -> None:
         for name, attention in (("this file", flash_attn_varlen_func), ("masked SDPA", dense_sdpa)):
             out = attention(*qkv, **rest)
             found = [out, *torch.autograd.grad((out * weight).sum(), qkv)]
-            errors = [float((a.double() - b).abs().max()) for a, b in zip(found, expected)]
+            errors = [float((a.double() - b).abs().max().detach())
+                      for a, b in zip(found, expected)]
             label = f"{name}, {str(dtype).removeprefix('torch.')}"
             print(f"{label:32}" + "".join(f"{e:10.1e}" for e in errors))
 

@@ -20,6 +20,7 @@ prompt's way through the files, with shapes.
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -111,7 +112,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         raise ValueError("--temperature must be at least 0, --top-p above 0 and at most 1")
     if flags.max_new_tokens < 1 or flags.max_pixels < MIN_PIXELS:
         raise ValueError(f"--max-new-tokens must be at least 1, --max-pixels at least {MIN_PIXELS}")
-    if Path(flags.inputs[-1]).is_file():
+    if os.path.isfile(flags.inputs[-1]):  # unlike Path.is_file, no error for a long text
         raise ValueError(f"the prompt is missing: {flags.inputs[-1]} is a file")
     return flags
 
