@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -36,7 +37,8 @@ from model import LlavaOneVision
 from vision import MAX_PIXELS, MIN_PIXELS, open_image
 
 
-def build_prompt(images: list[str], prompt: str, tokenizer: Tokenizer, max_pixels: int) -> Batch:
+def build_prompt(images: list[Image.Image], prompt: str, tokenizer: Tokenizer,
+                 max_pixels: int) -> Batch:
     """Pictures in their order, then the text, as one user's turn."""
     content = [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]
     record = {"messages": [{"role": "user", "content": content}], "images": images, "id": "prompt"}
@@ -118,9 +120,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(flags: argparse.Namespace) -> None:
-    *images, prompt = flags.inputs
-    for name in images:
-        open_image(name)  # refuse before the model is loaded
+    *names, prompt = flags.inputs
+    images = [open_image(name) for name in names]  # refuse before the model is loaded
     checkpoint, whose = ((Path(flags.checkpoint), "as told") if flags.checkpoint
                          else newest_checkpoint())
     device = choose_device(flags.device)

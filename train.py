@@ -196,7 +196,17 @@ def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, rows: list[B
     return float(total), float(norm)
 
 
-def flops_of(row: Batch, model: LlavaOneVision, trainable: tuple[str, ...]) -> float:
+def matrix_weights(model: LlavaOneVision) -> dict[str, int]:
+    """Weights of the matrices that every token or patch of a part passes, by part."""
+    weights = dict.fromkeys(ALL, 0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "embed_tokens" not in name and "lm_head" not in name:
+            weights[part_of(name)] += parameter.numel()
+    return weights
+
+
+def flops_of(row: Batch, model: LlavaOneVision, weights: dict[str, int],
+             trainable: tuple[str, ...]) -> float:
     """Floating-point operations that training on a row needs, recomputation not counted.
 
     Forward, 2 per weight and token of every matrix, and 4 E per head and pair of tokens that see
@@ -204,10 +214,6 @@ def flops_of(row: Batch, model: LlavaOneVision, trainable: tuple[str, ...]) -> f
     its weights; a ViT that does not learn has no backward pass.
     """
     config, vision = model.config, model.config.vision
-    weights = dict.fromkeys(("vision", "merger", "decoder"), 0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and "embed_tokens" not in name and "lm_head" not in name:
-            weights[part_of(name)] += parameter.numel()
     frames = torch.zeros(0)
     if row.grid_thw is not None:
         frames = torch.repeat_interleave(row.grid_thw[:, 1:].prod(dim=1), row.grid_thw[:, 0])
@@ -263,7 +269,7 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
                 config: TrainConfig, log: Log) -> None:
     """Run one stage; the model is changed in place."""
     optimizer = make_optimizer(model, recipe)
-    peak = matrix_rate(model.lm_head.weight.device)
+    peak, weights = matrix_rate(model.lm_head.weight.device), matrix_weights(model)
     dataset = PackedRows(recipe.data, tokenizer, recipe.seq_length, config.seed, config.max_pixels)
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=config.workers,
@@ -284,7 +290,7 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
             seen["labels"] += int((row.targets >= 0).sum())
             seen["samples"] += len(row.cu_seqlens) - 1
             seen["skipped"] += row.skipped
-            seen["flops"] += flops_of(row, model, recipe.trainable)
+            seen["flops"] += flops_of(row, model, weights, recipe.trainable)
         if not math.isfinite(loss):
             raise ValueError(f"the loss of step {step + 1} of stage {name} is {loss}; "
                              "a smaller --lr may help")
