@@ -1,36 +1,69 @@
-"""Varlen attention: one function for the ViT, the decoder, generation and context parallelism.
+"""Varlen FlashAttention in Triton: one function for the ViT, the decoder, generation and training.
 
 In: q (Tq, H, E), k and v (Tk, G, E), all segments end to end without padding.  Out: (Tq, H, E).
 Called by `vision.py` (bidirectional, one segment per picture or frame) and `model.py` (causal, one
 segment per packed sample); calls nothing of the project.
 
 The idea.  A packed row holds S independent sequences.  `cu_seqlens` (S + 1,) says where each one
-starts, so segment s owns rows cu[s]:cu[s+1], and
+starts, so segment s owns rows cu[s]:cu[s+1], and query i attends to the keys j of its own segment
 
-    O_i = sum_j softmax_j(q_i . k_j * scale) v_j      over the keys j that query i may see:
+    s_ij = scale * q_i . k_j     LSE_i = log sum_j exp s_ij     O_i = sum_j exp(s_ij - LSE_i) v_j
 
-keys of its own segment only and, if causal, those not after it.  Queries are aligned with the
-*last* keys of their segment (bottom-right), so that a decoding step, which brings one query for
-many cached keys, is the same call as a training step.  The cost is the sum of the squares of the
-segment lengths, not the square of the row: 8 documents of 512 cost an eighth of 4096^2.
+up to j <= last_key(i): all keys, or, if causal, those not after the query.  Queries stand at the
+*last* keys of their segment (bottom-right), so a decoding step, which brings one query for many
+cached keys, is the same call as a training step.  The cost is the sum of the squares of the segment
+lengths: 8 documents of 512 cost an eighth of one of 4096.
+
+FlashAttention never stores the (Tq, Tk) weights.  It walks over blocks of keys, keeping for every
+query the largest score so far (m), the sum of exponentials (total) and of weighted values (acc):
+
+    for each block of keys:
+        s     = scale * q @ k.T                 new scores of the block
+        m_new = max(m, max_j s)
+        p     = exp(s - m_new)
+        alpha = exp(m - m_new)                  what was summed so far was relative to the old m
+        total = alpha * total + sum_j p
+        acc   = alpha * acc + p @ v
+    O = acc / total,  LSE = m + log total
+
+Backward, from O, LSE and dO alone, recomputes p_ij = exp(s_ij - LSE_i) block by block:
+
+    dv_j = sum_i p_ij dO_i        ds_ij = p_ij (dO_i . v_j - delta_i),  delta_i = dO_i . O_i
+    dq_i = scale sum_j ds_ij k_j             dk_j = scale sum_i ds_ij q_i
+
+dQ sums over keys and dK, dV over queries: two kernels, each sum owned by one program, hence no
+atomics and the same bits on every run.
 
 Shapes: T tokens in a packed row, S segments, H query heads, G key/value heads (H a multiple of G;
 query head h reads key head h // (H / G)), E head width, L tokens of one segment.
 
-`attention_reference` is the definition: dense, any dtype, any device, unconcerned with memory.
-`flash_attn_varlen_func` is what the models call.
+The ladder, each step tested against the one before: `attention_reference` (the definition: dense,
+any dtype, any device), `attention_tiled` (the loop above in PyTorch, forward and backward), the
+kernels.  `flash_attn_varlen_func` is what the models call: the kernels on a GPU, PyTorch's own
+attention segment by segment on a CPU.
 
-Run `python attention_kernel.py`: prints errors against float64 and timings against one dense
-masked product, on this machine.
+Run `python attention_kernel.py`: prints errors against float64 and timings against every other
+attention PyTorch has on this machine.
 """
 
+import functools
+import itertools
 import math
+import os
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# ------------------------------------------------------------------ step 1: the dense definition
 
 
 def segment_ids(cu_seqlens: Tensor) -> Tensor:
@@ -63,9 +96,648 @@ def attention_reference(
     return (out, lse) if return_lse else out
 
 
+# ------------------------------------------------- step 2: the tiled loops, one head, one segment
+
+
+def attention_tiled(q: Tensor, k: Tensor, v: Tensor, last_key: Tensor, scale: float,
+                    block: int) -> tuple[Tensor, Tensor]:
+    """The online-softmax loop for q (Lq, E), k, v (Lk, E): out (Lq, E) and LSE (Lq,).
+
+    last_key: (Lq,) index of the last key each query sees, -1 for none.
+    """
+    m, total = q.new_full((len(q),), -math.inf), q.new_zeros(len(q))
+    acc = torch.zeros_like(q)
+    for start in range(0, len(k), block):
+        keys = torch.arange(start, min(start + block, len(k)), device=k.device)
+        s = (q @ k[keys].T * scale).masked_fill(keys > last_key[:, None], -math.inf)
+        m_new = torch.maximum(m, s.amax(dim=1))
+        shift = m_new.masked_fill(m_new.isinf(), 0)  # nothing seen yet: exp(-inf - 0) = 0, not NaN
+        p, alpha = (s - shift[:, None]).exp(), (m - shift).exp()
+        total = alpha * total + p.sum(dim=1)
+        acc = alpha[:, None] * acc + p @ v[keys]
+        m = m_new
+    return acc / total.masked_fill(total == 0, 1)[:, None], m + total.log()
+
+
+def attention_tiled_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, last_key: Tensor,
+    scale: float, block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (Lq, E), dk and dv (Lk, E) from the gradient of out, the weights recomputed by block."""
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    delta = (grad * out).sum(dim=1)  # (Lq,)
+    for start in range(0, len(k), block):
+        keys = torch.arange(start, min(start + block, len(k)), device=k.device)
+        p = (q @ k[keys].T * scale - lse[:, None]).exp()
+        p = p.masked_fill(keys > last_key[:, None], 0)  # (Lq, block)
+        ds = p * (grad @ v[keys].T - delta[:, None]) * scale
+        dq += ds @ k[keys]
+        dk[keys], dv[keys] = ds.T @ q, p.T @ grad
+    return dq, dk, dv
+
+
+# --------------------------------------------------------------------------- step 3: the kernels
+#
+# A program owns one tile: BLOCK_M query rows, or BLOCK_N keys, of one segment and one key head.
+# The R = H / G query heads that read the same key head are stacked: row r of a segment is head
+# r % R of the group at token r // R.  Keys are then loaded once for R heads, a short segment fills
+# its last tile R times better, and the R rows of a decoding step are still one matrix product.
+# Scores are kept in units of log 2 (exp2 is the instruction a GPU has), hence LOG2E.
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tile_table_kernel(
+    table,         # (N + 1, 2) int32, out: segment and first row of each tile; last, the verdict
+    cu_seqlens,    # (S + 1,) of the side that is tiled
+    cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k,  # what the verdict is about
+    segments, slots,                                 # S, N
+    ROWS: tl.constexpr,  # rows per token: R on the query side, 1 on the key side
+    BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr,
+):
+    """List the tiles, those of long segments first; what is left of the table gets segment -1.
+
+    Costly work handed out first leaves small pieces to even out the end; LAST_FIRST because under
+    a causal mask the last queries cost most, but the first keys.  Program s places the tiles of
+    segment s behind those of all longer segments; program S writes the rest and the verdict,
+    whether cu_seqlens rise from 0 to the number of tokens on both sides.
+    """
+    segment = tl.program_id(0)
+    index = tl.arange(0, 128)
+    is_segment = segment < segments
+    start = tl.load(cu_seqlens + segment)
+    end = tl.load(cu_seqlens + segment + 1, mask=is_segment, other=0)
+    own = tl.cdiv(tl.maximum(end - start, 0).to(tl.int32) * ROWS, BLOCK)
+    own = tl.where(is_segment, own, -1)
+    before = 0
+    for first in range(0, segments, 128):
+        other = first + index
+        starts = tl.load(cu_seqlens + other, mask=other < segments, other=0)
+        ends = tl.load(cu_seqlens + other + 1, mask=other < segments, other=0)
+        tiles = tl.cdiv(tl.maximum(ends - starts, 0).to(tl.int32) * ROWS, BLOCK)
+        ahead = (tiles > own) | ((tiles == own) & (other < segment))
+        before += tl.sum(tl.where(ahead, tiles, 0))
+    count = tl.where(is_segment, own, slots - before)
+    for first in range(0, count, 128):
+        tile = first + index
+        row = (count - 1 - tile if LAST_FIRST else tile) * BLOCK
+        slot = before + tile
+        inside = (tile < count) & (slot < slots)
+        tl.store(table + 2 * slot, tl.where(is_segment, segment, -1), mask=inside)
+        tl.store(table + 2 * slot + 1, row, mask=inside)
+    if segment == segments:
+        wrong = (tl.load(cu_seqlens_q) != 0) | (tl.load(cu_seqlens_q + segments) != tokens_q)
+        wrong |= (tl.load(cu_seqlens_k) != 0) | (tl.load(cu_seqlens_k + segments) != tokens_k)
+        wrong = wrong.to(tl.int32)
+        for first in range(1, segments + 1, 128):
+            at = tl.minimum(first + index, segments)
+            falls = tl.load(cu_seqlens_q + at) < tl.load(cu_seqlens_q + at - 1)
+            falls |= tl.load(cu_seqlens_k + at) < tl.load(cu_seqlens_k + at - 1)
+            wrong += tl.sum(falls.to(tl.int32))
+        tl.store(table + 2 * slots, (wrong == 0).to(tl.int32))
+
+
+@triton.jit
+def segment_bounds(cu_seqlens, segment):
+    """First token and length of a segment."""
+    first = tl.load(cu_seqlens + segment).to(tl.int32)
+    return first, tl.load(cu_seqlens + segment + 1).to(tl.int32) - first
+
+
+@triton.jit
+def load_rows(x, place, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """A tile of (rows, BLOCK_E) at offsets `place`, zeros in the columns from E on."""
+    if E < BLOCK_E:
+        return tl.load(x + place, mask=(tl.arange(0, BLOCK_E) < E)[None, :], other=0.0)
+    else:
+        return tl.load(x + place)
+
+
+@triton.jit
+def query_rows(row, first_q, length_q, tokens_q, group, groups, R: tl.constexpr, E: tl.constexpr,
+               BLOCK_E: tl.constexpr):
+    """Token of each row; offsets of the rows in q, out and their gradients, (rows, BLOCK_E), and
+    in lse and delta.  Rows behind the segment's end repeat its last token: no load needs a mask.
+    """
+    token = tl.minimum(row // R, length_q - 1)
+    head = group * R + row % R
+    place = ((first_q + token).to(tl.int64) * (groups * R) + head) * E
+    return (token, place[:, None] + tl.arange(0, BLOCK_E)[None, :],
+            head * tokens_q + first_q + token)
+
+
+@triton.jit
+def last_visible_key(token, q_positions, first_q, length_q, length_k,
+                     CAUSAL: tl.constexpr, EXPLICIT: tl.constexpr):
+    """Index in the segment of the last key that each token sees; negative: none.
+
+    The one place that knows of masks.
+    """
+    if EXPLICIT:
+        last = tl.load(q_positions + first_q + token).to(tl.int32)
+    elif CAUSAL:
+        last = token + (length_k - length_q)
+    else:
+        last = token * 0 + length_k
+    return tl.minimum(last, length_k - 1)
+
+
+@triton.jit
+def load_keys(x, first_k, start, length_k, group, groups, E: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_E: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Rows start:start + BLOCK_N of a segment's keys or values, (BLOCK_N, BLOCK_E).
+
+    x is a pointer to (Tk, G, E) or, with DESCRIPTORS, its tensor descriptor: Hopper's copy engine
+    then fetches the tile and no register holds an address.  Rows behind the segment's end are
+    whatever is there (the next segment, or the last row again); their weights must be zero.
+    """
+    if DESCRIPTORS:
+        return x.load([first_k + start, group, 0]).reshape(BLOCK_N, BLOCK_E)
+    else:
+        key = first_k + tl.minimum(start + tl.arange(0, BLOCK_N), length_k - 1)
+        place = (key.to(tl.int64) * groups + group) * E
+        return load_rows(x, place[:, None] + tl.arange(0, BLOCK_E)[None, :], E, BLOCK_E)
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v,               # (Tq, H, E), (Tk, G, E), (Tk, G, E); k and v as `load_keys` wants them
+    out,                   # (splits, Tq, H, E)
+    lse,                   # (splits, H, Tq) float32
+    cu_seqlens_q, cu_seqlens_k, q_positions,
+    table,                 # tiles of BLOCK_M query rows
+    tokens_q, split_keys,  # Tq, keys per split
+    scale,                 # softmax scale * log2(e)
+    R: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, EXPLICIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):
+    """Program (slot, group, split): a tile of queries against the keys of one split."""
+    slot, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups = tl.num_programs(1)
+    segment = tl.load(table + 2 * slot)
+    if segment < 0:
+        return
+    first_q, length_q = segment_bounds(cu_seqlens_q, segment)
+    first_k, length_k = segment_bounds(cu_seqlens_k, segment)
+    row = tl.load(table + 2 * slot + 1) + tl.arange(0, BLOCK_M)
+    token, place, statistic = query_rows(row, first_q, length_q, tokens_q, group, groups, R, E,
+                                         BLOCK_E)
+    q_tile = load_rows(q, place, E, BLOCK_E)
+    last_key = last_visible_key(token, q_positions, first_q, length_q, length_k, CAUSAL, EXPLICIT)
+    begin = split * split_keys
+    end = tl.max(last_key) + 1
+    if split < tl.num_programs(2) - 1:
+        end = tl.minimum(end, begin + split_keys)
+    whole = tl.maximum(tl.minimum(tl.min(last_key) + 1, end) - begin, 0)
+    whole = begin + whole // BLOCK_N * BLOCK_N
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    for MASKED in tl.static_range(2):  # first the blocks that every query sees, then the rest
+        for start in range(whole if MASKED else begin, end if MASKED else whole, BLOCK_N):
+            k_tile = load_keys(k, first_k, start, length_k, group, groups, E, BLOCK_N, BLOCK_E,
+                               DESCRIPTORS)
+            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+            if MASKED:
+                key = start + tl.arange(0, BLOCK_N)
+                s = tl.where(key[None, :] <= last_key[:, None], s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, 1) * scale)
+            shift = m_new
+            if MASKED:  # a query that has seen no key yet: exp2(-inf - 0) = 0, not NaN
+                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.exp2(s * scale - shift[:, None])
+            alpha = tl.exp2(m - shift)
+            total = alpha * total + tl.sum(p, 1)
+            v_tile = load_keys(v, first_k, start, length_k, group, groups, E, BLOCK_N, BLOCK_E,
+                               DESCRIPTORS)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+            m = m_new
+
+    rows = tokens_q * groups * R
+    inside = (row < length_q * R)[:, None] & (tl.arange(0, BLOCK_E) < E)[None, :]
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    tl.store(out + split.to(tl.int64) * rows * E + place, acc, mask=inside)
+    tl.store(lse + split * rows + statistic, (m + tl.log2(total)) / LOG2E, mask=row < length_q * R)
+
+
+@triton.jit
+def dq_kernel(
+    q, k, v, out, grad,  # grad: of out
+    lse,                 # (H, Tq) float32
+    dq,                  # (Tq, H, E), out
+    delta,               # (H, Tq) float32, out: `dkdv_kernel` needs it too
+    cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens_q, scale,
+    R: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, EXPLICIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):
+    """Program (slot, group): a tile of queries over the keys they see, as in the forward pass."""
+    slot, group, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    segment = tl.load(table + 2 * slot)
+    if segment < 0:
+        return
+    first_q, length_q = segment_bounds(cu_seqlens_q, segment)
+    first_k, length_k = segment_bounds(cu_seqlens_k, segment)
+    row = tl.load(table + 2 * slot + 1) + tl.arange(0, BLOCK_M)
+    token, place, statistic = query_rows(row, first_q, length_q, tokens_q, group, groups, R, E,
+                                         BLOCK_E)
+    q_tile = load_rows(q, place, E, BLOCK_E)
+    grad_tile = load_rows(grad, place, E, BLOCK_E)
+    out_tile = load_rows(out, place, E, BLOCK_E)
+    lse_row = tl.load(lse + statistic) * LOG2E
+    delta_row = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(delta + statistic, delta_row, mask=row < length_q * R)
+    last_key = last_visible_key(token, q_positions, first_q, length_q, length_k, CAUSAL, EXPLICIT)
+    end = tl.max(last_key) + 1
+    whole = tl.maximum(tl.min(last_key) + 1, 0) // BLOCK_N * BLOCK_N
+
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    for MASKED in tl.static_range(2):
+        for start in range(whole if MASKED else 0, end if MASKED else whole, BLOCK_N):
+            k_tile = load_keys(k, first_k, start, length_k, group, groups, E, BLOCK_N, BLOCK_E,
+                               DESCRIPTORS)
+            v_tile = load_keys(v, first_k, start, length_k, group, groups, E, BLOCK_N, BLOCK_E,
+                               DESCRIPTORS)
+            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+            p = tl.exp2(s * scale - lse_row[:, None])
+            if MASKED:
+                key = start + tl.arange(0, BLOCK_N)
+                p = tl.where(key[None, :] <= last_key[:, None], p, 0.0)
+            dp = tl.dot(grad_tile, v_tile.T, input_precision="ieee")
+            ds = p * (dp - delta_row[:, None])
+            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+    inside = (row < length_q * R)[:, None] & (tl.arange(0, BLOCK_E) < E)[None, :]
+    tl.store(dq + place, acc * (scale / LOG2E), mask=inside)
+
+
+@triton.jit
+def dkdv_kernel(
+    q, grad,       # (Tq, H, E) as pointers or, with DESCRIPTORS, as descriptors of R heads at once
+    k, v,          # (Tk, G, E)
+    lse, delta,    # (H, Tq) float32
+    dk, dv,        # (Tk, G, E), out
+    cu_seqlens_q, cu_seqlens_k, q_positions,
+    table,         # tiles of BLOCK_N keys
+    tokens_q, scale,
+    R: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, EXPLICIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):
+    """Program (slot, group): a tile of keys over all rows (tokens x R heads) that see it."""
+    slot, group, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    segment = tl.load(table + 2 * slot)
+    if segment < 0:
+        return
+    first_q, length_q = segment_bounds(cu_seqlens_q, segment)
+    first_k, length_k = segment_bounds(cu_seqlens_k, segment)
+    first = tl.load(table + 2 * slot + 1)
+    k_tile = load_keys(k, first_k, first, length_k, group, groups, E, BLOCK_N, BLOCK_E, False)
+    v_tile = load_keys(v, first_k, first, length_k, group, groups, E, BLOCK_N, BLOCK_E, False)
+
+    # tokens before `begin` see no key of the tile, those from `whole` on see all of them
+    begin, whole = 0, 0
+    if EXPLICIT:
+        # right for any order; in rising order, as ranks hold them, all blind tokens are skipped
+        last = -1
+        while (begin < length_q) & (last < first):
+            token = tl.minimum(begin + tl.arange(0, BLOCK_M), length_q - 1)
+            last = tl.max(last_visible_key(token, q_positions, first_q, length_q, length_k,
+                                           CAUSAL, EXPLICIT))
+            begin += tl.where(last < first, BLOCK_M, 0)
+        whole = length_q
+    elif CAUSAL:
+        begin = tl.maximum(first + length_q - length_k, 0)
+        whole = tl.minimum(first + BLOCK_N, length_k) - 1 + length_q - length_k
+    begin, end = begin * R, length_q * R
+    whole = begin + tl.cdiv(tl.maximum(whole * R - begin, 0), BLOCK_M) * BLOCK_M
+    key = first + tl.arange(0, BLOCK_N)
+    dk_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    for MASKED in tl.static_range(1, -1, -1):  # first the diagonal, then the rows that see it all
+        for start in range(begin if MASKED else whole, tl.minimum(whole, end) if MASKED else end,
+                           BLOCK_M):
+            row = start + tl.arange(0, BLOCK_M)
+            token, place, statistic = query_rows(row, first_q, length_q, tokens_q, group, groups,
+                                                 R, E, BLOCK_E)
+            if DESCRIPTORS:
+                corner = [first_q + start // R, group * R, 0]
+                q_tile = q.load(corner).reshape(BLOCK_M, BLOCK_E)
+                grad_tile = grad.load(corner).reshape(BLOCK_M, BLOCK_E)
+            else:
+                q_tile = load_rows(q, place, E, BLOCK_E)
+                grad_tile = load_rows(grad, place, E, BLOCK_E)
+            # a row behind the segment's end belongs to another: its weight is exp2(s - inf) = 0
+            lse_row = tl.load(lse + statistic, mask=row < length_q * R, other=float("inf")) * LOG2E
+            delta_row = tl.load(delta + statistic)
+            s = tl.dot(k_tile, q_tile.T, input_precision="ieee")  # (BLOCK_N, BLOCK_M): transposed
+            p = tl.exp2(s * scale - lse_row[None, :])
+            if MASKED:
+                last_key = last_visible_key(token, q_positions, first_q, length_q, length_k,
+                                            CAUSAL, EXPLICIT)
+                p = tl.where(key[:, None] <= last_key[None, :], p, 0.0)
+            dv_tile = tl.dot(p.to(grad_tile.dtype), grad_tile, dv_tile, input_precision="ieee")
+            dp = tl.dot(v_tile, grad_tile.T, input_precision="ieee")
+            ds = p * (dp - delta_row[None, :])
+            dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
+
+    column = tl.arange(0, BLOCK_E)
+    place = ((first_k + key).to(tl.int64) * groups + group)[:, None] * E + column[None, :]
+    inside = (key < length_k)[:, None] & (column < E)[None, :]
+    tl.store(dk + place, dk_tile * (scale / LOG2E), mask=inside)
+    tl.store(dv + place, dv_tile, mask=inside)
+
+
+# ---------------------------------------------------------------------------------- the launches
+
+
+class Tile(NamedTuple):
+    """A launch configuration: query rows and keys of a block, warps, stages of the pipeline."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+# (kernel, architecture) -> one for widths up to 64, one for widths up to 128.  Each is the largest
+# that compiles without a register spill in Triton 3.6 and 3.9; `tests/compile_kernels.py` prints
+# the table.  Decoding has 16 rows, too few for Hopper's matrix instructions: it waits for memory.
+TILES = {
+    ("forward", "hopper"): (Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
+    ("forward", "ampere"): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    ("forward", "float32"): (Tile(16, 32, 4, 2), Tile(16, 32, 8, 1)),
+    ("decode", "hopper"): (Tile(16, 128, 4, 3), Tile(16, 64, 4, 3)),
+    ("decode", "ampere"): (Tile(16, 128, 4, 2), Tile(16, 64, 4, 2)),
+    ("decode", "float32"): (Tile(16, 32, 4, 2), Tile(16, 32, 8, 1)),
+    ("dq", "hopper"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("dq", "ampere"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    ("dq", "float32"): (Tile(32, 32, 8, 2), Tile(8, 32, 4, 2)),
+    ("dkdv", "hopper"): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+    ("dkdv", "ampere"): (Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
+    ("dkdv", "float32"): (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1)),
+}
+PROGRAMS_WANTED = 256  # about two for each of a large GPU's multiprocessors
+SPLIT_KEYS = 256       # keys in a split, at least: shorter ones cost more to merge than they save
+
+
+def architecture(x: Tensor) -> str:
+    """Which column of TILES: full float32 products, Hopper's copy engine, or what all GPUs have."""
+    if x.dtype == torch.float32:
+        return "float32"
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    return "hopper" if hopper else "ampere"
+
+
+def tile_for(kernel: str, target: str, width: int) -> Tile:
+    return TILES[kernel, target][width > 64]
+
+
+def described(x: Tensor, rows: int, heads: int) -> TensorDescriptor:
+    """Descriptor of x (T, heads, E) for tiles of rows x heads x E, E rounded up to a power of 2."""
+    return TensorDescriptor.from_tensor(x, [rows, heads, triton.next_power_of_2(x.shape[-1])])
+
+
+def tile_table(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, of_queries: bool,
+               block: int) -> tuple[Tensor, int]:
+    """Table of `tile_table_kernel` and its number of slots, enough for every layout.
+
+    S segments waste at most block - 1 rows each, so nothing is read from the GPU to size the grid.
+    """
+    cu_seqlens, tokens = (cu_seqlens_q, len(q)) if of_queries else (cu_seqlens_k, len(k))
+    rows, segments = q.shape[1] // k.shape[1] if of_queries else 1, len(cu_seqlens) - 1
+    slots = (tokens * rows + segments * (block - 1)) // block
+    table = torch.empty(slots + 1, 2, dtype=torch.int32, device=q.device)
+    tile_table_kernel[(segments + 1,)](
+        table, cu_seqlens, cu_seqlens_q, cu_seqlens_k, len(q), len(k), segments, slots,
+        ROWS=rows, BLOCK=block, LAST_FIRST=of_queries)
+    return table, slots
+
+
+def triton_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, scale: float, causal: bool, q_positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out (Tq, H, E) and LSE (H, Tq) by `forward_kernel`.
+
+    Where the tiles of queries are too few to fill a GPU (generation), the keys are split among
+    several programs and their results merged by LSE.
+    """
+    (tokens, heads, width), groups, target = q.shape, k.shape[1], architecture(q)
+    if tokens == 0 or len(k) == 0:
+        return torch.zeros_like(q), q.new_full((heads, tokens), -math.inf, dtype=torch.float32)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    few = max_seqlen_q * (heads // groups) <= 16
+    tile = tile_for("decode" if few else "forward", target, width)
+    table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, True, tile.BLOCK_M)
+    torch.ops.aten._assert_async.msg(
+        table[-1, 0], "cu_seqlens_q and cu_seqlens_k must rise from 0 to the number of tokens")
+    splits = min(triton.cdiv(max_seqlen_k, SPLIT_KEYS), PROGRAMS_WANTED // (slots * groups))
+    splits = max(splits, 1)
+    split_keys = triton.cdiv(triton.cdiv(max_seqlen_k, splits), tile.BLOCK_N) * tile.BLOCK_N
+    out = q.new_empty(splits, *q.shape, dtype=q.dtype if splits == 1 else torch.float32)
+    lse = q.new_empty(splits, heads, tokens, dtype=torch.float32)
+    descriptors = target == "hopper"
+    forward_kernel[(slots, groups, splits)](
+        q, *((described(x, tile.BLOCK_N, 1) for x in (k, v)) if descriptors else (k, v)), out, lse,
+        cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens, split_keys, scale * LOG2E.value,
+        R=heads // groups, E=width, BLOCK_E=triton.next_power_of_2(width), CAUSAL=causal,
+        EXPLICIT=q_positions is not None, DESCRIPTORS=descriptors, **tile._asdict())
+    if splits == 1:
+        return out[0], lse[0]
+    total = lse.logsumexp(dim=0)  # (H, Tq)
+    weights = (lse - total.masked_fill(total.isinf(), 0)).exp()  # (splits, H, Tq)
+    return torch.einsum("sqhe,shq->qhe", out, weights).to(q.dtype), total
+
+
+def triton_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, scale: float, causal: bool, q_positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv: `dq_kernel` first, for it also finds delta, which `dkdv_kernel` reads."""
+    (tokens, heads, width), groups, target = q.shape, k.shape[1], architecture(q)
+    if tokens == 0 or len(k) == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad, q, k, v = grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+    ratio = heads // groups
+    common = {"R": ratio, "E": width, "BLOCK_E": triton.next_power_of_2(width), "CAUSAL": causal,
+              "EXPLICIT": q_positions is not None}
+    scale2 = scale * LOG2E.value
+
+    tile, descriptors = tile_for("dq", target, width), target == "hopper"
+    table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, True, tile.BLOCK_M)
+    dq_kernel[(slots, groups)](
+        q, *((described(x, tile.BLOCK_N, 1) for x in (k, v)) if descriptors else (k, v)), out, grad,
+        lse, dq, delta, cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens, scale2, **common,
+        DESCRIPTORS=descriptors, **tile._asdict())
+
+    tile = tile_for("dkdv", target, width)
+    # a described tile holds all heads of a group, so their number must be a power of 2
+    descriptors = descriptors and ratio == triton.next_power_of_2(ratio) <= tile.BLOCK_M
+    rows = tile.BLOCK_M // ratio
+    table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, False, tile.BLOCK_N)
+    dkdv_kernel[(slots, groups)](
+        *((described(x, rows, ratio) for x in (q, grad)) if descriptors else (q, grad)), k, v,
+        lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens, scale2,
+        **common, DESCRIPTORS=descriptors, **tile._asdict())
+    return dq, dk, dv
+
+
+# --------------------------------------------------------- without a GPU: PyTorch's own attention
+
+
+def equal_runs(
+    like: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool,
+    q_positions: Tensor | None,
+) -> Iterator[tuple[slice, slice, int, dict]]:
+    """Neighbouring segments of equal lengths (pictures of one size, a decoding batch) as one call.
+
+    Yields their queries, their keys, how many segments, and the mask as arguments of the call.
+    """
+    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
+    end_q = end_k = 0
+    for (length_q, length_k), run in itertools.groupby(lengths):
+        segments = len(list(run))
+        rows_q = slice(end_q, end_q + segments * length_q)
+        rows_k = slice(end_k, end_k + segments * length_k)
+        end_q, end_k = rows_q.stop, rows_k.stop
+        if length_q == 0 or length_k == 0:
+            continue
+        mask = None
+        if q_positions is not None:
+            positions = q_positions[rows_q].view(segments, 1, length_q, 1)
+            mask = torch.arange(length_k) > positions  # (segments, 1, Lq, Lk)
+        elif causal and 1 < length_q != length_k:
+            mask = torch.ones(1, 1, length_q, length_k, dtype=torch.bool)
+            mask = mask.triu(length_k - length_q + 1)
+        if mask is not None:
+            mask = torch.zeros(mask.shape, dtype=like.dtype).masked_fill(mask, -math.inf)
+        square = causal and mask is None and length_q == length_k
+        yield rows_q, rows_k, segments, {"is_causal": square, "attn_mask": mask}
+
+
+def sdpa_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, scale: float, causal: bool, q_positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `triton_forward`, by the CPU kernel behind `scaled_dot_product_attention`.
+
+    One dense product with a mask is the obvious alternative; on 8 documents of 4,096 tokens in all
+    it takes several times as long (`python attention_kernel.py` prints by how much).
+    """
+    out = torch.zeros_like(q)
+    lse = q.new_full((q.shape[1], len(q)), -math.inf, dtype=lse_dtype(q))
+    for rows_q, rows_k, n, mask in equal_runs(q, cu_seqlens_q, cu_seqlens_k, causal, q_positions):
+        qs, ks, vs = (x[rows].unflatten(0, (n, -1)).transpose(1, 2)  # (n, heads, L, E)
+                      for x, rows in ((q, rows_q), (k, rows_k), (v, rows_k)))
+        found, found_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            qs, ks, vs, 0.0, mask["is_causal"], attn_mask=mask["attn_mask"], scale=scale)
+        if mask["attn_mask"] is not None:  # it says 0 for a query that sees no key
+            found_lse = found_lse.masked_fill(mask["attn_mask"].isneginf().all(dim=-1), -math.inf)
+        out[rows_q] = found.transpose(1, 2).flatten(0, 1)
+        lse[:, rows_q] = found_lse.transpose(0, 1).flatten(1)
+    return out, lse
+
+
+def sdpa_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, scale: float, causal: bool, q_positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv by the same CPU kernel."""
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    lse = lse.masked_fill(lse.isneginf(), 0)
+    # the kernel would add up a group's heads in 16 bits: give each its own keys, add in float32
+    copies = q.shape[1] // k.shape[1] if q.element_size() == 2 else 1
+    for rows_q, rows_k, n, mask in equal_runs(q, cu_seqlens_q, cu_seqlens_k, causal, q_positions):
+        grads, qs, ks, vs, outs = (
+            x[rows].unflatten(0, (n, -1)).transpose(1, 2)
+            for x, rows in ((grad, rows_q), (q, rows_q), (k, rows_k), (v, rows_k), (out, rows_q)))
+        if copies > 1:
+            ks, vs = ks.repeat_interleave(copies, dim=1), vs.repeat_interleave(copies, dim=1)
+        lses = lse[:, rows_q].unflatten(1, (n, -1)).transpose(0, 1)  # (n, H, L)
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grads, qs, ks, vs, outs, lses, 0.0, mask["is_causal"], attn_mask=mask["attn_mask"],
+            scale=scale)
+        dqs, dks, dvs = (x.transpose(1, 2).flatten(0, 1) for x in found)  # (rows, heads, E)
+        dq[rows_q] = dqs
+        for whole, part in ((dk, dks), (dv, dvs)):
+            whole[rows_k] = part if copies == 1 else (
+                part.float().unflatten(1, (-1, copies)).sum(dim=2).to(part.dtype))
+    return dq, dk, dv
+
+
+# ------------------------------------------------------------------------- the operator and its API
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def uses_kernels(q: Tensor) -> bool:
+    """On a GPU always; on a CPU only in Triton's interpreter, which is for debugging: slow."""
+    return q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.library.custom_op("llava::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, scale: float, causal: bool, q_positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`flash_attn_varlen_func` as an operator: `torch.compile` takes it as it is, unbroken."""
+    if not q.is_cuda:  # on a GPU the forward pass checks them there, before its kernel runs
+        check_cu_seqlens("q", cu_seqlens_q, len(q))
+        check_cu_seqlens("k", cu_seqlens_k, len(k))
+    forward = triton_forward if uses_kernels(q) else sdpa_forward
+    return forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
+                   q_positions)
+
+
+@torch.library.custom_op("llava::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, scale: float, causal: bool, q_positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backward = triton_backward if uses_kernels(q) else sdpa_backward
+    return backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, causal,
+                    q_positions)
+
+
+@attention.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=lse_dtype(q))
+
+
+@attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def save_for_backward(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, ctx.scale, ctx.causal, q_positions = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, q_positions)
+
+
+def backward_of_op(ctx: object, grad: Tensor, grad_lse: Tensor | None) -> tuple:
+    *tensors, q_positions = ctx.saved_tensors
+    return (*attention_backward(grad, *tensors, ctx.scale, ctx.causal, q_positions), *[None] * 7)
+
+
+attention.register_autograd(backward_of_op, setup_context=save_for_backward)
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise ValueError unless the segments cover the tokens; reads values, so on the CPU only."""
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens_{name} must rise from 0 to the {tokens} tokens of {name}, "
+                         f"got {cu_seqlens.tolist()[:8]}...{cu_seqlens[-1]}")
+
+
 def check_arguments(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    causal: bool, q_positions: Tensor | None,
+    softmax_scale: float | None, causal: bool, q_positions: Tensor | None,
 ) -> None:
     """Raise ValueError for what would otherwise read out of bounds or attend to the wrong keys."""
     if not (q.dim() == k.dim() == v.dim() == 3) or k.shape != v.shape or q.shape[2] != k.shape[2]:
@@ -75,56 +747,31 @@ def check_arguments(
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v are on different devices: {q.device}, {k.device}, {v.device}")
-    for name, cu_seqlens, tokens in (("q", cu_seqlens_q, len(q)), ("k", cu_seqlens_k, len(k))):
-        if (cu_seqlens.dim() != 1 or len(cu_seqlens) == 0
-                or cu_seqlens.dtype not in (torch.int32, torch.int64)):
-            raise ValueError(f"cu_seqlens_{name} must be a vector of int32 or int64, at least [0]")
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
-            raise ValueError(f"cu_seqlens_{name} must rise from 0 to the {tokens} tokens of "
-                             f"{name}, got {cu_seqlens.tolist()[:8]}...{cu_seqlens[-1]}")
-    if len(cu_seqlens_q) != len(cu_seqlens_k):
-        raise ValueError(f"cu_seqlens_q has {len(cu_seqlens_q) - 1} segments, "
-                         f"cu_seqlens_k {len(cu_seqlens_k) - 1}")
-    if q_positions is not None and (not causal or q_positions.shape != (len(q),)):
-        raise ValueError("q_positions needs causal=True and one position per query")
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool,
-           q_positions: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Attention of N segments of equal lengths: q (N, Lq, H, E), k, v (N, Lk, G, E), Lk > 0.
-
-    Returns out (N, Lq, H, E) and, if asked for, LSE (N, H, Lq).  Only square causal segments take
-    the mask-free kernel; a short query block (decoding) costs little with an explicit mask.
-    """
-    length_q, length_k = q.shape[1], k.shape[1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (N, heads, L, E)
-    mask = None
+    if uses_kernels(q):
+        if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"the kernels take float32, float16 or bfloat16, not {q.dtype}")
+        if q.shape[2] % 8 or not 16 <= q.shape[2] <= 128:
+            raise ValueError(f"the kernels take head widths of 16 to 128 in steps of 8, "
+                             f"not {q.shape[2]}")
+    others = {"k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     if q_positions is not None:
-        mask = torch.arange(length_k, device=q.device) <= q_positions[..., None]  # (N, Lq, Lk)
-        mask = mask[:, None]
-    elif causal and 1 < length_q != length_k:
-        mask = torch.ones(length_q, length_k, dtype=torch.bool, device=q.device)
-        mask = mask.tril(length_k - length_q)
-    lse = None
-    if return_lse:
-        grouped = q.unflatten(1, (k.shape[1], -1))  # (N, G, H/G, Lq, E)
-        scores = (grouped @ k[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
-        if mask is None and causal and length_q > 1:
-            mask = torch.ones(length_q, length_k, dtype=torch.bool, device=q.device).tril()
-        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-        lse = scores.logsumexp(dim=-1)  # (N, H, Lq)
-    square = mask is None and causal and length_q > 1
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale,
-                                         enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2), lse
-
-
-def equal_runs(lengths: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Maximal runs of equal neighbours as (first, last + 1): [a, a, b] -> [(0, 2), (2, 3)]."""
-    edges = [0] + [i for i in range(1, len(lengths)) if lengths[i] != lengths[i - 1]]
-    return list(zip(edges, edges[1:] + [len(lengths)]))
+        others["q_positions"] = q_positions
+        if not causal or q_positions.shape != q.shape[:1]:
+            raise ValueError("q_positions needs causal=True and one position per query")
+    for name, x in others.items():
+        if x.device != q.device:
+            raise ValueError(f"q is on {q.device}, but {name} on {x.device}")
+        if x.dim() == 1 and (x.dtype not in (torch.int32, torch.int64) or not x.is_contiguous()):
+            raise ValueError(f"{name} must be a contiguous vector of int32 or int64")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(2) != 1:
+            raise ValueError(f"the last dimension of {name} must be contiguous, its strides are "
+                             f"{x.stride()}")
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape or not len(cu_seqlens_q):
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be vectors of segments + 1 numbers, "
+                         f"got {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}")
+    if softmax_scale is not None and softmax_scale <= 0:
+        raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
 
 
 def flash_attn_varlen_func(
@@ -134,128 +781,201 @@ def flash_attn_varlen_func(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of packed segments; signature and meaning of the flash-attn function of that name.
 
-    q: (Tq, H, E); k, v: (Tk, G, E), H a multiple of G.
+    q: (Tq, H, E); k, v: (Tk, G, E), H a multiple of G; rows may be strided (they are copied then).
     cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 or int64, first row of each segment, then the total.
-    max_seqlen_q, max_seqlen_k: longest segment, in tokens (of use to a kernel's launch only).
+    max_seqlen_q, max_seqlen_k: longest segment, in tokens; decide on the launch, not the result.
     softmax_scale: factor on the scores, default E ** -0.5.
     causal: query i of a segment sees keys up to i + len_k - len_q (bottom-right alignment).
     q_positions: (Tq,) with causal=True: the query sees keys up to this position of its segment.
 
-    Returns out (Tq, H, E), and with return_lse the log-sum-exp of the scores, (H, Tq).  A query
-    that sees no key gets 0 and -inf.  Raises ValueError on shapes that do not fit together.
+    Returns out (Tq, H, E), and with return_lse the log-sum-exp of the scores, (H, Tq) float32 and
+    without a gradient.  A query that sees no key gets 0 and -inf.  Raises ValueError on what does
+    not fit together; on a GPU the values of cu_seqlens are checked there, by an assertion that
+    fails before the kernel reads anything, because looking at them here would stop the stream.
     """
-    check_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, q_positions)
+    check_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, q_positions)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    lengths = list(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()))
-    runs = equal_runs(lengths)
-    # one batched product per run of equal neighbours (the pictures of one size, the rows of a
-    # decoding batch); split, unlike slicing, costs no zero-filled gradient per piece
-    rows_q = [(b - a) * lengths[a][0] for a, b in runs]
-    rows_k = [(b - a) * lengths[a][1] for a, b in runs]
-    positions = [None] * len(runs) if q_positions is None else q_positions.split(rows_q)
-    outs, lses = [], []
-    for (a, b), qs, ks, vs, ps in zip(runs, q.split(rows_q), k.split(rows_k), v.split(rows_k),
-                                      positions):
-        length_q, length_k = lengths[a]
-        blind = length_q if length_k == 0 else 0  # leading queries of each segment without a key
-        if causal and ps is None:
-            blind = max(blind, length_q - length_k)
-        qs, ks, vs = (x.unflatten(0, (b - a, -1)) if len(x) else x.new_zeros(b - a, 0, *x.shape[1:])
-                      for x in (qs, ks, vs))
-        ps = None if ps is None else ps.view(b - a, length_q)
-        out = torch.zeros_like(qs)
-        lse = q.new_full((b - a, q.shape[1], length_q), -math.inf)
-        if blind < length_q:
-            seen, seen_lse = attend(qs[:, blind:], ks, vs, scale, causal, ps, return_lse)
-            out = seen if blind == 0 else torch.cat([out[:, :blind], seen], dim=1)
-            if return_lse:
-                lse = torch.cat([lse[..., :blind], seen_lse], dim=-1)
-        outs.append(out.flatten(0, 1))
-        lses.append(lse.transpose(0, 1).flatten(1))
-    out = torch.cat(outs) if outs else torch.zeros_like(q)
-    return (out, torch.cat(lses, dim=1)) if return_lse else out
+    out, lse = attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
+                         causal, q_positions)
+    return (out, lse.detach()) if return_lse else out
 
 
 # ------------------------------------------------------------------------- errors and timings
 
+MEAN = 753  # tokens of a training sample of the instruction data, packed into rows of 8k or 32k
+
+
+def packed_lengths(tokens: int, seed: int = 0) -> list[int]:
+    """Random segments, exponential around MEAN like the real ones, that fill a row."""
+    rng, lengths = random.Random(seed), []
+    while sum(lengths) < tokens:
+        lengths.append(min(1 + int(rng.expovariate(1 / MEAN)), tokens - sum(lengths)))
+    return lengths
+
 
 def random_row(lengths: list[int], heads: int, groups: int, width: int, dtype: torch.dtype,
-               device: str) -> tuple[list[Tensor], dict]:
-    """q, k, v of a causal packed row, and the other arguments."""
-    tokens = sum(lengths)
-    qkv = [torch.randn(tokens, n, width, device=device).to(dtype).requires_grad_()
+               device: str, causal: bool) -> tuple[list[Tensor], dict]:
+    """q, k, v of a packed row, and the other arguments of `flash_attn_varlen_func`."""
+    qkv = [torch.randn(sum(lengths), n, width, device=device).to(dtype).requires_grad_()
            for n in (heads, groups, groups)]
-    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
-    longest = max(lengths)
-    return qkv, {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest,
-                 "max_seqlen_k": longest, "causal": True}
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return qkv, {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens,
+                 "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths), "causal": causal}
 
 
-def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, causal: bool,
-               **unused: object) -> Tensor:
-    """The obvious alternative: one PyTorch product with a (T, T) mask."""
-    segment = segment_ids(cu_seqlens_q)
-    mask = (segment[:, None] == segment[None, :]).tril()
-    out = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)),
-                                         attn_mask=mask, enable_gqa=True)
-    return out[0].transpose(0, 1)
+def expand(q: Tensor, k: Tensor) -> Tensor:
+    """Keys or values repeated for every query head, for functions that know no groups."""
+    return k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
+def dense_sdpa(lengths: list[int], rest: dict, backend: SDPBackend) -> Callable[..., Tensor]:
+    """PyTorch's dense attention on segments of equal length, by one of its kernels."""
+    if len(set(lengths)) > 1:
+        raise ValueError("segments differ in length")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2)
+                for x in (q, expand(q, k), expand(q, v)))
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(*rows, is_causal=rest["causal"])
+        return out.transpose(1, 2).flatten(0, 1)
+    return attend
+
+
+def masked_sdpa(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
+    """The obvious way to pack: one dense product with a (T, T) mask."""
+    segment = segment_ids(rest["cu_seqlens_q"])
+    mask = segment[:, None] == segment[None, :]
+    mask = mask.tril() if rest["causal"] else mask
+    return lambda q, k, v: F.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask, enable_gqa=True,
+    )[0].transpose(0, 1)
+
+
+def torch_varlen(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
+    """PyTorch's own varlen function (2.10 and later)."""
+    from torch.nn.attention.varlen import varlen_attn
+    cu_seqlens, longest = rest["cu_seqlens_q"], rest["max_seqlen_q"]
+    return lambda q, k, v: varlen_attn(
+        q, expand(q, k), expand(q, v), cu_seqlens, cu_seqlens, longest, longest,
+        window_size=(-1, 0) if rest["causal"] else (-1, -1))
+
+
+def flex(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
+    """FlexAttention, compiled, with its block mask made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    segment = segment_ids(rest["cu_seqlens_q"])
+
+    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        same = segment[i] == segment[j]
+        return same & (i >= j) if rest["causal"] else same
+
+    mask = create_block_mask(visible, None, None, len(segment), len(segment), segment.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(*(x.transpose(0, 1)[None] for x in (q, k, v)),
+                                    block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+def competitors(device: str) -> dict[str, Callable[..., Callable[..., Tensor]]]:
+    if device == "cpu":
+        return {"masked SDPA": masked_sdpa}
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION,
+                "efficient": SDPBackend.EFFICIENT_ATTENTION}
+    return {name: functools.partial(dense_sdpa, backend=x) for name, x in backends.items()} | {
+        "varlen": torch_varlen, "flex": flex}
 
 
 def print_errors(device: str) -> None:
-    """Largest error against float64 of the function and of one masked PyTorch product."""
-    print(f"{'largest error against float64':32}{'out':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
-    for dtype in (torch.float32, torch.bfloat16):
-        qkv, rest = random_row([1, 300, 40, 171], 8, 2, 64, dtype, device)
+    """Root-mean-square errors against float64, beside one masked PyTorch product."""
+    print(f"{'rms error against float64':32}{'out':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        qkv, rest = random_row([1, 300, 40, 171], 8, 2, 64, dtype, device, causal=True)
         weight = torch.randn_like(qkv[0])
         exact = [x.detach().double().requires_grad_() for x in qkv]
         expected = attention_reference(*exact, **rest)
         expected = [expected, *torch.autograd.grad((expected * weight.double()).sum(), exact)]
-        for name, attention in (("this file", flash_attn_varlen_func), ("masked SDPA", dense_sdpa)):
-            out = attention(*qkv, **rest)
+        for name, attend in (("this file", functools.partial(flash_attn_varlen_func, **rest)),
+                             ("masked SDPA", masked_sdpa([], rest))):
+            out = attend(*qkv)
             found = [out, *torch.autograd.grad((out * weight).sum(), qkv)]
-            errors = [float((a.double() - b).abs().max().detach())
-                      for a, b in zip(found, expected)]
-            label = f"{name}, {str(dtype).removeprefix('torch.')}"
-            print(f"{label:32}" + "".join(f"{e:10.1e}" for e in errors))
+            errors = [(a.double() - b).square().mean().sqrt() for a, b in zip(found, expected)]
+            print(f"{f'{name}, {dtype}':32}" + "".join(f"{e:10.1e}" for e in errors))
 
 
-def median_ms(attention: Callable[..., Tensor], qkv: list[Tensor], rest: dict, backward: bool,
-              repeats: int = 7) -> float:
-    """Median time of one call, in milliseconds, after one to warm up."""
+def median_ms(call: Callable[[], object], device: str) -> float:
+    """Median time of a call in milliseconds, warmed up."""
+    if device == "cuda":
+        return triton.testing.do_bench(call, return_mode="median")
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(8):
         started = time.perf_counter()
-        out = attention(*qkv, **rest)
-        if backward:
-            torch.autograd.grad(out.sum(), qkv)
-        if out.is_cuda:
-            torch.cuda.synchronize()
+        call()
         times.append(1000 * (time.perf_counter() - started))
-    return sorted(times[1:])[repeats // 2]
+    return sorted(times[1:])[3]
 
 
-def print_timings(device: str) -> None:
-    """Milliseconds on packed rows, beside one masked product, and how many times faster."""
-    print(f"\n{'ms, fp32, 8 heads, 2 groups of 64':36}{'forward':>10}{'masked':>9}{'times':>7}"
-          f"{'fwd+bwd':>10}{'masked':>9}{'times':>7}")
-    for lengths in ([512] * 8, [100, 900, 250, 1500, 46, 700, 300, 300], [64] * 64):
-        qkv, rest = random_row(lengths, 8, 2, 64, torch.float32, device)
-        row = f"{f'{len(lengths)} segments, {sum(lengths)} tokens':36}"
-        for backward in (False, True):
-            ours, dense = (median_ms(attention, qkv, rest, backward)
-                           for attention in (flash_attn_varlen_func, dense_sdpa))
-            row += f"{ours:10.1f}{dense:9.1f}{dense / ours:7.1f}"
-        print(row)
+def passes_ms(attend: Callable[..., Tensor], qkv: list[Tensor], device: str) -> list[float]:
+    """Milliseconds of the forward pass, of the backward pass, and of both."""
+    out = attend(*qkv)
+    grad = torch.randn_like(out)
+    forward = median_ms(lambda: attend(*qkv), device)
+    backward = median_ms(lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True), device)
+    return [forward, backward, forward + backward]
+
+
+def print_timings(title: str, shapes: dict[str, tuple], device: str, dtype: torch.dtype) -> None:
+    """TFLOP/s of this file and of the others; last, how many times faster than the best of them.
+
+    Counted are the pairs of query and key that see each other: 4 E operations each and per head
+    forward (two products), 10 E backward (five), whatever a kernel really computes.
+    """
+    others = competitors(device)
+    print(f"\n{title:38}{'pass':>9}{'ms':>9}{'TFLOP/s':>9}"
+          + "".join(f"{name:>12}" for name in others) + f"{'times best':>12}")
+    for label, (lengths, heads, groups, width, causal) in shapes.items():
+        qkv, rest = random_row(lengths, heads, groups, width, dtype, device, causal)
+        ours = passes_ms(functools.partial(flash_attn_varlen_func, **rest), qkv, device)
+        found = {}
+        for name, prepare in others.items():
+            try:
+                found[name] = passes_ms(prepare(lengths, rest), qkv, device)
+            except (ValueError, TypeError, ImportError, RuntimeError):  # not for this shape, or GPU
+                found[name] = [math.inf] * 3
+        pairs = sum(n * (n + 1) / 2 if causal else n * n for n in lengths)
+        for i, (name, factor) in enumerate((("forward", 4), ("backward", 10), ("both", 14))):
+            rate = factor * pairs * heads * width / 1e9
+            best = min(times[i] for times in found.values())
+            print(f"{label if i == 0 else '':38}{name:>9}{ours[i]:9.3f}{rate / ours[i]:9.3g}"
+                  + "".join(f"{rate / times[i]:12.3g}" for times in found.values())
+                  + f"{best / ours[i]:12.2f}", flush=True)
 
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else (
         f"CPU, {torch.get_num_threads()} threads")
-    print(f"{name}, torch {torch.__version__}")
+    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, "
+          f"Triton {triton.__version__}")
     torch.manual_seed(0)
     print_errors(device)
-    print_timings(device)
+    if device == "cpu":
+        rows = {"8 x 512": [512] * 8, "8 of 46 to 1,500": [100, 900, 250, 1500, 46, 700, 300, 300],
+                "64 x 64": [64] * 64}
+        print_timings("4,096 tokens, 8 heads, 2 groups of 64",
+                      {label: (n, 8, 2, 64, True) for label, n in rows.items()}, device,
+                      torch.float32)
+        return
+    for width, heads, groups in ((64, 16, 16), (128, 32, 8)):
+        for causal in (False, True):
+            shapes = {f"{16384 // n} x {n}": ([n] * (16384 // n), heads, groups, width, causal)
+                      for n in (512, 1024, 2048, 4096, 8192, 16384)}
+            title = f"{heads} heads, {groups} groups of {width}, {'causal' if causal else 'full'}"
+            print_timings(title, shapes, device, torch.bfloat16)
+    rows = {f"text, {n} tokens of {MEAN} on average": (packed_lengths(n), 32, 8, 128, True)
+            for n in (8192, 32768)}
+    sizes = random.Random(0).choices((256, 576, 1024, 1296, 2304, 4096), k=16)
+    rows[f"pictures, {sum(sizes)} patches, 16 of 64"] = (sizes, 16, 16, 64, False)
+    print_timings("packed", rows, device, torch.bfloat16)
 
 
 if __name__ == "__main__":

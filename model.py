@@ -136,30 +136,31 @@ class RMSNorm(nn.Module):
 class KVCache:
     """Keys and values of S growing segments, room for `capacity` tokens in each.
 
-    `advance` is called once per step with the new tokens' cu_seqlens, then `update` by each layer.
+    Segment s owns rows s * capacity to (s + 1) * capacity.  Nothing is moved when it grows: every
+    query says by its position how far it sees.  `advance` is called once per step with the new
+    tokens' cu_seqlens and positions, then `update` by each layer.
     """
 
     def __init__(self, config: ModelConfig, segments: int, capacity: int, like: Tensor) -> None:
         shape = (config.num_hidden_layers, segments * capacity, config.num_key_value_heads,
                  config.head_dim)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.capacity = capacity
-        self.lengths = torch.zeros(segments, dtype=torch.int64, device=like.device)
+        self.capacity, self.steps = capacity, 0
+        self.cu_seqlens = torch.arange(segments + 1, device=like.device) * capacity
 
-    def advance(self, cu_seqlens: Tensor) -> None:
-        first_free = torch.arange(len(self.lengths), device=self.lengths.device) * self.capacity
-        start = first_free + self.lengths - cu_seqlens[:-1]
-        segment = segment_ids(cu_seqlens)
-        self.slots = start[segment] + torch.arange(len(segment), device=segment.device)  # (T,)
-        self.lengths = self.lengths + cu_seqlens.diff()
-        used = torch.arange(self.capacity, device=segment.device) < self.lengths[:, None]
-        self.used = used.flatten().nonzero()[:, 0]
-        self.cu_seqlens = F.pad(self.lengths.cumsum(0), (1, 0))
+    def advance(self, cu_seqlens: Tensor, positions: Tensor) -> None:
+        self.positions, self.steps = positions, self.steps + 1
+        self.slots = self.cu_seqlens[segment_ids(cu_seqlens)] + positions  # (T,)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (T, G, E) of the step; return all keys and values so far, packed."""
+    def update(self, layer: int, k: Tensor, v: Tensor, own: dict) -> tuple[Tensor, Tensor, dict]:
+        """Store k, v (T, G, E) of the step; return the keys and values to attend to, and where
+        they are: `own` as they came in the first step, all of the cache in later ones."""
         self.k[layer, self.slots], self.v[layer, self.slots] = k, v
-        return self.k[layer].index_select(0, self.used), self.v[layer].index_select(0, self.used)
+        if self.steps == 1:
+            return k, v, own
+        return self.k[layer], self.v[layer], {
+            "cu_seqlens_k": self.cu_seqlens, "max_seqlen_k": self.capacity,
+            "q_positions": self.positions}
 
 
 class SelfAttention(nn.Module):
@@ -183,12 +184,11 @@ class SelfAttention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q = apply_rope(self.q_norm(q), cos, sin)  # (T, H, E)
         k = apply_rope(self.k_norm(k), cos, sin)  # (T, G, E)
-        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
+        keys = {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": max_seqlen}
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-            cu_seqlens_k, max_seqlen_k = cache.cu_seqlens, cache.capacity
-        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k,
-                                     causal=True)
+            k, v, keys = cache.update(self.layer, k, v, keys)
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, max_seqlen_q=max_seqlen, causal=True,
+                                     **keys)
         return self.o_proj(out.flatten(1))  # (T, C)
 
 
@@ -238,9 +238,9 @@ class Qwen3(nn.Module):
         powers = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width
         angles = position_ids[:, None, None] * self.config.rope_theta**-powers  # (T, 1, E/2)
         cos, sin = angles.cos(), angles.sin()
-        max_seqlen = int(cu_seqlens.diff().max())
+        max_seqlen = len(x) - len(cu_seqlens) + 2  # were all other segments one token long
         if cache is not None:
-            cache.advance(cu_seqlens)
+            cache.advance(cu_seqlens, position_ids)
         for layer in self.layers:
             x = layer(x, cu_seqlens, max_seqlen, cos, sin, cache)
         return self.norm(x)
@@ -364,9 +364,9 @@ class LlavaOneVision(nn.Module):
         generator ends when all have, or after max_new_tokens.
         """
         prompts = len(cu_seqlens) - 1
-        capacity = int(cu_seqlens.diff().max()) + max_new_tokens
+        lengths = cu_seqlens.diff()
         x = self.embed(input_ids, patches, grid_thw)
-        cache = KVCache(self.config, prompts, capacity, x)
+        cache = KVCache(self.config, prompts, int(lengths.max()) + max_new_tokens, x)
         position_ids = packed_positions(cu_seqlens)
         stops = torch.tensor(stop_ids, dtype=torch.int64, device=x.device)
         tokens = torch.full((prompts,), -1, device=x.device)
@@ -379,7 +379,7 @@ class LlavaOneVision(nn.Module):
             if torch.isin(tokens, stops).all():
                 return
             x = self.model.embed_tokens(tokens)
-            position_ids = cache.lengths
+            position_ids = lengths if cache.steps == 1 else position_ids + 1
             cu_seqlens = torch.arange(prompts + 1, device=x.device)
 
     @classmethod

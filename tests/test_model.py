@@ -202,12 +202,15 @@ def test_mismatched_merger_width() -> None:
         LlavaOneVision(config)
 
 
-def test_cache_returns_segments_in_order() -> None:
+def test_cache_keeps_segments_apart() -> None:
     config = replace(PRESETS["tiny"], num_hidden_layers=1, num_key_value_heads=1, head_dim=1)
     cache = KVCache(config, segments=2, capacity=4, like=torch.zeros(1))
-    cache.advance(torch.tensor([0, 2, 3]))
+    cache.advance(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 0]))
     keys = torch.tensor([1.0, 2.0, 10.0]).view(3, 1, 1)
-    assert cache.update(0, keys, keys)[0].flatten().tolist() == [1, 2, 10]
-    cache.advance(torch.tensor([0, 1, 2]))
+    first = cache.update(0, keys, keys, own := {"cu_seqlens_k": torch.tensor([0, 2, 3])})
+    assert first[0] is keys and first[2] is own
+    cache.advance(torch.tensor([0, 1, 2]), torch.tensor([2, 1]))
     keys = torch.tensor([3.0, 11.0]).view(2, 1, 1)
-    assert cache.update(0, keys, keys)[0].flatten().tolist() == [1, 2, 3, 10, 11]
+    k, _, where = cache.update(0, keys, keys, {})
+    assert k.flatten().tolist() == [1, 2, 3, 0, 10, 11, 0, 0]
+    assert where["cu_seqlens_k"].tolist() == [0, 4, 8] and where["q_positions"].tolist() == [2, 1]

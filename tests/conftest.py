@@ -1,0 +1,57 @@
+"""Lets the Triton kernels run on a CPU: in Triton's interpreter, with two of its faults mended.
+
+`triton.jit` looks at TRITON_INTERPRET when a kernel is defined, so the variable is set for the
+first import only; a test that wants the kernels, not the CPU path, sets it again (see `kernels`).
+The interpreter (3.6 to 3.9) truncates where it should round to bfloat16 or FP8 and multiplies the
+bit patterns of bfloat16 matrices: conversions are done by PyTorch here, products in float32.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def interpret_faithfully() -> None:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def torch_dtype(dtype: tl.dtype) -> torch.dtype:
+        names = {"fp": "float", "bf": "bfloat", "fp8e4nv": "float8_e4m3fn", "fp8e5": "float8_e5m2"}
+        name = names.get(dtype.name) or names[dtype.name[:2]] + dtype.name[2:]
+        return getattr(torch, name)
+
+    def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
+        bits = {16: torch.int16, 8: torch.uint8, 32: torch.int32, 64: torch.int64}
+        x = torch.frombuffer(bytearray(data.tobytes()), dtype=torch_dtype(source))
+        x = x.to(torch_dtype(target)).view(bits[target.primitive_bitwidth])
+        return x.numpy().view(f"uint{target.primitive_bitwidth}").reshape(data.shape)
+
+    def in_float32(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        data = convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    builder.create_dot = lambda self, a, b, *rest: dot(self, in_float32(a), in_float32(b), *rest)
+    interpreter._convert_float = convert
+
+
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+    import attention_kernel  # noqa: F401
+    interpret_faithfully()
+    del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the kernels: natively on a GPU, interpreted on a CPU."""
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
