@@ -42,11 +42,12 @@ any dtype, any device), `attention_tiled` (the loop above in PyTorch, forward an
 kernels.  `flash_attn_varlen_func` is what the models call: the kernels on a GPU, PyTorch's own
 attention segment by segment on a CPU.
 
-Run `python attention_kernel.py`: prints errors against float64 and timings against every other
-attention PyTorch has on this machine.
+Run `python attention_kernel.py`: prints errors against float64 and timings beside PyTorch's other
+ways on this machine (on a CPU, one product with a mask).
 """
 
 import functools
+import inspect
 import itertools
 import math
 import os
@@ -142,12 +143,13 @@ def attention_tiled_backward(
 # The R = H / G query heads that read the same key head are stacked: row r of a segment is head
 # r % R of the group at token r // R.  Keys are then loaded once for R heads, a short segment fills
 # its last tile R times better, and the R rows of a decoding step are still one matrix product.
-# Scores are kept in units of log 2 (exp2 is the instruction a GPU has), hence LOG2E.
+# Scores are kept in units of log 2 (exp2 is the instruction a GPU has), hence LOG2E.  Numbers that
+# change with every row are not specialised on, or each new row would compile the kernels again.
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_q", "tokens_k", "segments", "slots"])
 def tile_table_kernel(
     table,         # (N + 1, 2) int32, out: segment and first row of each tile; last, the verdict
     cu_seqlens,    # (S + 1,) of the side that is tiled
@@ -183,7 +185,7 @@ def tile_table_kernel(
         tile = first + index
         row = (count - 1 - tile if LAST_FIRST else tile) * BLOCK
         slot = before + tile
-        inside = (tile < count) & (slot < slots)
+        inside = (tile < count) & (slot >= 0) & (slot < slots)
         tl.store(table + 2 * slot, tl.where(is_segment, segment, -1), mask=inside)
         tl.store(table + 2 * slot + 1, row, mask=inside)
     if segment == segments:
@@ -218,7 +220,7 @@ def load_rows(x, place, E: tl.constexpr, BLOCK_E: tl.constexpr):
 def query_rows(row, first_q, length_q, tokens_q, group, groups, R: tl.constexpr, E: tl.constexpr,
                BLOCK_E: tl.constexpr):
     """Token of each row; offsets of the rows in q, out and their gradients, (rows, BLOCK_E), and
-    in lse and delta.  Rows behind the segment's end repeat its last token: no load needs a mask.
+    in lse and delta.  Rows behind the segment's end repeat its last token: no load masks rows.
     """
     token = tl.minimum(row // R, length_q - 1)
     head = group * R + row % R
@@ -260,7 +262,7 @@ def load_keys(x, first_k, start, length_k, group, groups, E: tl.constexpr, BLOCK
         return load_rows(x, place[:, None] + tl.arange(0, BLOCK_E)[None, :], E, BLOCK_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_q", "split_keys"])
 def forward_kernel(
     q, k, v,               # (Tq, H, E), (Tk, G, E), (Tk, G, E); k and v as `load_keys` wants them
     out,                   # (splits, Tq, H, E)
@@ -323,7 +325,7 @@ def forward_kernel(
     tl.store(lse + split * rows + statistic, (m + tl.log2(total)) / LOG2E, mask=row < length_q * R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_q"])
 def dq_kernel(
     q, k, v, out, grad,  # grad: of out
     lse,                 # (H, Tq) float32
@@ -373,7 +375,7 @@ def dq_kernel(
     tl.store(dq + place, acc * (scale / LOG2E), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_q"])
 def dkdv_kernel(
     q, grad,       # (Tq, H, E) as pointers or, with DESCRIPTORS, as descriptors of R heads at once
     k, v,          # (Tk, G, E)
@@ -462,9 +464,10 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (kernel, architecture) -> one for widths up to 64, one for widths up to 128.  Each is the largest
-# that compiles without a register spill in Triton 3.6 and 3.9; `tests/compile_kernels.py` prints
-# the table.  Decoding has 16 rows, too few for Hopper's matrix instructions: it waits for memory.
+# (kernel, architecture) -> one for widths up to 64, one for widths up to 128.  Each compiles, not
+# spilling registers in Triton 3.6 and 3.9 (`tests/compile_kernels.py` prints the table); which are
+# the fastest only a GPU can tell.  Decoding has 16 rows, too few for Hopper's matrix instructions:
+# it waits for memory.
 TILES = {
     ("forward", "hopper"): (Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
     ("forward", "ampere"): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
@@ -495,9 +498,17 @@ def tile_for(kernel: str, target: str, width: int) -> Tile:
     return TILES[kernel, target][width > 64]
 
 
+def compact(x: Tensor) -> Tensor:
+    """x contiguous and, as Hopper's copy engine wants it, on an address divisible by 16."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def described(x: Tensor, rows: int, heads: int) -> TensorDescriptor:
     """Descriptor of x (T, heads, E) for tiles of rows x heads x E, E rounded up to a power of 2."""
-    return TensorDescriptor.from_tensor(x, [rows, heads, triton.next_power_of_2(x.shape[-1])])
+    _, of_heads, width = x.shape
+    return TensorDescriptor(x, list(x.shape), [of_heads * width, width, 1],
+                            [rows, heads, triton.next_power_of_2(width)])
 
 
 def tile_table(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, of_queries: bool,
@@ -508,7 +519,7 @@ def tile_table(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     """
     cu_seqlens, tokens = (cu_seqlens_q, len(q)) if of_queries else (cu_seqlens_k, len(k))
     rows, segments = q.shape[1] // k.shape[1] if of_queries else 1, len(cu_seqlens) - 1
-    slots = (tokens * rows + segments * (block - 1)) // block
+    slots = max(1, (tokens * rows + segments * (block - 1)) // block)
     table = torch.empty(slots + 1, 2, dtype=torch.int32, device=q.device)
     tile_table_kernel[(segments + 1,)](
         table, cu_seqlens, cu_seqlens_q, cu_seqlens_k, len(q), len(k), segments, slots,
@@ -527,8 +538,8 @@ def triton_forward(
     """
     (tokens, heads, width), groups, target = q.shape, k.shape[1], architecture(q)
     if tokens == 0 or len(k) == 0:
-        return torch.zeros_like(q), q.new_full((heads, tokens), -math.inf, dtype=torch.float32)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        return q.new_zeros(q.shape), q.new_full((heads, tokens), -math.inf, dtype=torch.float32)
+    q, k, v = compact(q), compact(k), compact(v)
     few = max_seqlen_q * (heads // groups) <= 16
     tile = tile_for("decode" if few else "forward", target, width)
     table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, True, tile.BLOCK_M)
@@ -549,7 +560,7 @@ def triton_forward(
         return out[0], lse[0]
     total = lse.logsumexp(dim=0)  # (H, Tq)
     weights = (lse - total.masked_fill(total.isinf(), 0)).exp()  # (splits, H, Tq)
-    return torch.einsum("sqhe,shq->qhe", out, weights).to(q.dtype), total
+    return (out * weights.transpose(1, 2)[..., None]).sum(dim=0).to(q.dtype), total
 
 
 def triton_backward(
@@ -559,8 +570,8 @@ def triton_backward(
     """dq, dk, dv: `dq_kernel` first, for it also finds delta, which `dkdv_kernel` reads."""
     (tokens, heads, width), groups, target = q.shape, k.shape[1], architecture(q)
     if tokens == 0 or len(k) == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    grad, q, k, v = grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    grad, q, k, v, out, lse = (compact(x) for x in (grad, q, k, v, out, lse))
     dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
     ratio = heads // groups
     common = {"R": ratio, "E": width, "BLOCK_E": triton.next_power_of_2(width), "CAUSAL": causal,
@@ -628,7 +639,7 @@ def sdpa_forward(
     One dense product with a mask is the obvious alternative; on 8 documents of 4,096 tokens in all
     it takes several times as long (`python attention_kernel.py` prints by how much).
     """
-    out = torch.zeros_like(q)
+    out = q.new_zeros(q.shape)
     lse = q.new_full((q.shape[1], len(q)), -math.inf, dtype=lse_dtype(q))
     for rows_q, rows_k, n, mask in equal_runs(q, cu_seqlens_q, cu_seqlens_k, causal, q_positions):
         qs, ks, vs = (x[rows].unflatten(0, (n, -1)).transpose(1, 2)  # (n, heads, L, E)
@@ -647,7 +658,7 @@ def sdpa_backward(
     cu_seqlens_k: Tensor, scale: float, causal: bool, q_positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv by the same CPU kernel."""
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     lse = lse.masked_fill(lse.isneginf(), 0)
     # the kernel would add up a group's heads in 16 bits: give each its own keys, add in float32
     copies = q.shape[1] // k.shape[1] if q.element_size() == 2 else 1
@@ -691,8 +702,9 @@ def attention(
         check_cu_seqlens("q", cu_seqlens_q, len(q))
         check_cu_seqlens("k", cu_seqlens_k, len(k))
     forward = triton_forward if uses_kernels(q) else sdpa_forward
-    return forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-                   q_positions)
+    with torch.cuda.device_of(q):
+        return forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
+                       causal, q_positions)
 
 
 @torch.library.custom_op("llava::attention_backward", mutates_args=())
@@ -701,18 +713,19 @@ def attention_backward(
     cu_seqlens_k: Tensor, scale: float, causal: bool, q_positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = triton_backward if uses_kernels(q) else sdpa_backward
-    return backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, causal,
-                    q_positions)
+    with torch.cuda.device_of(q):
+        return backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, causal,
+                        q_positions)
 
 
 @attention.register_fake
 def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=lse_dtype(q))
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q))
 
 
 @attention_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def save_for_backward(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -743,7 +756,9 @@ def check_arguments(
     if not (q.dim() == k.dim() == v.dim() == 3) or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"need q (Tq, H, E) and k, v (Tk, G, E), got {tuple(q.shape)}, "
                          f"{tuple(k.shape)}, {tuple(v.shape)}")
-    if q.shape[1] % k.shape[1]:
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"attention runs on cpu and cuda, not on {q.device.type}")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
@@ -779,9 +794,9 @@ def flash_attn_varlen_func(
     max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None = None,
     causal: bool = False, return_lse: bool = False, q_positions: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of packed segments; signature and meaning of the flash-attn function of that name.
+    """Attention of packed segments; names and meaning are those of flash-attn's function.
 
-    q: (Tq, H, E); k, v: (Tk, G, E), H a multiple of G; rows may be strided (they are copied then).
+    q: (Tq, H, E); k, v: (Tk, G, E), finite, H a multiple of G; strided rows are copied.
     cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 or int64, first row of each segment, then the total.
     max_seqlen_q, max_seqlen_k: longest segment, in tokens; decide on the launch, not the result.
     softmax_scale: factor on the scores, default E ** -0.5.
@@ -790,8 +805,8 @@ def flash_attn_varlen_func(
 
     Returns out (Tq, H, E), and with return_lse the log-sum-exp of the scores, (H, Tq) float32 and
     without a gradient.  A query that sees no key gets 0 and -inf.  Raises ValueError on what does
-    not fit together; on a GPU the values of cu_seqlens are checked there, by an assertion that
-    fails before the kernel reads anything, because looking at them here would stop the stream.
+    not fit together.  On a GPU the values of cu_seqlens are checked there, since looking at them
+    here would stop the stream: an assertion ends the process before the kernel reads anything.
     """
     check_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, q_positions)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -823,21 +838,19 @@ def random_row(lengths: list[int], heads: int, groups: int, width: int, dtype: t
                  "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths), "causal": causal}
 
 
-def expand(q: Tensor, k: Tensor) -> Tensor:
-    """Keys or values repeated for every query head, for functions that know no groups."""
-    return k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-
-
 def dense_sdpa(lengths: list[int], rest: dict, backend: SDPBackend) -> Callable[..., Tensor]:
     """PyTorch's dense attention on segments of equal length, by one of its kernels."""
     if len(set(lengths)) > 1:
         raise ValueError("segments differ in length")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2)
-                for x in (q, expand(q, k), expand(q, v)))
+        copies = q.shape[1] // k.shape[1]
+        if copies > 1 and backend == SDPBackend.EFFICIENT_ATTENTION:  # it knows no groups
+            k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
+        rows = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(*rows, is_causal=rest["causal"])
+            out = F.scaled_dot_product_attention(*rows, is_causal=rest["causal"],
+                                                 enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2).flatten(0, 1)
     return attend
 
@@ -853,12 +866,19 @@ def masked_sdpa(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
 
 
 def torch_varlen(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
-    """PyTorch's own varlen function (2.10 and later)."""
+    """PyTorch's own varlen function (2.11 and later; groups of heads since 2.12)."""
     from torch.nn.attention.varlen import varlen_attn
     cu_seqlens, longest = rest["cu_seqlens_q"], rest["max_seqlen_q"]
-    return lambda q, k, v: varlen_attn(
-        q, expand(q, k), expand(q, v), cu_seqlens, cu_seqlens, longest, longest,
-        window_size=(-1, 0) if rest["causal"] else (-1, -1))
+    groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        copies = q.shape[1] // k.shape[1]
+        if copies > 1 and not groups:
+            k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest,
+                           window_size=(-1, 0) if rest["causal"] else (-1, -1),
+                           **({"enable_gqa": True} if groups else {}))
+    return attend
 
 
 def flex(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
@@ -871,6 +891,7 @@ def flex(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
         return same & (i >= j) if rest["causal"] else same
 
     mask = create_block_mask(visible, None, None, len(segment), len(segment), segment.device)
+    torch.compiler.reset()  # each shape is compiled anew; the compiler counts and gives up at 8
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(*(x.transpose(0, 1)[None] for x in (q, k, v)),
                                     block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
@@ -929,7 +950,7 @@ def print_timings(title: str, shapes: dict[str, tuple], device: str, dtype: torc
     Counted are the pairs of query and key that see each other: 4 E operations each and per head
     forward (two products), 10 E backward (five), whatever a kernel really computes.
     """
-    others = competitors(device)
+    others, reasons = competitors(device), {}
     print(f"\n{title:38}{'pass':>9}{'ms':>9}{'TFLOP/s':>9}"
           + "".join(f"{name:>12}" for name in others) + f"{'times best':>12}")
     for label, (lengths, heads, groups, width, causal) in shapes.items():
@@ -939,8 +960,9 @@ def print_timings(title: str, shapes: dict[str, tuple], device: str, dtype: torc
         for name, prepare in others.items():
             try:
                 found[name] = passes_ms(prepare(lengths, rest), qkv, device)
-            except (ValueError, TypeError, ImportError, RuntimeError):  # not for this shape, or GPU
+            except (ValueError, TypeError, ImportError, RuntimeError) as error:  # cannot do this
                 found[name] = [math.inf] * 3
+                reasons[name] = str(error).split("\n")[0][:100]
         pairs = sum(n * (n + 1) / 2 if causal else n * n for n in lengths)
         for i, (name, factor) in enumerate((("forward", 4), ("backward", 10), ("both", 14))):
             rate = factor * pairs * heads * width / 1e9
@@ -948,6 +970,8 @@ def print_timings(title: str, shapes: dict[str, tuple], device: str, dtype: torc
             print(f"{label if i == 0 else '':38}{name:>9}{ours[i]:9.3f}{rate / ours[i]:9.3g}"
                   + "".join(f"{rate / times[i]:12.3g}" for times in found.values())
                   + f"{best / ours[i]:12.2f}", flush=True)
+    for name, reason in reasons.items():
+        print(f"0 for {name}: {reason}")
 
 
 def main() -> None:

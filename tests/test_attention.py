@@ -121,7 +121,7 @@ def test_cpu_path_equals_reference(seed: int) -> None:
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(200 if DEVICE == "cpu" else 40))  # a GPU compiles each
 def test_kernels_equal_reference(seed: int, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 to round-off, 16 bits to theirs; small tiles, so that segments span several."""
     rng = random.Random(seed)
