@@ -238,7 +238,7 @@ class Qwen3(nn.Module):
         powers = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width
         angles = position_ids[:, None, None] * self.config.rope_theta**-powers  # (T, 1, E/2)
         cos, sin = angles.cos(), angles.sin()
-        max_seqlen = len(x) - len(cu_seqlens) + 2  # were all other segments one token long
+        max_seqlen = len(x) - len(cu_seqlens) + 2  # an upper bound that asks the GPU nothing
         if cache is not None:
             cache.advance(cu_seqlens, position_ids)
         for layer in self.layers:
@@ -379,7 +379,7 @@ class LlavaOneVision(nn.Module):
             if torch.isin(tokens, stops).all():
                 return
             x = self.model.embed_tokens(tokens)
-            position_ids = lengths if cache.steps == 1 else position_ids + 1
+            position_ids, lengths = lengths, lengths + 1
             cu_seqlens = torch.arange(prompts + 1, device=x.device)
 
     @classmethod

@@ -296,7 +296,7 @@ class RiceViT(nn.Module):
         x = torch.cat([self.class_embedding.expand(frames, -1), x]).index_select(0, order)
         x = self.pre_layernorm(x)  # (P + S, D)
         cos, sin = self.rope(grid_thw, order)
-        max_seqlen = len(x) - len(cu_seqlens) + 2  # were all other segments one row long
+        max_seqlen = len(x) - len(cu_seqlens) + 2  # an upper bound that asks the GPU nothing
         for block in self.blocks:
             x = block(x, cu_seqlens, max_seqlen, cos, sin)
         return self.merger(self.strip(x, segment))
