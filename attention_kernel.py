@@ -600,34 +600,42 @@ def triton_backward(
 # --------------------------------------------------------- without a GPU: PyTorch's own attention
 
 
-def equal_runs(
+def dense_calls(
     like: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool,
     q_positions: Tensor | None,
 ) -> Iterator[tuple[slice, slice, int, dict]]:
-    """Neighbouring segments of equal lengths (pictures of one size, a decoding batch) as one call.
+    """A packed row as calls of dense attention: rows of queries, of keys, segments, and the mask.
 
-    Yields their queries, their keys, how many segments, and the mask as arguments of the call.
+    Neighbouring segments of equal lengths (pictures of one size) are one call.  Of a segment with
+    explicit positions each stretch of successive ones is a call, with the keys up to its last.
     """
-    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
-    end_q = end_k = 0
-    for (length_q, length_k), run in itertools.groupby(lengths):
-        segments = len(list(run))
-        rows_q = slice(end_q, end_q + segments * length_q)
-        rows_k = slice(end_k, end_k + segments * length_k)
-        end_q, end_k = rows_q.stop, rows_k.stop
-        if length_q == 0 or length_k == 0:
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    calls = []  # first query, first key, segments, queries and keys of one, position of the first
+    if q_positions is None:
+        segment = 0
+        lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
+        for (length_q, length_k), run in itertools.groupby(lengths):
+            calls.append((starts_q[segment], starts_k[segment], n := len(list(run)),
+                          length_q, length_k, length_k - length_q))
+            segment += n
+    else:
+        for first_q, end_q, first_k, end_k in zip(starts_q, starts_q[1:], starts_k, starts_k[1:]):
+            positions = q_positions[first_q:end_q]
+            for stretch in positions.tensor_split((positions.diff() != 1).nonzero()[:, 0] + 1):
+                last = int(stretch[-1]) if len(stretch) else -1
+                calls.append((first_q, first_k, 1, len(stretch), min(end_k - first_k, last + 1),
+                              last + 1 - len(stretch)))
+                first_q += len(stretch)
+    for first_q, first_k, n, length_q, length_k, position in calls:
+        if length_q == 0 or length_k <= 0:
             continue
+        square = causal and position == 0 and length_q == length_k
         mask = None
-        if q_positions is not None:
-            positions = q_positions[rows_q].view(segments, 1, length_q, 1)
-            mask = torch.arange(length_k) > positions  # (segments, 1, Lq, Lk)
-        elif causal and 1 < length_q != length_k:
-            mask = torch.ones(1, 1, length_q, length_k, dtype=torch.bool)
-            mask = mask.triu(length_k - length_q + 1)
-        if mask is not None:
-            mask = torch.zeros(mask.shape, dtype=like.dtype).masked_fill(mask, -math.inf)
-        square = causal and mask is None and length_q == length_k
-        yield rows_q, rows_k, segments, {"is_causal": square, "attn_mask": mask}
+        if causal and not square and position < length_k - 1:
+            mask = torch.full((1, 1, length_q, length_k), -math.inf, dtype=like.dtype)
+            mask = mask.triu(position + 1)
+        yield (slice(first_q, first_q + n * length_q), slice(first_k, first_k + n * length_k), n,
+               {"is_causal": square, "attn_mask": mask})
 
 
 def sdpa_forward(
@@ -641,7 +649,7 @@ def sdpa_forward(
     """
     out = q.new_zeros(q.shape)
     lse = q.new_full((q.shape[1], len(q)), -math.inf, dtype=lse_dtype(q))
-    for rows_q, rows_k, n, mask in equal_runs(q, cu_seqlens_q, cu_seqlens_k, causal, q_positions):
+    for rows_q, rows_k, n, mask in dense_calls(q, cu_seqlens_q, cu_seqlens_k, causal, q_positions):
         qs, ks, vs = (x[rows].unflatten(0, (n, -1)).transpose(1, 2)  # (n, heads, L, E)
                       for x, rows in ((q, rows_q), (k, rows_k), (v, rows_k)))
         found, found_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -662,7 +670,7 @@ def sdpa_backward(
     lse = lse.masked_fill(lse.isneginf(), 0)
     # the kernel would add up a group's heads in 16 bits: give each its own keys, add in float32
     copies = q.shape[1] // k.shape[1] if q.element_size() == 2 else 1
-    for rows_q, rows_k, n, mask in equal_runs(q, cu_seqlens_q, cu_seqlens_k, causal, q_positions):
+    for rows_q, rows_k, n, mask in dense_calls(q, cu_seqlens_q, cu_seqlens_k, causal, q_positions):
         grads, qs, ks, vs, outs = (
             x[rows].unflatten(0, (n, -1)).transpose(1, 2)
             for x, rows in ((grad, rows_q), (q, rows_q), (k, rows_k), (v, rows_k), (out, rows_q)))
@@ -675,7 +683,7 @@ def sdpa_backward(
         dqs, dks, dvs = (x.transpose(1, 2).flatten(0, 1) for x in found)  # (rows, heads, E)
         dq[rows_q] = dqs
         for whole, part in ((dk, dks), (dv, dvs)):
-            whole[rows_k] = part if copies == 1 else (
+            whole[rows_k] += part if copies == 1 else (  # several stretches may share keys
                 part.float().unflatten(1, (-1, copies)).sum(dim=2).to(part.dtype))
     return dq, dk, dv
 

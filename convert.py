@@ -6,13 +6,18 @@ Called by `train.py` and `sample.py`; calls `model.py`, which reads the weights.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch.distributed.tensor import DTensor
 
 from model import LlavaOneVision, ModelConfig
+
+SHARD = 5e9  # bytes of a file of weights at most
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
@@ -70,9 +75,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def load_checkpoint(path: str | Path, dtype: torch.dtype,
-                    device: torch.device) -> tuple[LlavaOneVision, Tokenizer]:
-    """Model and tokenizer of a directory.  Raises ValueError if they do not belong together."""
+def load_checkpoint(
+    path: str | Path, dtype: torch.dtype, device: torch.device,
+    prepare: Callable[[LlavaOneVision], None] | None = None,
+) -> tuple[LlavaOneVision, Tokenizer]:
+    """Model and tokenizer of a directory; `prepare` as in `LlavaOneVision.from_pretrained`.
+
+    Raises ValueError if they do not belong together.
+    """
     path = Path(path)
     config = ModelConfig.from_dir(path)
     tokenizer = load_tokenizer(path)
@@ -85,7 +95,7 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype,
     if max(tokenizer.get_vocab().values()) >= config.vocab_size:
         raise ValueError(f"{path}: tokenizer.json has more tokens than the model's "
                          f"{config.vocab_size}")
-    return LlavaOneVision.from_pretrained(path, dtype, device), tokenizer
+    return LlavaOneVision.from_pretrained(path, dtype, device, prepare), tokenizer
 
 
 def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
@@ -93,15 +103,46 @@ def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
     """Write weights, config.json and tokenizer.json to the directory `path`, which must be new.
 
     They are written to `path`.partial and moved into place, so `path` is whole or not there.
+    Weights are in files of at most SHARD bytes, with an index if there are several.  All ranks of a
+    sharded model call this together; the first one writes, holding one file's tensors at a time.
     """
+    parameters = dict(model.named_parameters())
+    files: list[list[str]] = [[]]
+    size = total = 0
+    for name, parameter in parameters.items():
+        n = parameter.numel() * dtype.itemsize
+        if size + n > SHARD and files[-1]:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size, total = size + n, total + n
+    writes = not dist.is_initialized() or dist.get_rank() == 0
     partial = path.with_name(path.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().to("cpu", dtype).contiguous()
-             for name, tensor in model.named_parameters()}
-    save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
-    (partial / "config.json").write_text(json.dumps(config_json(model.config, dtype), indent=2))
-    tokenizer.save(str(partial / "tokenizer.json"))
-    partial.rename(path)
+    if writes:
+        partial.mkdir(parents=True, exist_ok=True)
+    weight_map = {}
+    for number, names in enumerate(files, 1):
+        file = (f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1
+                else "model.safetensors")
+        state = {}
+        for name in names:
+            tensor = parameters[name].detach().to(dtype)
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()
+            if writes:
+                state[name] = tensor.cpu().contiguous()
+        if writes:
+            save_file(state, partial / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(names, file)
+    if writes:
+        if len(files) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (partial / "config.json").write_text(json.dumps(config_json(model.config, dtype), indent=2))
+        tokenizer.save(str(partial / "tokenizer.json"))
+        partial.rename(path)
+    if dist.is_initialized():
+        dist.barrier()  # nobody reads what is not there yet
 
 
 def newest_checkpoint() -> tuple[Path, str]:

@@ -36,11 +36,13 @@ from itertools import groupby, islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from vision import MAX_PIXELS, MERGE, MIN_PIXELS, image_to_patches, open_image
+from vision import (MAX_PIXELS, MERGE, MIN_PIXELS, Picture, image_to_patches, open_image,
+                    patch_grid)
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 IGNORE = -100  # label of a token that is not learnt
@@ -195,12 +197,24 @@ def chat_tokens(messages: list[dict], tokenizer: Tokenizer, visual_tokens: list[
 
 @dataclass(eq=False)  # compared by identity: a waiting sample is taken once
 class Sample:
-    """One conversation, ready to be packed."""
+    """One conversation, ready to be packed; its pictures are measured but not decoded."""
 
     input_ids: Tensor  # (L,) int64
     labels: Tensor  # (L,) the token itself where learnt, else -100
-    patches: Tensor  # (P, 588) float32
-    grid_thw: Tensor  # (I, 3) int64
+    images: list[Picture]
+    grid_thw: Tensor  # (I, 3) int64, what the pictures will be cut into
+    pixels: tuple[int, int]  # least and largest area of a picture
+    name: str  # of the record, for messages
+
+    def patches(self, i: int) -> Tensor:
+        """Decode and cut picture i, (P, 588).  Raises ValueError naming the record."""
+        try:
+            patches, grid = image_to_patches(open_image(self.images[i]), *self.pixels)
+            if list(grid) != self.grid_thw[i].tolist():
+                raise ValueError(f"picture {i + 1} is not of the size that its header says")
+            return patches
+        except ValueError as error:
+            raise ValueError(f"record {self.name}: {error}") from error
 
 
 @dataclass
@@ -210,9 +224,13 @@ class Batch:
     input_ids: Tensor  # (T,) int64
     targets: Tensor  # (T,) the token that follows, where learnt, else -100
     cu_seqlens: Tensor  # (S + 1,) int64
-    patches: Tensor | None  # (P, 588) float32, None without pictures
+    patches: Tensor | None  # (P, 588) float32, None without pictures or where not cut
     grid_thw: Tensor | None  # (I, 3) int64
-    skipped: int = 0  # samples longer than a row, dropped since the last one
+
+    @property
+    def labels(self) -> int:
+        """Tokens that are learnt."""
+        return int((self.targets >= 0).sum())
 
     def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor | None]:
         """The arguments of `model(...)`; positions follow from cu_seqlens."""
@@ -224,41 +242,47 @@ class Batch:
 
 def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
            max_pixels: int = MAX_PIXELS, generation_prompt: bool = False) -> Sample:
-    """Tokenise a record and cut its pictures; pixel limits are on height * width.
+    """Tokenise a record and measure its pictures; pixel limits are on height * width.
 
     Raises ValueError naming the record where it is malformed or, in training, teaches nothing.
     """
+    name = str(record.get("id", "?"))
     try:
-        cut = [image_to_patches(open_image(image), min_pixels, max_pixels)
-               for image in record["images"]]
-        counts = [len(patches) // MERGE**2 for patches, _ in cut]
+        grids = [patch_grid(image, min_pixels, max_pixels) for image in record["images"]]
+        counts = [rows * columns // MERGE**2 for _, rows, columns in grids]
         ids, labels = chat_tokens(record["messages"], tokenizer, counts, generation_prompt)
         if not generation_prompt and all(label == IGNORE for label in labels):
             raise ValueError("it has no answer to learn")
     except ValueError as error:
-        raise ValueError(f"record {record.get('id', '?')}: {error}") from error
-    patches = torch.cat([p for p, _ in cut]) if cut else torch.zeros(0, 588)
-    grids = torch.tensor([grid for _, grid in cut], dtype=torch.int64).view(-1, 3)
-    return Sample(torch.tensor(ids), torch.tensor(labels), patches, grids)
+        raise ValueError(f"record {name}: {error}") from error
+    grid_thw = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+    return Sample(torch.tensor(ids), torch.tensor(labels), record["images"], grid_thw,
+                  (min_pixels, max_pixels), name)
 
 
-def pack(samples: list[Sample], skipped: int = 0) -> Batch:
-    """Lay samples end to end.  The label of a token becomes the target of the one before it."""
+def pack(samples: list[Sample], cut: bool = True) -> Batch:
+    """Lay samples end to end.  The label of a token becomes the target of the one before it.
+
+    Pictures are decoded and cut only with `cut`.
+    """
     lengths = torch.tensor([len(s.input_ids) for s in samples])
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    targets = torch.cat([torch.cat([s.labels[1:], s.labels.new_tensor([IGNORE])]) for s in samples])
     grids = torch.cat([s.grid_thw for s in samples])
     return Batch(
-        input_ids=torch.cat([s.input_ids for s in samples]), targets=targets, cu_seqlens=cu_seqlens,
-        patches=torch.cat([s.patches for s in samples]) if len(grids) else None,
-        grid_thw=grids if len(grids) else None, skipped=skipped)
+        input_ids=torch.cat([s.input_ids for s in samples]),
+        targets=torch.cat([F.pad(s.labels[1:], (0, 1), value=IGNORE) for s in samples]),
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)),
+        patches=torch.cat([s.patches(i) for s in samples for i in range(len(s.images))])
+        if cut and len(grids) else None,
+        grid_thw=grids if len(grids) else None)
 
 
-def pack_rows(samples: Iterator[Sample], seq_length: int, pool_size: int = 64) -> Iterator[Batch]:
+def pack_rows(samples: Iterator[Sample], seq_length: int,
+              pool_size: int = 64) -> Iterator[tuple[list[Sample], int]]:
     """Rows of at most `seq_length` tokens: the oldest waiting sample, then always the longest fit.
 
     With 64 samples to choose from, rows are full to a few tokens and none waits for ever.
-    A sample longer than a row is skipped and counted; after 1,000 in a row a ValueError says so.
+    Yields a row's samples and how many were skipped since the last, being longer than a row; after
+    1,000 in a row a ValueError says so.
     """
     pool: list[Sample] = []
     skipped = 0
@@ -288,11 +312,106 @@ def pack_rows(samples: Iterator[Sample], seq_length: int, pool_size: int = 64) -
         if len(pool) >= pool_size and waiting >= 2 * seq_length:
             row = take_row()
             waiting -= sum(len(s.input_ids) for s in row)
-            yield pack(row, skipped)
+            yield row, skipped
             skipped = 0
     while pool:
-        yield pack(take_row(), skipped)
+        yield take_row(), skipped
         skipped = 0
+
+
+# ------------------------------------------------------------------------------ dealing to ranks
+
+CHUNK = 128  # tokens that stay together when a group of ranks shares a row
+
+
+def deal(work: list[float], ranks: int) -> list[list[int]]:
+    """Deal items to ranks so that all finish together: in rounds, one item to each rank.
+
+    A round takes the heaviest items left, so what is worked on at the same time is of like weight;
+    within it the heaviest goes to the rank that has had least.  Returns each rank's items.
+    """
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    had = [0.0] * ranks
+    order = sorted(range(len(work)), key=lambda item: -work[item])
+    for start in range(0, len(order), ranks):
+        by_need = sorted(range(ranks), key=lambda rank: had[rank])
+        for rank, item in zip(by_need, order[start:start + ranks]):
+            dealt[rank].append(item)
+            had[rank] += work[item]
+    return dealt
+
+
+@dataclass
+class Share(Batch):
+    """A rank's part of a packed row that a group of ranks works on: some tokens, some pictures.
+
+    In every layer the group gathers its keys and values, in front of the first its visual tokens:
+    all ranks' end to end, each padded to the number of the fullest.  The rank needs some of them.
+    """
+
+    position_ids: Tensor  # (T,) of the rank's tokens in their samples
+    cu_seqlens_k: Tensor  # (S + 1,) samples of which the rank has tokens, whole
+    key_rows: Tensor  # (Tk,) where their keys are among the gathered ones
+    key_room: int  # keys that a rank brings, padding included
+    visual_rows: Tensor  # (M,) where the rank's visual tokens are among the gathered ones
+    visual_room: int
+
+    def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor | None]:
+        """The arguments of `model(...)` but for `shared_row`."""
+        return {**super().inputs(device), "position_ids": self.position_ids.to(device)}
+
+
+def gathered_places(owners: Tensor, ranks: int) -> tuple[Tensor, int]:
+    """Where each item lies when all ranks' items are gathered, and the room of each rank."""
+    counts = torch.bincount(owners, minlength=ranks)
+    room = max(1, int(counts.max()))
+    by_owner = owners.argsort(stable=True)
+    place = torch.empty_like(owners)
+    first = F.pad(counts.cumsum(0), (1, -1))  # of each rank's items in by_owner
+    place[by_owner] = torch.arange(len(owners)) + (torch.arange(ranks) * room - first)[
+        owners[by_owner]]
+    return place, room
+
+
+def share_row(samples: list[Sample], rank: int, ranks: int, visual_ids: list[int]) -> Share:
+    """One rank's part of a packed row: chunks of tokens dealt by attention work, pictures by size.
+
+    A rank may end up without tokens (a row of few chunks) or pictures.
+    """
+    row = pack(samples, cut=False)
+    tokens, lengths = len(row.input_ids), row.cu_seqlens.diff()
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (T,) of the row
+    position = torch.arange(tokens) - row.cu_seqlens[segment]
+    work = [float((chunk + 1).sum()) for chunk in position.split(CHUNK)]  # pairs of query and key
+    owners = owner_of(deal(work, ranks)).repeat_interleave(CHUNK)[:tokens]
+    mine = owners == rank
+    queries = torch.bincount(segment[mine], minlength=len(lengths))
+    present = queries > 0  # samples that the rank has tokens of
+    places, key_room = gathered_places(owners, ranks)
+
+    pictures = [(sample, i) for sample in samples for i in range(len(sample.images))]
+    sizes = torch.tensor([int(sample.grid_thw[i].prod()) for sample, i in pictures])
+    picture_owners = owner_of(deal(sizes.tolist(), ranks))
+    visual_owners = picture_owners.repeat_interleave(sizes.to(torch.int64) // MERGE**2)
+    visual_places, visual_room = gathered_places(visual_owners, ranks)
+    own = [pictures[i] for i in (picture_owners == rank).nonzero()[:, 0]]
+    is_visual = torch.isin(row.input_ids, torch.tensor(visual_ids))
+    return Share(
+        input_ids=row.input_ids[mine], targets=row.targets[mine], position_ids=position[mine],
+        cu_seqlens=F.pad(queries[present].cumsum(0), (1, 0)),
+        patches=torch.cat([sample.patches(i) for sample, i in own]) if own else None,
+        grid_thw=torch.stack([sample.grid_thw[i] for sample, i in own]) if own else None,
+        cu_seqlens_k=F.pad(lengths[present].cumsum(0), (1, 0)),
+        key_rows=places[present[segment]], key_room=key_room,
+        visual_rows=visual_places[mine[is_visual]], visual_room=visual_room)
+
+
+def owner_of(dealt: list[list[int]]) -> Tensor:
+    """The rank that each item was dealt to."""
+    owners = torch.empty(sum(map(len, dealt)), dtype=torch.int64)
+    for rank, items in enumerate(dealt):
+        owners[items] = rank
+    return owners
 
 
 # ---------------------------------------------------------------------- records from people's disks
@@ -654,20 +773,69 @@ def records(data: str, seed: int) -> Iterator[Record]:
     return file_records(Path(data), seed)
 
 
+@dataclass
+class Step:
+    """What a rank trains on in one optimizer step, and sums over the rows of all ranks."""
+
+    rows: list[Batch | Share]
+    row_labels: list[int]  # of each row as a whole, where it is shared
+    labels: int  # tokens that are learnt
+    tokens: int
+    samples: int
+    images: int
+    skipped: int  # samples longer than a row, dropped since the last step
+    cost: dict[str, float]
+    balance: float  # mean over largest cost of what the ranks do at the same time
+
+
 class PackedRows(torch.utils.data.IterableDataset):
-    """Endless packed rows of encoded records, for a DataLoader with batch_size=None."""
+    """Endless steps of `rows` packed rows, for a DataLoader with batch_size=None.
+
+    Every rank reads the whole stream, but of what others train on it decodes no picture.  So the
+    rows of a step are the same whatever the number of ranks, and can be dealt by what they cost.
+    Ranks form data_ranks groups of context_ranks neighbours; a group shares each of its rows.
+    cost: what a row (without its patches) costs, by name; rows are dealt by the first.
+    """
 
     def __init__(self, data: str, tokenizer: Tokenizer, seq_length: int, seed: int,
-                 max_pixels: int = MAX_PIXELS) -> None:
+                 max_pixels: int = MAX_PIXELS, rows: int = 1, rank: int = 0, data_ranks: int = 1,
+                 context_ranks: int = 1,
+                 cost: Callable[[Batch], dict[str, float]] | None = None) -> None:
         self.data, self.tokenizer, self.seq_length = data, tokenizer, seq_length
-        self.seed, self.max_pixels = seed, max_pixels
+        self.seed, self.max_pixels, self.rows = seed, max_pixels, rows
+        self.cost = cost or (lambda row: {"tokens": float(len(row.input_ids))})
+        self.data_rank, self.context_rank = divmod(rank, context_ranks)
+        self.data_ranks, self.context_ranks = data_ranks, context_ranks
+        self.visual_ids = [tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Step]:
         worker = torch.utils.data.get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         mine = islice(records(self.data, self.seed), first, None, step)
         samples = (encode(record, self.tokenizer, max_pixels=self.max_pixels) for record in mine)
-        return pack_rows(samples, self.seq_length)
+        stream = pack_rows(samples, self.seq_length)
+        while rows := list(islice(stream, self.rows)):
+            yield self.step_of([row for row, _ in rows], sum(skipped for _, skipped in rows))
+
+    def step_of(self, rows: list[list[Sample]], skipped: int) -> Step:
+        """This rank's part of a step."""
+        measured = [pack(row, cut=False) for row in rows]
+        costs = [self.cost(row) for row in measured]
+        work = [next(iter(cost.values())) for cost in costs]
+        dealt = deal(work, self.data_ranks)
+        rounds = [[work[i] for i in together] for together in zip(*dealt)]
+        mine = dealt[self.data_rank]
+        return Step(
+            rows=[pack(rows[i]) if self.context_ranks == 1 else
+                  share_row(rows[i], self.context_rank, self.context_ranks, self.visual_ids)
+                  for i in mine],
+            row_labels=[measured[i].labels for i in mine],
+            labels=sum(row.labels for row in measured),
+            tokens=sum(len(row.input_ids) for row in measured),
+            samples=sum(map(len, rows)),
+            images=sum(len(sample.images) for row in rows for sample in row), skipped=skipped,
+            cost={name: sum(cost[name] for cost in costs) for name in costs[0]},
+            balance=sum(work) / self.data_ranks / sum(map(max, rounds)))
 
 
 # ----------------------------------------------------------------------------------- python data.py
@@ -699,11 +867,9 @@ def inspect(data: str, count: int, seq_length: int, save: str) -> None:
         for i, image in enumerate(record["images"] if save else []):
             Path(save).mkdir(parents=True, exist_ok=True)
             open_image(image).save(Path(save) / f"{number}-{i}.png")
-    rows = list(islice(PackedRows(data, tokenizer, seq_length, seed=0), 50))
-    tokens = sum(len(row.input_ids) for row in rows)
-    samples = sum(len(row.cu_seqlens) - 1 for row in rows)
-    print(f"\n{len(rows)} rows of {seq_length}: {samples} samples, "
-          f"{tokens / (len(rows) * seq_length):.1%} full")
+    step = next(iter(PackedRows(data, tokenizer, seq_length, seed=0, rows=50)))
+    print(f"\n{len(step.rows)} rows of {seq_length}: {step.samples} samples, "
+          f"{step.tokens / (len(step.rows) * seq_length):.1%} full")
 
 
 def flag_parser(description: str) -> argparse.ArgumentParser:

@@ -21,14 +21,17 @@ Run `python model.py`: prints parameters of every preset by part.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.utils.checkpoint import checkpoint
 
 from attention_kernel import flash_attn_varlen_func, segment_ids
@@ -163,6 +166,44 @@ class KVCache:
             "q_positions": self.positions}
 
 
+class SharedRow:
+    """A packed row that a group of ranks works on (context parallelism); it takes a cache's place.
+
+    A rank has the queries of its own tokens; keys and values are gathered from the group in every
+    layer, so that attention sees nothing but queries, their positions, and whole samples of keys.
+    share: the rank's part, a `data.Share`, which says where among the gathered rows its keys are.
+    mesh: the group, of one dimension.
+    """
+
+    def __init__(self, share: Any, mesh: DeviceMesh, device: torch.device) -> None:
+        self.mesh, self.key_room, self.visual_room = mesh, share.key_room, share.visual_room
+        self.cu_seqlens_k = share.cu_seqlens_k.to(device)
+        self.key_rows, self.visual_rows = share.key_rows.to(device), share.visual_rows.to(device)
+
+    def gather(self, x: Tensor, room: int, rows: Tensor) -> Tensor:
+        """The `rows` wanted of what all ranks bring, x of each padded to `room`.
+
+        The gradient of a row that several ranks want is the sum of theirs.
+        """
+        x = F.pad(x, (0,) * (2 * x.dim() - 1) + (room - len(x),))
+        x = DTensor.from_local(x, self.mesh, [Shard(0)]).full_tensor(grad_placements=[Partial()])
+        return x.index_select(0, rows)
+
+    def gather_visual(self, tokens: Tensor) -> Tensor:
+        """The visual tokens (M, C) that belong in this rank's holes, whoever made them."""
+        return self.gather(tokens, self.visual_room, self.visual_rows)
+
+    def advance(self, cu_seqlens: Tensor, positions: Tensor) -> None:
+        self.positions = positions
+
+    def update(self, layer: int, k: Tensor, v: Tensor, own: dict) -> tuple[Tensor, Tensor, dict]:
+        """Keys and values (Tk, G, E) of all samples of which this rank has queries."""
+        both = self.gather(torch.cat([k, v], dim=1), self.key_room, self.key_rows)
+        k, v = both.chunk(2, dim=1)
+        return k, v, {"cu_seqlens_k": self.cu_seqlens_k, "max_seqlen_k": len(k),
+                      "q_positions": self.positions}
+
+
 class SelfAttention(nn.Module):
     """Causal grouped-query attention; q and k are normalised per head before the rotation."""
 
@@ -179,7 +220,7 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor,
-                cache: KVCache | None) -> Tensor:
+                cache: KVCache | SharedRow | None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q = apply_rope(self.q_norm(q), cos, sin)  # (T, H, E)
@@ -216,9 +257,15 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGlu(config)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor,
-                cache: KVCache | None) -> Tensor:
+                cache: KVCache | SharedRow | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cu_seqlens, max_seqlen, cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def packed_positions(cu_seqlens: Tensor) -> Tensor:
+    """0, 1, 2, ... restarting in every segment, (T,)."""
+    segment = segment_ids(cu_seqlens)
+    return torch.arange(len(segment), device=segment.device) - cu_seqlens[segment]
 
 
 class Qwen3(nn.Module):
@@ -232,8 +279,10 @@ class Qwen3(nn.Module):
                                     for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, position_ids: Tensor,
-                cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None = None,
+                cache: KVCache | SharedRow | None = None) -> Tensor:
+        if position_ids is None:
+            position_ids = packed_positions(cu_seqlens)
         width = self.config.head_dim
         powers = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width
         angles = position_ids[:, None, None] * self.config.rope_theta**-powers  # (T, 1, E/2)
@@ -249,10 +298,18 @@ class Qwen3(nn.Module):
 # ---------------------------------------------------------------------------------- the whole model
 
 
-def packed_positions(cu_seqlens: Tensor) -> Tensor:
-    """0, 1, 2, ... restarting in every segment, (T,)."""
-    segment = segment_ids(cu_seqlens)
-    return torch.arange(len(segment), device=segment.device) - cu_seqlens[segment]
+class Head(nn.Linear):
+    """Logits of the vocabulary, (T, C) -> (T, V)."""
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy summed over rows, LOSS_CHUNK at a time; the backward pass computes the
+        logits again, so all (T, V) of them never exist."""
+        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(x, self.weight).float(), targets, reduction="sum")
+
+        chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
+        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum()
 
 
 def sample_tokens(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -280,7 +337,7 @@ class LlavaOneVision(nn.Module):
         self.config = config
         self.visual = RiceViT(config.vision)
         self.model = Qwen3(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -301,26 +358,27 @@ class LlavaOneVision(nn.Module):
         nn.init.normal_(self.visual.class_pos_emb)
         return self
 
-    def embed(self, input_ids: Tensor, patches: Tensor | None, grid_thw: Tensor | None) -> Tensor:
-        """Token embeddings with the visual tokens in their holes, (T, C)."""
+    def embed(self, input_ids: Tensor, patches: Tensor | None, grid_thw: Tensor | None,
+              shared_row: SharedRow | None = None, always_see: bool = False) -> Tensor:
+        """Token embeddings with the visual tokens in their holes, (T, C).
+
+        always_see: without pictures run the ViT all the same, on a blank one that no token needs.
+        """
         x = self.model.embed_tokens(input_ids)
         image, video = self.config.image_token_id, self.config.video_token_id
         holes = ((input_ids == image) | (input_ids == video)).nonzero()[:, 0]  # (M,)
         rows = 0 if patches is None else len(patches)
         cells = 0 if grid_thw is None else int(grid_thw.prod(dim=1).sum()) // 4
-        if len(holes) != cells or rows != 4 * cells:
+        if rows != 4 * cells or shared_row is None and len(holes) != cells:
             raise ValueError(f"{len(holes)} image or video tokens in the text and {rows} patches, "
                              f"but the grids of the pictures have {cells} visual tokens")
-        if cells:
-            x = x.index_copy(0, holes, self.visual(patches, grid_thw).to(x.dtype))
+        if always_see and not cells:
+            patches, grid_thw = x.new_zeros(4, 588), input_ids.new_tensor([[1, 2, 2]])
+        if patches is not None:
+            tokens = self.visual(patches, grid_thw).to(x.dtype)
+            tokens = shared_row.gather_visual(tokens) if shared_row else tokens[:len(holes)]
+            x = x.index_copy(0, holes, tokens)
         return x
-
-    def hidden(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None,
-               grid_thw: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """The decoder's last states (T, C); arguments as in `forward`."""
-        if position_ids is None:
-            position_ids = packed_positions(cu_seqlens)
-        return self.model(self.embed(input_ids, patches, grid_thw), cu_seqlens, position_ids)
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None = None,
                 grid_thw: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
@@ -331,27 +389,23 @@ class LlavaOneVision(nn.Module):
         position_ids: (T,), default 0, 1, 2, ... in each sample.
         Raises ValueError if visual tokens and their places in the text differ in number.
         """
-        return self.lm_head(self.hidden(input_ids, cu_seqlens, patches, grid_thw, position_ids))
+        x = self.embed(input_ids, patches, grid_thw)
+        return self.lm_head(self.model(x, cu_seqlens, position_ids))
 
     def loss(self, input_ids: Tensor, targets: Tensor, cu_seqlens: Tensor,
              patches: Tensor | None = None, grid_thw: Tensor | None = None,
-             position_ids: Tensor | None = None) -> Tensor:
+             position_ids: Tensor | None = None, shared_row: SharedRow | None = None) -> Tensor:
         """Cross entropy summed (not averaged) over the tokens with targets >= 0, fp32 scalar.
 
-        targets: (T,) the token that should *follow* each one, -100 where nothing is to be learnt.
-        Only rows with a target reach the head, LOSS_CHUNK at a time, and their logits are computed
-        again in the backward pass: the (T, V) logits never exist.
+        targets: (T,) the token that should *follow* each one, -100 where nothing is to be learnt;
+        only those that are reach the head.  shared_row: the arguments are a rank's part of it, and
+        so is the loss.  Ranks of a sharded model run in step, so the ViT runs with or without
+        pictures.
         """
-        x = self.hidden(input_ids, cu_seqlens, patches, grid_thw, position_ids)
+        x = self.embed(input_ids, patches, grid_thw, shared_row, always_see=True)
+        x = self.model(x, cu_seqlens, position_ids, shared_row)
         rows = (targets >= 0).nonzero()[:, 0]
-        x, targets = x.index_select(0, rows), targets.index_select(0, rows)
-
-        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
-
-        chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
-        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.stack(losses).sum()
+        return self.lm_head.loss(x.index_select(0, rows), targets.index_select(0, rows))
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None = None,
@@ -384,12 +438,16 @@ class LlavaOneVision(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None,
-                        device: str | torch.device | None = None) -> "LlavaOneVision":
+                        device: str | torch.device | None = None,
+                        prepare: "Callable[[LlavaOneVision], None] | None" = None,
+                        ) -> "LlavaOneVision":
         """Load a released checkpoint: a directory of safetensors, one file or many with an index.
 
         Both key layouts are read (`visual.*`, `model.*` and `model.visual.*`,
         `model.language_model.*`).  The head is tied to the embedding only when the files have none.
         dtype and device default to those of the files and the CPU.
+        prepare: called with the model while it is on the meta device; if it shards parameters
+        (`fully_shard`), only this rank's slices of them are read.
         Raises ValueError naming the tensor and the file if one is missing, unknown or misshapen.
         """
         config = ModelConfig.from_dir(path)
@@ -397,26 +455,41 @@ class LlavaOneVision(nn.Module):
         config = replace(config, tie_word_embeddings="lm_head.weight" not in tensors)
         with torch.device("meta"):
             model = cls(config)
-        expected = {name: tensor.shape for name, tensor in model.named_parameters()}
-        for name in expected:
+        if prepare is not None:
+            prepare(model)
+        parameters = dict(model.named_parameters())
+        for name in parameters:
             if name not in tensors:
                 raise ValueError(f"{path} lacks the tensor {name}")
         state = {}
         for name, (file, key) in tensors.items():
-            if name not in expected:
+            if name not in parameters:
                 raise ValueError(f"{file} has a tensor {key} that the model does not have")
-            with safe_open(file, framework="pt") as reader:
-                tensor = reader.get_tensor(key)
-            if tensor.shape != expected[name]:
-                raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, "
-                                 f"the model needs {tuple(expected[name])}")
-            state[name] = tensor.to(device=device, dtype=dtype)
+            state[name] = read_tensor(file, key, parameters[name], dtype, device)
         if config.tie_word_embeddings:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
+
+
+def read_tensor(file: Path, key: str, like: Tensor, dtype: torch.dtype | None,
+                device: str | torch.device | None) -> Tensor:
+    """A tensor of a file, distributed like `like`: then this rank reads its own slice alone."""
+    with safe_open(file, framework="pt") as reader:  # of each tensor, so that only its pages stay
+        stored = reader.get_slice(key)
+        shape = torch.Size(stored.get_shape())
+        if shape != like.shape:
+            raise ValueError(f"{file}: {key} has shape {tuple(shape)}, "
+                             f"the model needs {tuple(like.shape)}")
+        if not isinstance(like, DTensor):
+            return reader.get_tensor(key).to(device=device, dtype=dtype)
+        chunk, = like.__create_chunk_list__()  # what distributed checkpoints ask it, too
+        rows = slice(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])  # shards are of rows
+        local = stored[rows] if chunk.sizes[0] else reader.get_tensor(key)[:0]
+        return DTensor.from_local(local.to(device=device, dtype=dtype), like.device_mesh,
+                                  like.placements, shape=shape, stride=like.stride())
 
 
 def read_json_object(file: Path) -> dict:

@@ -1,8 +1,8 @@
-"""Three stages of training: packed rows -> a model that answers questions about pictures.
+"""Three stages of training, on one process or many: packed rows -> a model that answers questions.
 
 In: a preset with fresh weights, or a checkpoint directory.  Out: one checkpoint directory a stage,
 in the released layout, under `runs/`; a log; accuracies on held-out questions.
-Run by people; calls `model.py`, `data.py`, `convert.py`.
+Run by people, alone or by torchrun; calls `model.py`, `data.py`, `convert.py`.
 
 The idea.  The stages of LLaVA-OneVision-1.5 differ in what is trained, on what, and how fast:
 
@@ -10,39 +10,77 @@ The idea.  The stages of LLaVA-OneVision-1.5 differ in what is trained, on what,
     mid       everything learns, from captions: knowledge, and eyes
     instruct  everything learns, from questions and answers: behaviour
 
-Each stage is the same loop.  A step takes `rows` packed rows; with n_r label tokens in row r and
-l_rt the cross entropy of one of them, the loss of the step is the mean over *tokens*,
+Each begins with the directory that the one before wrote.  A step takes `rows` packed rows; with n_r
+label tokens in row r and l_rt the cross entropy of one of them, its loss is the mean over *tokens*,
 
     loss = sum_r sum_t l_rt / sum_r n_r,
 
-whatever the number of rows they are spread over; gradients are clipped to norm 1; AdamW; the
-learning rate climbs linearly, then falls on a cosine from `lr` to `min_lr`.
+whatever the rows they are spread over and the ranks that hold them (`--token-mean micro`: the mean
+over rows of each row's mean, as upstream).  Gradients are clipped to norm 1; AdamW decays matrices
+only; the learning rate climbs linearly, then falls on a cosine from `lr` to `min_lr`.
 
-Shapes: T tokens in a packed row, as in `model.py`.
+    recipe                quick (upstream's quick start)           full (all public data once)
+    stage              align        mid        instruct        align        mid        instruct
+    trained            merger       all        all             merger       all        all
+    rows x tokens      8 x 32768    16 x 32768 24 x 8192       64 x 8192    512 x 8192 512 x 8192
+    steps              2500         20000      3500            640          12200      3150
+    lr -> min_lr       1e-4 -> 1e-6   1e-5 -> 1e-6 in mid and instruct
+    decay, beta_2      0, 0.99      0.01, 0.95 0, 0.99         as quick
+    the rest           beta_1 0.9, eps 1e-5, clip 1, warm-up over 0.2 % of the steps
+
+Upstream's instruct takes 224 samples a step, unpacked: 24 rows hold about 260.  The full run's batch
+and steps were not published; these show 558 thousand, 85 and 22 million samples of 600 tokens once.
+
+Ranks.  Parameters, gradients and AdamW's moments are sharded over all ranks (FSDP2), or over groups
+of them that hold a copy each (`--replicas`): masters and reductions in fp32, products in `--dtype`.
+With `--context-parallel C`, C neighbours share each row: data.share_row deals its tokens and
+pictures, model.SharedRow gathers keys and values.  Every rank knows the sums over all ranks without
+asking, for each reads the whole stream of records (data.PackedRows).
+
+Accounting.  FLOPs of a row's forward pass, with N weights in the matrices of a part:
+
+    decoder   2 N T + 4 layers H E sum over samples of L (L + 1) / 2
+    ViT       2 N P + 4 layers D sum over frames of L^2,  merger  2 N P / 4,  head  2 C V labels
+
+A backward pass costs twice that, or once where the weights are frozen and gradients pass through.
+MFU counts these against the hardware's matrix rate; HFU counts what is computed again, too.
+
+Shapes: T tokens in a packed row, L of a sample, P patches, C and D width of decoder and ViT, H heads,
+E head width, V vocabulary.
 
 Run `python train.py`: trains the tiny preset from scratch through all stages in about ten minutes
-on two CPU cores and prints its accuracies.  `--help` lists every flag.
+on two CPU cores and prints its accuracies.  `torchrun --nproc-per-node 8 train.py --model 8b --start
+DIR --data FILE` trains a released size.  `--plan` computes what a run needs.  `--help` lists flags.
 """
 
 import inspect
 import json
 import math
+import os
 import re
+import resource
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TextIO
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from convert import load_checkpoint, save_checkpoint
-from data import (Batch, PackedRows, choose_device, default_texts, encode, flag_parser,
+from convert import load_checkpoint, load_tokenizer, save_checkpoint
+from data import (Batch, PackedRows, Step, choose_device, default_texts, encode, flag_parser,
                   held_out_questions, pack, records, train_tokenizer)
-from model import PRESETS, LlavaOneVision
+from model import LOSS_CHUNK, PRESETS, DecoderLayer, LlavaOneVision, ModelConfig, SharedRow
 from vision import MAX_PIXELS, MIN_PIXELS
 
 
@@ -53,100 +91,206 @@ class Recipe:
     trainable: tuple[str, ...]  # of "vision", "merger", "decoder"
     data: str  # default records, see data.records; --data replaces it
     steps: int  # optimizer steps
-    rows: int  # packed rows per step
+    rows: int  # packed rows per step, of all ranks
     seq_length: int  # tokens in a row at most
     lr: float  # peak learning rate
     min_lr: float  # what the rate falls to
     weight_decay: float  # on matrices only
     beta2: float  # AdamW's second; the first is 0.9
-    eps: float = 1e-8  # AdamW's
+    eps: float = 1e-5  # AdamW's
     warmup: float = 0.002  # share of the steps
-    vision_lr: float = 1.0  # factor on the learning rate of ViT and merger
+    vision_lr: float = 1.0  # factor on the learning rate of the ViT
+    merger_lr: float = 1.0  # factor on that of the merger
     clip: float = 1.0  # largest gradient norm
+    max_pixels: int = MAX_PIXELS  # largest area of a picture
 
 
 MERGER, ALL = ("merger",), ("vision", "merger", "decoder")
-# The quick start's numbers; its instruct stage takes 224 unpacked samples a step, about 6 rows.
-RELEASED = {
-    "align": Recipe(MERGER, "captions", 2500, 8, 32768, 1e-4, 1e-6, 0.0, 0.99, 1e-5),
-    "mid": Recipe(ALL, "captions", 20000, 16, 32768, 1e-5, 1e-6, 0.01, 0.95, 1e-5),
-    "instruct": Recipe(ALL, "questions", 3500, 6, 32768, 1e-5, 1e-6, 0.0, 0.99, 1e-5),
+QUICK = {
+    "align": Recipe(MERGER, "captions", 2500, 8, 32768, 1e-4, 1e-6, 0.0, 0.99),
+    "mid": Recipe(ALL, "captions", 20000, 16, 32768, 1e-5, 1e-6, 0.01, 0.95),
+    # upstream limits the longest side to 1000 pixels
+    "instruct": Recipe(ALL, "questions", 3500, 24, 8192, 1e-5, 1e-6, 0.0, 0.99,
+                       max_pixels=1000 * 1000),
 }
+FULL = {name: replace(QUICK[name], steps=steps, rows=rows, seq_length=8192, max_pixels=MAX_PIXELS)
+        for name, steps, rows in (("align", 640, 64), ("mid", 12200, 512), ("instruct", 3150, 512))}
 # From random weights everything is faster and shorter, and `align` has nothing to align to yet.
 # Captions come first: all of their words are learnt, so they teach the ViT to see several times as
 # fast as short answers do; then they stay mixed among the questions, or reading is forgotten.
 TINY = {
-    "align": Recipe(MERGER, "captions", 20, 1, 1024, 1e-3, 1e-4, 0.0, 0.95, warmup=0.1),
-    "mid": Recipe(ALL, "captions", 900, 1, 1024, 2e-3, 2e-4, 0.01, 0.95, warmup=0.02,
-                  vision_lr=0.25),
-    "instruct": Recipe(ALL, "mixed", 3600, 1, 1024, 1.5e-3, 3e-5, 0.01, 0.95, warmup=0.02,
-                       vision_lr=0.25),
+    "align": Recipe(MERGER, "captions", 20, 1, 1024, 1e-3, 1e-4, 0.0, 0.95, 1e-8, 0.1),
+    "mid": Recipe(ALL, "captions", 900, 1, 1024, 2e-3, 2e-4, 0.01, 0.95, 1e-8, 0.02, 0.25, 0.25),
+    "instruct": Recipe(ALL, "mixed", 3600, 1, 1024, 1.5e-3, 3e-5, 0.01, 0.95, 1e-8, 0.02,
+                       0.25, 0.25),
 }
+RECIPES = {"tiny": TINY, "quick": QUICK, "full": FULL}
+STAGES = tuple(QUICK)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Command-line flags; 0 or an empty text means the stage's own value."""
 
-    model: str = "tiny"  # a preset of model.py; also chooses the recipes
+    model: str = "tiny"  # a preset of model.py
     stage: str = "all"  # align, mid, instruct, or all three in a row
-    start: str = ""  # checkpoint directory to start from; fresh weights without
+    recipe: str = ""  # tiny, quick or full; default quick, but tiny for the tiny model
+    start: str = ""  # checkpoint directory to start from; default that of the stage before
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME
     data: str = ""  # captions, questions, mixed, or a .json, .jsonl or .tar file
     steps: int = 0  # optimizer steps of each stage
     longer: float = 1.0  # factor on the steps of every stage
-    rows: int = 0  # packed rows per step
+    rows: int = 0  # packed rows per step, of all ranks
     seq_length: int = 0  # tokens in a row
-    lr: float = 0.0  # peak learning rate; the lowest keeps its share of it
-    max_pixels: int = MAX_PIXELS  # largest area of a picture, larger ones are shrunk
+    lr: float = 0.0  # peak learning rate; the lowest and those of the parts keep their share of it
+    vision_lr: float = 0.0  # peak learning rate of the ViT
+    merger_lr: float = 0.0  # peak learning rate of the merger
+    max_pixels: int = 0  # largest area of a picture, larger ones are shrunk
+    token_mean: str = "global"  # loss as mean over all label tokens, or of micro-batches' means
+    replicas: int = 1  # copies of the model; each is sharded over ranks / replicas
+    context_parallel: int = 1  # ranks that share a row
+    recompute: str = "none"  # activations computed again: none, selective (but attention), layer
+    compile: bool = False  # compile layers
+    dtype: str = ""  # of products, float32 or bfloat16; default bfloat16 on a GPU
     seed: int = 0  # of weights and data
-    workers: int = 1  # processes that prepare rows
+    workers: int = 1  # processes that prepare rows, for each rank
     log_every: int = 50  # steps
+    tensorboard: bool = False  # write the log for TensorBoard, too
     questions: int = 100  # held-out questions per category, asked at the end if data is not given
     device: str = ""  # cpu or cuda; default cuda where there is one
 
     def __post_init__(self) -> None:
-        if self.model not in PRESETS:
-            raise ValueError(f"there is no model {self.model!r}, only {', '.join(PRESETS)}")
-        if self.stage not in ("all", *RELEASED):
-            raise ValueError(f"there is no stage {self.stage!r}, only all, {', '.join(RELEASED)}")
-        if self.model != "tiny" and not self.start:
-            raise ValueError(f"{self.model} starts from a checkpoint: name it with --start")
-        for name in ("steps", "rows", "seq_length", "lr", "workers", "questions"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
-        if not 0 < self.longer < math.inf or not self.lr < math.inf or self.log_every < 1:
-            raise ValueError("--longer, --lr and --log-every must be positive numbers")
-        if self.max_pixels < MIN_PIXELS:
+        choices = {"model": PRESETS, "stage": ("all", *STAGES), "recipe": ("", *RECIPES),
+                   "token_mean": ("global", "micro"), "dtype": ("", "float32", "bfloat16"),
+                   "recompute": ("none", "selective", "layer")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"there is no --{name.replace('_', '-')} {getattr(self, name)!r}, "
+                                 f"only {', '.join(filter(None, allowed))}")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+                raise ValueError(f"--{entry.name.replace('_', '-')} must not be negative or "
+                                 f"infinite, it is {value}")
+        for name in ("longer", "log_every", "replicas", "context_parallel"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        if 0 < self.max_pixels < MIN_PIXELS:
             raise ValueError(f"--max-pixels must be at least {MIN_PIXELS}")
 
     def recipes(self) -> dict[str, Recipe]:
         """The stages to run, with the flags applied."""
-        table = TINY if self.model == "tiny" else RELEASED
-        names = list(table) if self.stage == "all" else [self.stage]
-        given = {name: getattr(self, name) for name in ("data", "steps", "rows", "seq_length", "lr")
-                 if getattr(self, name)}
+        table = RECIPES[self.recipe or ("tiny" if self.model == "tiny" else "quick")]
+        names = STAGES if self.stage == "all" else [self.stage]
+        given = {name: getattr(self, name) for name in
+                 ("data", "steps", "rows", "seq_length", "lr", "max_pixels") if getattr(self, name)}
         chosen = {}
         for name in names:
             recipe = replace(table[name], **given)
+            factors = {part: getattr(self, part) / recipe.lr for part in ("vision_lr", "merger_lr")
+                       if getattr(self, part)}
             chosen[name] = replace(recipe, steps=max(1, round(recipe.steps * self.longer)),
-                                   min_lr=table[name].min_lr * recipe.lr / table[name].lr)
+                                   min_lr=table[name].min_lr * recipe.lr / table[name].lr,
+                                   **factors)
         return chosen
 
 
-# -------------------------------------------------------------------------- what a stage is made of
+# ------------------------------------------------------------------------------- ranks and shards
 
 
-def fresh_model(config: TrainConfig) -> tuple[LlavaOneVision, Tokenizer]:
-    """The tiny preset with random weights, and a tokenizer learnt from its data."""
-    preset = PRESETS[config.model]
-    tokenizer = train_tokenizer(default_texts(config.seed), preset.vocab_size)
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, and this one's place among them."""
+
+    device: torch.device
+    dtype: torch.dtype  # of products
+    rank: int = 0
+    count: int = 1
+    context: int = 1  # neighbours that share a row
+    mesh: DeviceMesh | None = None  # over which parameters are sharded; None: whole, in fp32
+    context_mesh: DeviceMesh | None = None  # the neighbours
+
+    @property
+    def data_ranks(self) -> int:
+        """Groups of ranks that work on different rows."""
+        return self.count // self.context
+
+
+def find_ranks(config: TrainConfig) -> Ranks:
+    """What torchrun says of the ranks.  Raises ValueError if they do not divide."""
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("replicas", "context_parallel"):
+        if count % getattr(config, name):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} does not divide "
+                             f"the number of ranks, {count}")
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    return Ranks(device, getattr(torch, dtype), rank, count, config.context_parallel)
+
+
+def join_ranks(ranks: Ranks, config: TrainConfig) -> Ranks:
+    """Start to talk to the other ranks.  One process that computes in fp32 needs none of this."""
+    if ranks.count == 1 and ranks.dtype == torch.float32:
+        return ranks
+    where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if ranks.device.type == "cpu" else "nccl", **where)
+    sizes = {"replicas": config.replicas, "shards": ranks.count // config.replicas}
+    if config.replicas == 1:
+        del sizes["replicas"]
+    mesh = init_device_mesh(ranks.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    groups = init_device_mesh(ranks.device.type, (ranks.data_ranks, ranks.context),
+                              mesh_dim_names=("data", "context"))
+    return replace(ranks, mesh=mesh, context_mesh=groups["context"])
+
+
+def shard(model: LlavaOneVision, config: TrainConfig, ranks: Ranks) -> None:
+    """Make the layers recompute and compile as told, and spread the parameters over the ranks."""
+    layers = [*model.visual.blocks, *model.model.layers]
+    keep = {"selective": {"context_fn": partial(create_selective_checkpoint_contexts,
+                                                [torch.ops.llava.attention.default])}}
+    for layer in layers:
+        if config.recompute != "none":
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                    **keep.get(config.recompute, {}))
+        if config.compile:
+            layer.forward = torch.compile(layer.forward)
+    if ranks.mesh is None:
+        return
+    policy = MixedPrecisionPolicy(ranks.dtype, torch.float32, cast_forward_inputs=False)
+    units = layers
+    if not model.config.tie_word_embeddings:  # else the two belong together: to the root
+        units = [model.model.embed_tokens, *layers, model.lm_head]
+    for unit in units:
+        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy)
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)  # norms, merger, what is left
+    for module in (model, model.lm_head):
+        register_fsdp_forward_method(module, "loss")
+    for unit, following in zip(units, units[1:]):
+        unit.set_modules_to_forward_prefetch([following])
+
+
+def load_stage(start: str, config: TrainConfig, ranks: Ranks) -> LlavaOneVision:
+    """The model that a stage starts with, sharded; a fresh one without `start`."""
+    if start:
+        return load_checkpoint(start, torch.float32, ranks.device,
+                               lambda model: shard(model, config, ranks))[0]
     torch.manual_seed(config.seed)
-    return LlavaOneVision(preset).init_weights(), tokenizer
+    model = LlavaOneVision(PRESETS[config.model]).init_weights().to(ranks.device)
+    shard(model, config, ranks)
+    return model
+
+
+# ------------------------------------------------------------------------------ an optimizer step
 
 
 def part_of(name: str) -> str:
-    """The part a parameter belongs to: "vision", "merger" or "decoder"."""
+    """The part a parameter belongs to; the class token, which upstream never trains, to none."""
+    if name.startswith("visual.class_"):
+        return "class token"
     if name.startswith("visual."):
         return "merger" if name.startswith("visual.merger.") else "vision"
     return "decoder"
@@ -154,16 +298,16 @@ def part_of(name: str) -> str:
 
 def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over the stage's parts; freezes the others.  Vectors (norms, biases) do not decay."""
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    factors = {"vision": recipe.vision_lr, "merger": recipe.merger_lr, "decoder": 1.0}
+    groups: dict[tuple[str, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in recipe.trainable)
         if parameter.requires_grad:
-            key = (part_of(name) != "decoder", parameter.dim() > 1)
-            groups.setdefault(key, []).append(parameter)
+            groups.setdefault((part_of(name), parameter.dim() > 1), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": parameters, "lr_factor": recipe.vision_lr if vision else 1.0,
+        [{"params": parameters, "lr_factor": factors[part],
           "weight_decay": recipe.weight_decay if matrix else 0.0}
-         for (vision, matrix), parameters in groups.items()],
+         for (part, matrix), parameters in groups.items()],
         lr=recipe.lr, betas=(0.9, recipe.beta2), eps=recipe.eps, fused=True)
 
 
@@ -176,139 +320,372 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, rows: list[Batch], lr: float,
-               clip: float) -> tuple[float, float]:
-    """One optimizer step over the rows; returns loss (mean over label tokens), gradient norm."""
-    device = model.lm_head.weight.device
-    labels = sum(int((row.targets >= 0).sum()) for row in rows)
-    total = torch.zeros((), device=device)
-    for row in rows:
-        loss = model.loss(targets=row.targets.to(device), **row.inputs(device)) / max(1, labels)
-        if loss.requires_grad:  # a row without pictures teaches the merger nothing
-            loss.backward()
+def backward(model: LlavaOneVision, step: Step, ranks: Ranks, token_mean: str) -> float:
+    """Gradients of the step's loss, summed over rows and ranks; returns the loss."""
+    total = torch.zeros((), device=ranks.device)
+    for i, (row, labels) in enumerate(zip(step.rows, step.row_labels)):
+        share = (1 / max(1, step.labels) if token_mean == "global" else
+                 1 / max(1, labels) / (len(step.rows) * ranks.data_ranks))
+        shared_row = SharedRow(row, ranks.context_mesh, ranks.device) if ranks.context > 1 else None
+        loss = share * model.loss(targets=row.targets.to(ranks.device), shared_row=shared_row,
+                                  **row.inputs(ranks.device))
+        if ranks.mesh is not None:  # copies of the model need the sum of the rows only
+            model.set_requires_all_reduce(i + 1 == len(step.rows))
+        (loss * ranks.count).backward()  # FSDP takes the mean over the ranks
         total += loss.detach()
+    if ranks.count > 1:
+        dist.all_reduce(total)
+    return float(total)
+
+
+def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, rate: float,
+               clip: float, ranks: Ranks, token_mean: str = "global") -> tuple[float, float]:
+    """One optimizer step; returns the loss and the gradient norm."""
+    loss = backward(model, step, ranks, token_mean)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
+        group["lr"] = rate * group["lr_factor"]
     optimizer.step()
     optimizer.zero_grad()
-    return float(total), float(norm)
+    return loss, float(norm.full_tensor() if ranks.mesh is not None else norm)
 
 
-def matrix_weights(model: LlavaOneVision) -> dict[str, int]:
-    """Weights of the matrices that every token or patch of a part passes, by part."""
-    weights = dict.fromkeys(ALL, 0)
+# ------------------------------------------------------------------------------------- accounting
+
+GPUS = {"A100": (312e12, 80e9), "A800": (312e12, 80e9), "H100": (989e12, 80e9),  # by name: dense
+        "H800": (989e12, 80e9), "H200": (989e12, 141e9), "B200": (2250e12, 180e9)}  # bf16 FLOP/s, B
+
+
+@cache
+def parameters_by_part(config: ModelConfig) -> dict[str, int]:
+    """Parameters of each part; of "matrices PART" those in the matrices that its rows pass."""
+    with torch.device("meta"):
+        model = LlavaOneVision(config)
+    count: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
+        count[part_of(name)] += parameter.numel()
         if parameter.dim() > 1 and "embed_tokens" not in name and "lm_head" not in name:
-            weights[part_of(name)] += parameter.numel()
-    return weights
+            count[f"matrices {part_of(name)}"] += parameter.numel()
+    return dict(count)
 
 
-def flops_of(row: Batch, model: LlavaOneVision, weights: dict[str, int],
-             trainable: tuple[str, ...]) -> float:
-    """Floating-point operations that training on a row needs, recomputation not counted.
+def forward_flops(config: ModelConfig, lengths: Tensor, frames: Tensor,
+                  labels: int) -> dict[str, float]:
+    """FLOPs of a row's forward pass: see the top of the file.
 
-    Forward, 2 per weight and token of every matrix, and 4 E per head and pair of tokens that see
-    each other.  Backward, as much again for the gradient of the input and, where a part learns, of
-    its weights; a ViT that does not learn has no backward pass.
+    lengths: (S,) tokens of the samples; frames: patches of each frame; labels: tokens learnt.
     """
-    config, vision = model.config, model.config.vision
-    frames = torch.zeros(0)
-    if row.grid_thw is not None:
-        frames = torch.repeat_interleave(row.grid_thw[:, 1:].prod(dim=1), row.grid_thw[:, 0])
-    patches, labels = float(frames.sum()), int((row.targets >= 0).sum())
-    causal_pairs = float(row.cu_seqlens.diff().square().sum()) / 2
+    weights, vision = parameters_by_part(config), config.vision
+    lengths, patches = lengths.double(), float(frames.sum())
+    pairs = float((lengths * (lengths + 1)).sum()) / 2  # of query and key that causality leaves
     query_width = config.num_attention_heads * config.head_dim
-    forward = {
-        "vision": 2 * weights["vision"] * patches
-        + 4 * vision.depth * vision.embed_dim * float(frames.square().sum()),
-        "merger": 2 * weights["merger"] * patches / 4,
-        "decoder": 2 * weights["decoder"] * len(row.input_ids)
-        + 2 * model.lm_head.weight.numel() * labels
-        + 4 * config.num_hidden_layers * query_width * causal_pairs}
-    frozen = {"vision": 1, "merger": 2, "decoder": 2}
-    return sum((3 if part in trainable else frozen[part]) * n for part, n in forward.items())
+    return {"vision": 2 * weights["matrices vision"] * patches,
+            "vision attention": 4 * vision.depth * vision.embed_dim
+            * float(frames.double().square().sum()),
+            "merger": 2 * weights["matrices merger"] * patches / 4,
+            "decoder": 2 * weights["matrices decoder"] * float(lengths.sum()),
+            "decoder attention": 4 * config.num_hidden_layers * query_width * pairs,
+            "head": 2.0 * config.hidden_size * config.vocab_size * labels}
 
 
-def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of the best of five products of two 2048 x 2048 fp32 matrices."""
-    a = torch.randn(2048, 2048, device=device)
+def training_flops(forward: dict[str, float], trainable: tuple[str, ...],
+                   recompute: str) -> dict[str, float]:
+    """What the hardware does in a training step, and the part of it that MFU counts."""
+    total = {"hardware_flops": 0.0, "model_flops": 0.0}
+    for name, flops in forward.items():
+        part = "decoder" if name == "head" else name.split()[0]
+        passes = 3 if part in trainable else 1 if part == "vision" else 2
+        again = name == "head" or passes > 1 and part != "merger" and (
+            recompute == "layer" or recompute == "selective" and "attention" not in name)
+        total["model_flops"] += passes * flops
+        total["hardware_flops"] += (passes + again) * flops
+    return total
+
+
+def row_cost(row: Batch, config: ModelConfig, trainable: tuple[str, ...],
+             recompute: str) -> dict[str, float]:
+    """FLOPs of training on a packed row."""
+    grids = torch.zeros(0, 3) if row.grid_thw is None else row.grid_thw
+    frames = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0].long())
+    forward = forward_flops(config, row.cu_seqlens.diff(), frames, row.labels)
+    return training_flops(forward, trainable, recompute)
+
+
+def matrix_rate(ranks: Ranks) -> tuple[float, str]:
+    """FLOP/s that MFU is a share of, of one rank, and where the number comes from.
+
+    The data sheet's for a known GPU and bfloat16; else the best of five products of two
+    2048 x 2048 matrices.
+    """
+    if ranks.device.type == "cuda" and ranks.dtype == torch.bfloat16:
+        card = torch.cuda.get_device_name(ranks.device)
+        for name, (rate, _) in GPUS.items():
+            if name in card:
+                return rate, f"data sheet of {name}"
+    a = torch.randn(2048, 2048, device=ranks.device).to(ranks.dtype)
     seconds = []
     for _ in range(6):
-        if device.type == "cuda":
+        if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
         float((a @ a)[0, 0])  # reading a number waits for the product
         seconds.append(time.perf_counter() - started)
-    return 2 * 2048**3 / min(seconds[1:])
+    return 2 * 2048**3 / min(seconds[1:]), "measured, product of 2048 x 2048"
+
+
+def memory_of_rank(device: torch.device) -> float:
+    """Bytes that a rank can have: its GPU's, or its part of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return whole / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory that this process has held, in bytes: of the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Log:
-    """One line per log step on the console, the same as JSON lines in a file, a progress bar."""
+    """The first rank's log: lines on the console, as JSON in a file, in TensorBoard if wanted."""
 
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
-        self.terminal = sys.stdout.isatty()
+    def __init__(self, out: Path, first: bool, tensorboard: bool) -> None:
+        self.file = open(out / "log.jsonl", "a") if first else None
+        self.terminal = first and sys.stdout.isatty()
+        self.board = None
+        if first and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(out))
 
-    def line(self, text: str, **values: float | str) -> None:
+    def line(self, text: str, **values: object) -> None:
+        if self.file is None:
+            return
         print(("\r\033[K" if self.terminal else "") + text, flush=True)
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
+        if self.board is not None and "stage" in values:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(f"{values['stage']}/{name}", value, values["step"])
+            self.board.flush()
 
-    def progress(self, stage: str, step: int, steps: int, started: float) -> None:
+    def progress(self, stage: str, step: int, steps: int, left: float) -> None:
         """Redraw the bar; on a terminal only."""
         if self.terminal:
-            left = (time.monotonic() - started) / step * (steps - step)
             bar = "#" * (30 * step // steps)
             print(f"\r\033[K{stage} [{bar:30}] {step}/{steps}, {left:.0f} s left", end="",
                   flush=True)
 
 
+def log_step(log: Log, name: str, step: int, recipe: Recipe, seen: Counter, seconds: float,
+             left: float, peak: float, device: torch.device) -> None:
+    """One line on the steps since the last: `seen` has their sums, over all ranks."""
+    values = {"loss": seen["loss"] / seen["steps"], "lr": seen["lr"] / seen["steps"],
+              "norm": seen["norm"] / seen["steps"],
+              "tokens_per_second": seen["tokens"] / seconds,
+              "labels_per_second": seen["labels"] / seconds,
+              "samples_per_second": seen["samples"] / seconds,
+              "images_per_second": seen["images"] / seconds,
+              "padding": 1 - seen["tokens"] / (seen["steps"] * recipe.rows * recipe.seq_length),
+              "wait": seen["waited"] / seconds, "balance": seen["balance"] / seen["steps"],
+              "mfu": seen["model_flops"] / seconds / peak,
+              "hfu": seen["hardware_flops"] / seconds / peak,
+              "memory": peak_memory(device), "seconds_left": left, "skipped": seen["skipped"]}
+    minutes, rest = divmod(round(left), 60)
+    log.line(f"{name:8} {step:6}/{recipe.steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+             f"norm {values['norm']:.2f}  {values['tokens_per_second']:,.0f} tok/s  "
+             f"{values['labels_per_second']:,.0f} labels/s  "
+             f"{values['images_per_second']:,.0f} images/s  pad {values['padding']:.1%}  "
+             f"wait {values['wait']:.0%}  MFU {values['mfu']:.0%}  HFU {values['hfu']:.0%}  "
+             f"{values['memory'] / 2**30:.1f} GiB  {minutes // 60}:{minutes % 60:02}:{rest:02} left"
+             + (f"  {seen['skipped']} samples too long" if seen["skipped"] else ""),
+             stage=name, step=step, **values)
+
+
+# -------------------------------------------------------------------------------- what a run needs
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Flags of `--plan`."""
+
+    model: str = "8b"  # a preset of model.py
+    gpus: int = 8  # ranks
+    gpu: str = "a100"  # their kind
+    tokens: float = 64e9  # to train on
+    price: float = 0.0  # of a GPU-hour, in dollars
+    mfu: float = 0.0  # share of the matrix rate; default what 45 % HFU comes to
+    rows: int = 0  # packed rows per step; default one for each group of ranks
+    seq_length: int = 8192  # tokens in a row
+    sample_tokens: int = 600  # of a sample, on average
+    visual_share: float = 0.7  # of a sample's tokens; the others are half prompt, half answer
+    replicas: int = 1  # copies of the model
+    context_parallel: int = 1  # ranks that share a row
+    recompute: str = "layer"  # activations computed again: none, selective, layer
+
+
+def saved_bytes(layer: nn.Module, rows: int, width: int, heads: int, head_dim: int,
+                recompute: str) -> tuple[float, float]:
+    """Bytes a row (token or patch) that a bf16 layer keeps for its backward pass, and those that
+    it holds while it runs: counted on the meta device, where nothing is computed."""
+    x = torch.empty(rows, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    cu_seqlens = torch.empty(2, dtype=torch.int64, device="meta")
+    angles = torch.empty(rows, 1, head_dim // 2, device="meta")
+    kept = {}
+    weights = {p.untyped_storage()._cdata for p in layer.parameters()}
+
+    def keep(saved: Tensor) -> Tensor:
+        kept[saved.untyped_storage()._cdata] = saved.untyped_storage()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        layer(x, cu_seqlens, rows, angles, angles, *[None] * isinstance(layer, DecoderLayer))
+    all_of_it = sum(s.nbytes() for key, s in kept.items() if key not in weights) / rows
+    between = {"none": all_of_it, "layer": 2 * width,
+               "selective": 2 * width + 2 * heads * head_dim + 4 * heads}
+    return between[recompute], all_of_it
+
+
+def memory_by_part(config: ModelConfig, trainable: tuple[str, ...], tokens: float, patches: float,
+                   shards: int, recompute: str) -> dict[str, float]:
+    """Bytes of one rank at its fullest, about; tokens and patches are those of its part of a row.
+
+    Not counted: what the allocator loses, buffers of the communication, the CUDA context.
+    """
+    parts, vision = parameters_by_part(config), config.vision
+    total = sum(n for part, n in parts.items() if "matrices" not in part)
+    trained = sum(parts[part] for part in trainable)
+    with torch.device("meta"):
+        model = LlavaOneVision(config).to(torch.bfloat16)
+    layer, block = model.model.layers[0], model.visual.blocks[0]
+    decoder, decoder_all = saved_bytes(layer, 1024, config.hidden_size, config.num_attention_heads,
+                                       config.head_dim, recompute)
+    vit, vit_all = (0.0, 0.0) if "vision" not in trainable else saved_bytes(
+        block, 1024, vision.embed_dim, vision.num_heads, vision.head_dim, recompute)
+    layer_size = sum(p.numel() for p in layer.parameters())
+    root = parts["merger"] + config.hidden_size * config.vocab_size  # whole at once, with one layer
+    return {"masters, fp32": 4 * total / shards, "gradients, fp32": 4 * trained / shards,
+            "AdamW's moments": 8 * trained / shards,
+            "gathered weights, bf16": 0 if shards == 1 else 2 * (2 * layer_size + root),
+            "gradients before reduction": 0 if shards == 1 else 6 * max(
+                layer_size, config.hidden_size * config.vocab_size),
+            "activations": decoder * config.num_hidden_layers * tokens + vit * vision.depth * patches
+            + (recompute != "none") * max(decoder_all * tokens, vit_all * patches),
+            "logits": 10 * min(tokens, LOSS_CHUNK) * config.vocab_size}
+
+
+def sample_flops(config: ModelConfig, tokens: int, visual_share: float,
+                 recompute: str) -> dict[str, float]:
+    """Training FLOPs of an average sample, everything trained."""
+    visual = visual_share * tokens
+    forward = forward_flops(config, torch.tensor([tokens]), torch.tensor([4 * visual]),
+                            round((tokens - visual) / 2))
+    return training_flops(forward, ALL, recompute)
+
+
+def published(sample_tokens: int, visual_share: float) -> Iterator[str]:
+    """How the announcement's figures for the 8B fit together; A800s taken for A100s."""
+    rate, cost = GPUS["A100"][0], sample_flops(PRESETS["8b"], sample_tokens, visual_share, "layer")
+    per_token = cost["hardware_flops"] / sample_tokens
+    budget, mid = 16000 / 0.6, 128 * 3.7 * 24
+
+    def hours(tokens: float, share: float) -> float:
+        return tokens * per_token / (share * rate) / 3600
+
+    def tokens(hours: float, share: float) -> float:
+        return hours * 3600 * share * rate / per_token
+
+    yield (f"the published figures of the 8B, if a sample has {sample_tokens} tokens, "
+           f"{visual_share:.0%} visual, and layers are recomputed ({per_token:.3g} hardware FLOPs "
+           "a token):")
+    yield f"  $16,000 at $0.6 an A100-hour buy {budget:,.0f} hours"
+    yield (f"  128 A800 for 3.7 days (85 M samples) are {mid:,.0f} hours, {mid / budget:.0%} of "
+           f"these; at 45 % HFU {tokens(mid, 0.45) / 1e9:,.0f} B tokens, "
+           f"{tokens(mid, 0.45) / 85e6:,.0f} a sample")
+    yield (f"  64 B tokens at 45 % HFU are {hours(64e9, 0.45):,.0f} hours, "
+           f"{hours(64e9, 0.45) / budget:.0%} of the budget; spread over all of it, HFU is "
+           f"{0.45 * hours(64e9, 0.45) / budget:.0%}")
+    yield f"  the budget at 45 % HFU would do for {tokens(budget, 0.45) / 1e9:,.0f} B tokens"
+
+
+def plan(config: PlanConfig) -> Iterator[str]:
+    """Lines on what a run needs: parameters, memory, FLOPs, time, dollars."""
+    model, (rate, capacity) = PRESETS[config.model], GPUS[config.gpu.upper()]
+    groups = config.gpus // config.context_parallel
+    rows = config.rows or groups
+    parts = {name: n for name, n in parameters_by_part(model).items() if "matrices" not in name}
+    yield (f"{config.model} on {config.gpus} {config.gpu.upper()} ({rate / 1e12:.0f} TFLOP/s bf16, "
+           f"{capacity / 1e9:.0f} GB), all parts trained, recompute {config.recompute}")
+    yield "parameters: " + ", ".join(f"{name} {n:,}" for name, n in parts.items()) + (
+        f", together {sum(parts.values()):,}")
+    tokens = config.seq_length / config.context_parallel
+    memory = memory_by_part(model, ALL, tokens, 4 * config.visual_share * tokens,
+                            config.gpus // config.replicas, config.recompute)
+    yield f"memory of a GPU, rows of {config.seq_length:,} tokens over {config.context_parallel}:"
+    for name, size in (memory | {"together": sum(memory.values())}).items():
+        yield f"  {name:28}{size / 2**30:8.2f} GiB"
+    if sum(memory.values()) > capacity:
+        yield f"  which is more than it has, {capacity / 2**30:.0f} GiB"
+    cost = sample_flops(model, config.sample_tokens, config.visual_share, config.recompute)
+    ratio = cost["model_flops"] / cost["hardware_flops"]
+    mfu = config.mfu or 0.45 * ratio
+    per_token = cost["model_flops"] / config.sample_tokens
+    speed = config.gpus * rate * mfu / per_token
+    yield (f"FLOPs a token: {per_token:.4g} for MFU, {per_token / ratio:.4g} for HFU (samples of "
+           f"{config.sample_tokens} tokens, {config.visual_share:.0%} visual, half of the others "
+           "learnt)")
+    yield (f"at {mfu:.1%} MFU, {mfu / ratio:.1%} HFU: {speed:,.0f} tokens/s, a step of {rows} rows "
+           f"in {rows * config.seq_length / speed:.2f} s")
+    hours = config.gpus * config.tokens / speed / 3600
+    yield (f"{config.tokens:.3g} tokens: {config.tokens / speed / 86400:.2f} days, {hours:,.0f} "
+           "GPU-hours" + (f", ${hours * config.price:,.0f}" if config.price else ""))
+    yield ""
+    yield from published(config.sample_tokens, config.visual_share)
+
+
+# ------------------------------------------------------------------------------- a run, end to end
+
+
 def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: Recipe,
-                config: TrainConfig, log: Log) -> None:
+                config: TrainConfig, ranks: Ranks, log: Log) -> None:
     """Run one stage; the model is changed in place."""
     optimizer = make_optimizer(model, recipe)
-    peak, weights = matrix_rate(model.lm_head.weight.device), matrix_weights(model)
-    dataset = PackedRows(recipe.data, tokenizer, recipe.seq_length, config.seed, config.max_pixels)
+    rate, source = matrix_rate(ranks)
+    log.line(f"{name}: {', '.join(recipe.trainable)} trained, {recipe.steps} steps of "
+             f"{recipe.rows} rows; MFU of {ranks.count} x {rate / 1e12:.3g} TFLOP/s ({source})",
+             recipe=asdict(recipe), matrix_rate=rate)
+    dataset = PackedRows(
+        recipe.data, tokenizer, recipe.seq_length, config.seed, recipe.max_pixels, recipe.rows,
+        ranks.rank, ranks.data_ranks, ranks.context, cost=partial(
+            row_cost, config=model.config, trainable=recipe.trainable, recompute=config.recompute))
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=config.workers,
         prefetch_factor=4 if config.workers else None)
     stream = iter(loader)
     started = mark = time.monotonic()
-    waited, losses = 0.0, []
-    seen = {"tokens": 0, "labels": 0, "samples": 0, "skipped": 0, "flops": 0.0}
-    for step in range(recipe.steps):
+    seen: Counter[str] = Counter()
+    for number in range(1, recipe.steps + 1):
         before = time.monotonic()
-        rows = list(islice(stream, recipe.rows))
-        waited += time.monotonic() - before
-        lr = learning_rate(step, recipe)
-        loss, norm = train_step(model, optimizer, rows, lr, recipe.clip)
-        losses.append(loss)
-        for row in rows:
-            seen["tokens"] += len(row.input_ids)
-            seen["labels"] += int((row.targets >= 0).sum())
-            seen["samples"] += len(row.cu_seqlens) - 1
-            seen["skipped"] += row.skipped
-            seen["flops"] += flops_of(row, model, weights, recipe.trainable)
+        step = next(stream)
+        seen["waited"] += time.monotonic() - before
+        lr = learning_rate(number - 1, recipe)
+        loss, norm = train_step(model, optimizer, step, lr, recipe.clip, ranks, config.token_mean)
         if not math.isfinite(loss):
-            raise ValueError(f"the loss of step {step + 1} of stage {name} is {loss}; "
+            raise ValueError(f"the loss of step {number} of stage {name} is {loss}; "
                              "a smaller --lr may help")
-        if (step + 1) % config.log_every == 0 or step + 1 == recipe.steps:
-            seconds = time.monotonic() - mark
-            rates = {f"{key}_per_second": round(seen[key] / seconds, 1)
-                     for key in ("tokens", "labels", "samples")}
-            mean, used = sum(losses) / len(losses), seen["flops"] / seconds / peak
-            log.line(f"{name:8} {step + 1:6}/{recipe.steps}  loss {mean:.4f}  lr {lr:.2e}  "
-                     f"norm {norm:.2f}  {rates['tokens_per_second']:,.0f} tok/s  "
-                     f"{rates['samples_per_second']:,.0f} samples/s  {used:.0%} of matrix rate  "
-                     f"wait {waited / seconds:.0%}"
-                     + (f"  {seen['skipped']} samples too long" if seen["skipped"] else ""),
-                     stage=name, step=step + 1, loss=mean, lr=lr, norm=norm, **rates,
-                     matrix_rate=peak, matrix_share=used, wait=waited / seconds,
-                     skipped=seen["skipped"], seconds=mark - started + seconds)
-            mark, waited, losses, seen = time.monotonic(), 0.0, [], dict.fromkeys(seen, 0)
-        log.progress(name, step + 1, recipe.steps, started)
+        seen.update({"loss": loss, "norm": norm, "lr": lr, "steps": 1, **step.cost,
+                     **{key: getattr(step, key) for key in (
+                         "tokens", "labels", "samples", "images", "skipped", "balance")}})
+        now = time.monotonic()
+        left = (now - started) / number * (recipe.steps - number)
+        if number % config.log_every == 0 or number == recipe.steps:
+            log_step(log, name, number, recipe, seen, now - mark, left, rate * ranks.count,
+                     ranks.device)
+            mark, seen = now, Counter()
+        log.progress(name, number, recipe.steps, left)
 
 
 def evaluate(model: LlavaOneVision, tokenizer: Tokenizer, per_category: int,
@@ -341,58 +718,116 @@ def report(scores: dict[str, float], log: Log) -> None:
         log.line(f"held-out {name}: {mean:.1f} %   ({detail})", group=name, mean=mean, **group)
 
 
-def parse_flags(arguments: list[str]) -> TrainConfig:
-    """Build the command line from TrainConfig's fields; the comment beside a field is its help."""
-    parser = flag_parser(__doc__.splitlines()[0])
-    comments = dict(re.findall(r"^    (\w+): .*#  ?(.*)$", inspect.getsource(TrainConfig), re.M))
-    for entry in fields(TrainConfig):
-        parser.add_argument(f"--{entry.name.replace('_', '-')}", type=type(entry.default),
-                            default=entry.default,
-                            help=f"{comments[entry.name]} (default {entry.default!r})")
-    return TrainConfig(**vars(parser.parse_args(arguments)))
+def start_of(config: TrainConfig) -> str:
+    """The directory that the first stage starts from; empty for fresh weights.
+
+    Raises ValueError if there is none.
+    """
+    if config.start:
+        return config.start
+    earlier = STAGES[:STAGES.index(config.stage)] if config.stage != "all" else ()
+    if earlier:
+        before = Path(config.out or "--out") / earlier[-1]
+        if not before.is_dir():
+            raise ValueError(f"stage {config.stage} starts from what stage {earlier[-1]} wrote, "
+                             f"but there is no {before}: name a directory with --start")
+        return str(before)
+    if config.model != "tiny":
+        raise ValueError(f"{config.model} starts from a checkpoint: name it with --start")
+    return ""
+
+
+def check_run(config: TrainConfig, ranks: Ranks, start: str) -> Tokenizer:
+    """Refuse what cannot run before anything is loaded or written; returns the tokenizer.
+
+    Raises ValueError.
+    """
+    preset = PRESETS[config.model]
+    if start:
+        found = ModelConfig.from_dir(start)
+        if (found.hidden_size, found.num_hidden_layers) != (preset.hidden_size,
+                                                            preset.num_hidden_layers):
+            raise ValueError(f"{start} is not of the size {config.model}: "
+                             "name its preset with --model")
+    tokenizer = load_tokenizer(Path(start)) if start else train_tokenizer(
+        default_texts(config.seed), preset.vocab_size)
+    for name, recipe in config.recipes().items():
+        if config.out and (Path(config.out) / name).exists():
+            raise ValueError(f"{Path(config.out) / name} is there already")
+        if recipe.rows % ranks.data_ranks:
+            raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
+                             f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
+        tokens = recipe.seq_length / config.context_parallel
+        needed = sum(memory_by_part(preset, recipe.trainable, tokens, 2 * tokens, ranks.count
+                                    // config.replicas, config.recompute).values())
+        if needed > memory_of_rank(ranks.device):
+            raise ValueError(
+                f"rows of {recipe.seq_length:,} tokens with --context-parallel "
+                f"{config.context_parallel} need about {needed / 2**30:.0f} GiB on each rank, which "
+                f"has {memory_of_rank(ranks.device) / 2**30:.0f}: raise --context-parallel or "
+                "--recompute layer, or lower --seq-length")
+        encode(next(records(recipe.data, config.seed)), tokenizer, max_pixels=recipe.max_pixels)
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
+    return tokenizer
 
 
 def run(config: TrainConfig) -> Path:
     """Train the stages, save a checkpoint after each, evaluate; returns the last checkpoint."""
-    device = choose_device(config.device)
-    out = Path(config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if config.start:
-        model, tokenizer = load_checkpoint(config.start, torch.float32, device)
-        sizes = {name: (c.hidden_size, c.num_hidden_layers) for name, c in PRESETS.items()}
-        if (model.config.hidden_size, model.config.num_hidden_layers) != sizes[config.model]:
-            raise ValueError(f"{config.start} is not of the size {config.model}: "
-                             "name its preset with --model")
-    else:
-        model, tokenizer = fresh_model(config)
-        model.to(device)
-    recipes = config.recipes()
-    for name, recipe in recipes.items():  # refuse before anything is written
-        encode(next(records(recipe.data, config.seed)), tokenizer, max_pixels=config.max_pixels)
-        if (out / name).exists():
-            raise ValueError(f"{out / name} is there already")
+    ranks, start = find_ranks(config), start_of(config)
+    tokenizer = check_run(config, ranks, start)
+    ranks = join_ranks(ranks, config)
+    out = [config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    if ranks.count > 1:
+        dist.broadcast_object_list(out)  # clocks differ
+    out = Path(out[0])
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.jsonl", "a") as file:
-        log = Log(file)
-        parameters = sum(p.numel() for p in model.parameters())
-        log.line(f"{config.model}: {parameters:,} parameters on {device}, torch "
-                 f"{torch.__version__}, {torch.get_num_threads()} threads -> {out}",
-                 config=asdict(config), recipes={k: asdict(r) for k, r in recipes.items()})
-        for name, recipe in recipes.items():
-            train_stage(name, model, tokenizer, recipe, config, log)
-            save_checkpoint(model, tokenizer, out / name)
-        if config.questions and not config.data:
-            report(evaluate(model, tokenizer, config.questions), log)
-        log.line(f"saved: {out / name}")
-    return out / name
+    log = Log(out, ranks.rank == 0, config.tensorboard)
+    parameters = sum(n for name, n in parameters_by_part(PRESETS[config.model]).items()
+                     if "matrices" not in name)
+    log.line(f"{config.model}: {parameters:,} parameters on {ranks.count} x {ranks.device.type}, "
+             f"{config.replicas} copies, rows shared by {ranks.context}, {ranks.dtype}, torch "
+             f"{torch.__version__}, {torch.get_num_threads()} threads -> {out}",
+             config=asdict(config))
+    for name, recipe in config.recipes().items():
+        model = load_stage(start, config, ranks)
+        train_stage(name, model, tokenizer, recipe, config, ranks, log)
+        save_checkpoint(model, tokenizer, out / name)
+        del model  # before the next one takes its memory
+        start = str(out / name)
+    if ranks.mesh is not None:
+        dist.destroy_process_group()
+    if ranks.rank == 0 and config.questions and not config.data:
+        model, _ = load_checkpoint(start, ranks.dtype, ranks.device)
+        report(evaluate(model, tokenizer, config.questions), log)
+    log.line(f"saved: {start}")
+    return Path(start)
+
+
+def parse_flags(arguments: list[str], kind: type = TrainConfig) -> TrainConfig | PlanConfig:
+    """Build a command line from a dataclass's fields; the comment beside a field is its help."""
+    parser = flag_parser(__doc__.splitlines()[0])
+    comments = dict(re.findall(r"^    (\w+): .*#  ?(.*)$", inspect.getsource(kind), re.M))
+    for entry in fields(kind):
+        switch = {"action": "store_true"} if entry.type is bool else {"type": entry.type}
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", default=entry.default, **switch,
+                            help=f"{comments[entry.name]} (default {entry.default!r})")
+    return kind(**vars(parser.parse_args(arguments)))
 
 
 def main() -> None:
+    arguments = sys.argv[1:]
     try:
-        run(parse_flags(sys.argv[1:]))
+        if "--plan" in arguments:
+            arguments.remove("--plan")
+            print(*plan(parse_flags(arguments, PlanConfig)), sep="\n")
+        else:
+            run(parse_flags(arguments))
     except (ValueError, OSError) as error:
         # an error in a worker process arrives with its traceback; its last line says what is wrong
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"train.py: {lines[-1].removeprefix('ValueError: ')}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # before: all find the same
+            print(f"train.py: {lines[-1].removeprefix('ValueError: ')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted; finished stages are saved", file=sys.stderr)

@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 
 from attention_kernel import flash_attn_varlen_func
@@ -51,6 +51,8 @@ MAX_PIXELS = 1600 * 1600
 MAX_ASPECT = 200
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+Picture = Image.Image | str | Path | bytes  # decoded, a file's path, or a file's content
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ def smart_resize(height: int, width: int, min_pixels: int = MIN_PIXELS,
     return rows * CELL, columns * CELL
 
 
-def open_image(image: Image.Image | str | Path | bytes) -> Image.Image:
-    """Open a picture given as a path or as a file's content.
+def open_image(image: Picture, decode: bool = True) -> Image.Image:
+    """Open a picture given as a path or as a file's content; its header alone without `decode`.
 
     Raises ValueError naming the file if it is missing or unreadable.
     """
@@ -106,12 +108,27 @@ def open_image(image: Image.Image | str | Path | bytes) -> Image.Image:
     name = "a picture of the shard" if isinstance(image, bytes) else image
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
+            if decode:
+                opened.load()
+            else:  # not PNG's own getexif, which would decode the picture in search of a late EXIF
+                Image.Image.getexif(opened)
             return opened
     except FileNotFoundError:
         raise ValueError(f"there is no picture {name}") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+
+
+def patch_grid(image: Picture, min_pixels: int = MIN_PIXELS,
+               max_pixels: int = MAX_PIXELS) -> tuple[int, int, int]:
+    """The grid that `image_to_patches` will cut a picture into, known from the file's header."""
+    image = open_image(image, decode=False)
+    width, height = image.size
+    on_its_side = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
+    if on_its_side and image.format != "TIFF":  # whose size Pillow gives upright
+        width, height = height, width
+    height, width = smart_resize(height, width, min_pixels, max_pixels)
+    return 1, height // PATCH, width // PATCH
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
