@@ -1,22 +1,20 @@
 """Any number of ranks computes what one process computes: FSDP, copies, context parallelism."""
 
 import json
-import multiprocessing
-import os
 import random
-import socket
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from ranks import in_ranks
 
 from convert import load_tokenizer
-from data import PackedRows, Share, default_records, encode, pack, share_row
+from data import PackedRows, default_records
 from model import PRESETS, LlavaOneVision
 from train import (TINY, TrainConfig, backward, find_ranks, join_ranks, make_optimizer, row_cost,
                    shard, train_step)
@@ -26,34 +24,7 @@ SHIPPED = Path(__file__).parent.parent / "assets" / "tiny"
 SMALL = replace(PRESETS["tiny"], hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                 vision=VisionConfig(2, 64, 2, 128, 64))
-RECIPE = replace(TINY["instruct"], rows=8, seq_length=640, eps=1e-5)
-
-
-def child(function: Callable, rank: int, count: int, port: int, file: Path,
-          arguments: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_PORT": str(port),
-                   "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(count)}
-    torch.set_num_threads(1)
-    torch.save(function(*arguments), f"{file}.{rank}")
-
-
-def in_ranks(count: int, file: Path, function: Callable, *arguments: object) -> list:
-    """What the function returns in each of `count` processes that can join as ranks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch.distributed.tensor", "torch._dynamo"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [context.Process(target=child, args=(function, rank, count, port, file, arguments))
-                 for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=240)
-    for process in processes:
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * count
-    return [torch.load(f"{file}.{rank}") for rank in range(count)]
+RECIPE = replace(TINY["instruct"], seq_length=640, eps=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +47,15 @@ def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(flags: dict, data: Path, steps: int) -> dict:
-    """Losses of `steps` steps, gradients of the first and weights after the last."""
-    config = TrainConfig(**flags)
+    """Losses of `steps` steps of 4 rows, gradients of the first and weights after the last."""
+    config = TrainConfig(**{"rows": 4} | flags)
     ranks = join_ranks(find_ranks(config), config)
     torch.manual_seed(0)
     model = LlavaOneVision(SMALL).init_weights()
     shard(model, config, ranks)
     optimizer = make_optimizer(model, RECIPE)
     stream = iter(PackedRows(
-        str(data), load_tokenizer(SHIPPED), RECIPE.seq_length, 0, rows=RECIPE.rows,
+        str(data), load_tokenizer(SHIPPED), RECIPE.seq_length, 0, rows=config.rows,
         rank=ranks.rank, data_ranks=ranks.data_ranks, context_ranks=ranks.context,
         cost=partial(row_cost, config=SMALL, trainable=RECIPE.trainable, recompute="none")))
 
@@ -103,40 +74,48 @@ def train(flags: dict, data: Path, steps: int) -> dict:
         found["norms"].append(norm)
         found["tokens"].append(step.tokens)
     found["weights"] = {name: whole(p.detach()) for name, p in model.named_parameters()}
-    if ranks.count > 1:
-        torch.distributed.destroy_process_group()
+    return found
+
+
+LAYOUTS = {
+    2: [{}, {"context_parallel": 2}],
+    4: [{}, {"replicas": 2, "rows": 8}, {"replicas": 4}, {"context_parallel": 2},
+        {"context_parallel": 4}, {"recompute": "layer"},
+        {"context_parallel": 2, "replicas": 2, "token_mean": "micro"},
+        {"context_parallel": 4, "recompute": "selective"}],
+}
+
+
+def train_all(layouts: list[dict], data: Path) -> list[tuple[dict, dict]]:
+    """Every layout twice, the second time briefly."""
+    found = [(train(flags, data, 20), train(flags, data, 2)) for flags in layouts]
+    torch.distributed.destroy_process_group()
     return found
 
 
 @pytest.fixture(scope="module")
-def alone(records_file: Path) -> Callable[[str], dict]:
-    """What one process computes, by token mean."""
-    known: dict = {}
-
-    def result(token_mean: str = "global") -> dict:
-        if token_mean not in known:
-            known[token_mean] = train({"token_mean": token_mean}, records_file, 20)
-        return known[token_mean]
-    return result
+def trained(records_file: Path) -> dict[int, list]:
+    """By number of ranks, what each rank found."""
+    return {count: in_ranks(count, train_all, layouts, records_file)
+            for count, layouts in LAYOUTS.items()}
 
 
-@pytest.mark.parametrize("count, flags", [
-    (2, {}),
-    (2, {"context_parallel": 2}),
-    (4, {}),
-    (4, {"replicas": 2}),
-    (4, {"replicas": 4}),
-    (4, {"context_parallel": 2}),
-    (4, {"context_parallel": 4}),
-    (4, {"context_parallel": 2, "replicas": 2, "token_mean": "micro"}),
-    (4, {"recompute": "layer"}),
-    (4, {"context_parallel": 4, "recompute": "selective"}),
-], ids=str)
-def test_ranks_equal_one_process(count: int, flags: dict, records_file: Path, tmp_path: Path,
-                                 alone: Callable[[str], dict]) -> None:
+@pytest.fixture(scope="module")
+def alone(records_file: Path) -> Callable[..., dict]:
+    """What one process computes for the flags that change the result."""
+    return cache(lambda rows=4, token_mean="global": train(
+        {"rows": rows, "token_mean": token_mean}, records_file, 20))
+
+
+@pytest.mark.parametrize("count, number", [
+    pytest.param(count, i, id=f"{count} ranks {flags}")
+    for count, layouts in LAYOUTS.items() for i, flags in enumerate(layouts)])
+def test_ranks_equal_one_process(count: int, number: int, trained: dict[int, list],
+                                 alone: Callable[..., dict]) -> None:
     """Losses of 20 steps to 1e-5, gradients to 1e-4, rows of mixed kinds; twice the same bits."""
-    expected = alone(flags.get("token_mean", "global"))
-    first, *others = in_ranks(count, tmp_path / "first", train, flags, records_file, 20)
+    flags = LAYOUTS[count][number]
+    expected = alone(**{k: v for k, v in flags.items() if k in ("rows", "token_mean")})
+    (first, again), *others = (found[number] for found in trained[count])
     assert first["tokens"] == expected["tokens"]
     torch.testing.assert_close(first["losses"], expected["losses"], rtol=1e-5, atol=0)
     torch.testing.assert_close(first["norms"], expected["norms"], rtol=1e-4, atol=0)
@@ -144,7 +123,7 @@ def test_ranks_equal_one_process(count: int, flags: dict, records_file: Path, tm
     for name, gradient in expected["gradients"].items():
         error = (first["gradients"][name] - gradient).norm() / gradient.norm()
         assert error < 1e-4, (name, error)
-    again, *_ = in_ranks(count, tmp_path / "again", train, flags, records_file, 3)
-    assert again["losses"] == first["losses"][:3]
-    for other in others:
+    assert again["losses"] == first["losses"][:2]
+    assert all(torch.equal(again["gradients"][name], x) for name, x in first["gradients"].items())
+    for other, _ in others:
         assert all(torch.equal(other["weights"][name], x) for name, x in first["weights"].items())
