@@ -23,6 +23,7 @@ Run `python model.py`: prints parameters of every preset by part.
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -545,15 +546,36 @@ def tensor_files(path: Path) -> dict[str, tuple[Path, str]]:
     return found
 
 
+def part_of(name: str) -> str:
+    """The part a parameter belongs to; the class token, which upstream never trains, to none."""
+    if name.startswith("visual.class_"):
+        return "class token"
+    if name.startswith("visual."):
+        return "merger" if name.startswith("visual.merger.") else "vision"
+    return "decoder"
+
+
+@cache
+def parameters_by_part(config: ModelConfig, matrices: bool = False) -> dict[str, int]:
+    """Parameters of each part; or only those in the matrices that all its tokens or patches pass
+    (so neither embedding, of which a token takes a row, nor head, which only labels reach)."""
+    with torch.device("meta"):
+        model = LlavaOneVision(config)
+    count = dict.fromkeys(("class token", "vision", "merger", "decoder"), 0)
+    for name, parameter in model.named_parameters():
+        if not matrices or parameter.dim() > 1 and name not in ("model.embed_tokens.weight",
+                                                                "lm_head.weight"):
+            count[part_of(name)] += parameter.numel()
+    return count
+
+
 def main() -> None:
-    print(f"{'preset':8}{'vision':>14}{'merger':>14}{'decoder':>16}{'total':>16}")
+    print(f"{'preset':8}{'class token':>14}{'vision':>14}{'merger':>14}{'decoder':>16}"
+          f"{'total':>16}")
     for name, config in PRESETS.items():
-        with torch.device("meta"):
-            model = LlavaOneVision(config)
-        total = sum(p.numel() for p in model.parameters())
-        merger = sum(p.numel() for p in model.visual.merger.parameters())
-        vision = sum(p.numel() for p in model.visual.parameters()) - merger
-        print(f"{name:8}{vision:14,}{merger:14,}{total - vision - merger:16,}{total:16,}")
+        token, vision, merger, decoder = parameters_by_part(config).values()
+        print(f"{name:8}{token:14,}{vision:14,}{merger:14,}{decoder:16,}"
+              f"{token + vision + merger + decoder:16,}")
 
 
 if __name__ == "__main__":

@@ -19,17 +19,18 @@ whatever the rows they are spread over and the ranks that hold them (`--token-me
 over rows of each row's mean, as upstream).  Gradients are clipped to norm 1; AdamW decays matrices
 only; the learning rate climbs linearly, then falls on a cosine from `lr` to `min_lr`.
 
-    recipe                quick (upstream's quick start)           full (all public data once)
-    stage              align        mid        instruct        align        mid        instruct
-    trained            merger       all        all             merger       all        all
-    rows x tokens      8 x 32768    16 x 32768 24 x 8192       64 x 8192    512 x 8192 512 x 8192
-    steps              2500         20000      3500            640          12200      3150
-    lr -> min_lr       1e-4 -> 1e-6   1e-5 -> 1e-6 in mid and instruct
-    decay, beta_2      0, 0.99      0.01, 0.95 0, 0.99         as quick
-    the rest           beta_1 0.9, eps 1e-5, clip 1, warm-up over 0.2 % of the steps
+    --recipe        quick, upstream's quick start            full, all public data once
+    stage           align      mid         instruct          align      mid         instruct
+    trained         merger     all         all               merger     all         all
+    rows x tokens   8 x 32768  16 x 32768  24 x 8192         64 x 8192  512 x 8192  512 x 8192
+    steps           2500       20000       3500              640        12200       3150
+    decay, beta_2   0, .99     .01, .95    0, .99            0, .99     .01, .95    0, .99
+    lr to min_lr    1e-4 to 1e-6 in align, 1e-5 to 1e-6 in mid and instruct
+    the rest        beta_1 0.9, eps 1e-5, clip 1, warm-up over 0.2 % of the steps
 
-Upstream's instruct takes 224 samples a step, unpacked: 24 rows hold about 260.  The full run's batch
-and steps were not published; these show 558 thousand, 85 and 22 million samples of 600 tokens once.
+Upstream's instruct takes 224 samples a step, unpacked; 24 rows hold about 260.  Batch and steps of
+the full run were not published: these show 558 thousand, 85 and 22 million samples, of 600 tokens
+each, once.  `--recipe tiny` is for the tiny preset.
 
 Ranks.  Parameters, gradients and AdamW's moments are sharded over all ranks (FSDP2), or over groups
 of them that hold a copy each (`--replicas`): masters and reductions in fp32, products in `--dtype`.
@@ -45,12 +46,12 @@ Accounting.  FLOPs of a row's forward pass, with N weights in the matrices of a 
 A backward pass costs twice that, or once where the weights are frozen and gradients pass through.
 MFU counts these against the hardware's matrix rate; HFU counts what is computed again, too.
 
-Shapes: T tokens in a packed row, L of a sample, P patches, C and D width of decoder and ViT, H heads,
-E head width, V vocabulary.
+Shapes: T tokens in a packed row, L of a sample or frame, P patches, C and D width of decoder and
+ViT, H heads, E head width, V vocabulary.
 
 Run `python train.py`: trains the tiny preset from scratch through all stages in about ten minutes
-on two CPU cores and prints its accuracies.  `torchrun --nproc-per-node 8 train.py --model 8b --start
-DIR --data FILE` trains a released size.  `--plan` computes what a run needs.  `--help` lists flags.
+on two CPU cores and prints its accuracies.  A released size: `torchrun --nproc-per-node 8 train.py
+--model 8b --start DIR --data FILE`.  `--plan` computes what a run needs.  `--help` lists all flags.
 """
 
 import inspect
@@ -62,9 +63,9 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -80,7 +81,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from convert import load_checkpoint, load_tokenizer, save_checkpoint
 from data import (Batch, PackedRows, Step, choose_device, default_texts, encode, flag_parser,
                   held_out_questions, pack, records, train_tokenizer)
-from model import LOSS_CHUNK, PRESETS, DecoderLayer, LlavaOneVision, ModelConfig, SharedRow
+from model import (LOSS_CHUNK, PRESETS, DecoderLayer, LlavaOneVision, ModelConfig, SharedRow,
+                   parameters_by_part, part_of)
 from vision import MAX_PIXELS, MIN_PIXELS
 
 
@@ -126,6 +128,20 @@ TINY = {
 }
 RECIPES = {"tiny": TINY, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
+RECOMPUTE = ("none", "selective", "layer")  # what the backward pass computes again
+
+
+def check_flags(config: object, positive: tuple[str, ...], choices: dict[str, Iterable]) -> None:
+    """Raise ValueError unless numbers are finite and not negative, and words are known ones."""
+    for entry in fields(config):
+        flag, value = f"--{entry.name.replace('_', '-')}", getattr(config, entry.name)
+        if value not in choices.get(entry.name, [value]):
+            raise ValueError(f"there is no {flag} {value!r}, only "
+                             f"{', '.join(filter(None, choices[entry.name]))}")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise ValueError(f"{flag} must not be negative or infinite, it is {value}")
+        if entry.name in positive and not value:
+            raise ValueError(f"{flag} must be positive")
 
 
 @dataclass(frozen=True)
@@ -160,21 +176,10 @@ class TrainConfig:
     device: str = ""  # cpu or cuda; default cuda where there is one
 
     def __post_init__(self) -> None:
-        choices = {"model": PRESETS, "stage": ("all", *STAGES), "recipe": ("", *RECIPES),
-                   "token_mean": ("global", "micro"), "dtype": ("", "float32", "bfloat16"),
-                   "recompute": ("none", "selective", "layer")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"there is no --{name.replace('_', '-')} {getattr(self, name)!r}, "
-                                 f"only {', '.join(filter(None, allowed))}")
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-                raise ValueError(f"--{entry.name.replace('_', '-')} must not be negative or "
-                                 f"infinite, it is {value}")
-        for name in ("longer", "log_every", "replicas", "context_parallel"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        check_flags(self, ("longer", "log_every", "replicas", "context_parallel"), {
+            "model": PRESETS, "stage": ("all", *STAGES), "recipe": ("", *RECIPES),
+            "token_mean": ("global", "micro"), "dtype": ("", "float32", "bfloat16"),
+            "recompute": RECOMPUTE})
         if 0 < self.max_pixels < MIN_PIXELS:
             raise ValueError(f"--max-pixels must be at least {MIN_PIXELS}")
 
@@ -287,15 +292,6 @@ def load_stage(start: str, config: TrainConfig, ranks: Ranks) -> LlavaOneVision:
 # ------------------------------------------------------------------------------ an optimizer step
 
 
-def part_of(name: str) -> str:
-    """The part a parameter belongs to; the class token, which upstream never trains, to none."""
-    if name.startswith("visual.class_"):
-        return "class token"
-    if name.startswith("visual."):
-        return "merger" if name.startswith("visual.merger.") else "vision"
-    return "decoder"
-
-
 def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over the stage's parts; freezes the others.  Vectors (norms, biases) do not decay."""
     factors = {"vision": recipe.vision_lr, "merger": recipe.merger_lr, "decoder": 1.0}
@@ -357,34 +353,21 @@ GPUS = {"A100": (312e12, 80e9), "A800": (312e12, 80e9), "H100": (989e12, 80e9), 
         "H800": (989e12, 80e9), "H200": (989e12, 141e9), "B200": (2250e12, 180e9)}  # bf16 FLOP/s, B
 
 
-@cache
-def parameters_by_part(config: ModelConfig) -> dict[str, int]:
-    """Parameters of each part; of "matrices PART" those in the matrices that its rows pass."""
-    with torch.device("meta"):
-        model = LlavaOneVision(config)
-    count: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        count[part_of(name)] += parameter.numel()
-        if parameter.dim() > 1 and "embed_tokens" not in name and "lm_head" not in name:
-            count[f"matrices {part_of(name)}"] += parameter.numel()
-    return dict(count)
-
-
 def forward_flops(config: ModelConfig, lengths: Tensor, frames: Tensor,
                   labels: int) -> dict[str, float]:
     """FLOPs of a row's forward pass: see the top of the file.
 
     lengths: (S,) tokens of the samples; frames: patches of each frame; labels: tokens learnt.
     """
-    weights, vision = parameters_by_part(config), config.vision
+    weights, vision = parameters_by_part(config, matrices=True), config.vision
     lengths, patches = lengths.double(), float(frames.sum())
     pairs = float((lengths * (lengths + 1)).sum()) / 2  # of query and key that causality leaves
     query_width = config.num_attention_heads * config.head_dim
-    return {"vision": 2 * weights["matrices vision"] * patches,
+    return {"vision": 2 * weights["vision"] * patches,
             "vision attention": 4 * vision.depth * vision.embed_dim
             * float(frames.double().square().sum()),
-            "merger": 2 * weights["matrices merger"] * patches / 4,
-            "decoder": 2 * weights["matrices decoder"] * float(lengths.sum()),
+            "merger": 2 * weights["merger"] * patches / 4,
+            "decoder": 2 * weights["decoder"] * float(lengths.sum()),
             "decoder attention": 4 * config.num_hidden_layers * query_width * pairs,
             "head": 2.0 * config.hidden_size * config.vocab_size * labels}
 
@@ -521,129 +504,130 @@ class PlanConfig:
     rows: int = 0  # packed rows per step; default one for each group of ranks
     seq_length: int = 8192  # tokens in a row
     sample_tokens: int = 600  # of a sample, on average
-    visual_share: float = 0.7  # of a sample's tokens; the others are half prompt, half answer
+    visual_share: float = 0.7  # of a sample's tokens; half of the others are learnt
     replicas: int = 1  # copies of the model
     context_parallel: int = 1  # ranks that share a row
     recompute: str = "layer"  # activations computed again: none, selective, layer
 
+    def __post_init__(self) -> None:
+        check_flags(self, ("gpus", "tokens", "seq_length", "sample_tokens", "replicas",
+                           "context_parallel"), {
+            "model": PRESETS, "gpu": [name.lower() for name in GPUS], "recompute": RECOMPUTE})
+        if self.visual_share >= 1 or self.mfu > 1:
+            raise ValueError("--visual-share and --mfu are shares of 1")
+        if self.gpus % self.replicas or self.gpus % self.context_parallel:
+            raise ValueError(f"--replicas {self.replicas} or --context-parallel "
+                             f"{self.context_parallel} does not divide {self.gpus} GPUs")
 
-def saved_bytes(layer: nn.Module, rows: int, width: int, heads: int, head_dim: int,
+
+def saved_bytes(layer: nn.Module, width: int, heads: int, head_dim: int,
                 recompute: str) -> tuple[float, float]:
-    """Bytes a row (token or patch) that a bf16 layer keeps for its backward pass, and those that
-    it holds while it runs: counted on the meta device, where nothing is computed."""
+    """Bytes a row (token or patch) that a bf16 layer keeps until its backward pass, and then holds.
+
+    Counted by running it on the meta device, where shapes are all there is.
+    """
+    rows = 1024
     x = torch.empty(rows, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    cu_seqlens = torch.empty(2, dtype=torch.int64, device="meta")
     angles = torch.empty(rows, 1, head_dim // 2, device="meta")
-    kept = {}
-    weights = {p.untyped_storage()._cdata for p in layer.parameters()}
+    known = {p.untyped_storage()._cdata for p in layer.parameters()}
+    saved = {}
 
-    def keep(saved: Tensor) -> Tensor:
-        kept[saved.untyped_storage()._cdata] = saved.untyped_storage()
-        return saved
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in known:
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-        layer(x, cu_seqlens, rows, angles, angles, *[None] * isinstance(layer, DecoderLayer))
-    all_of_it = sum(s.nbytes() for key, s in kept.items() if key not in weights) / rows
-    between = {"none": all_of_it, "layer": 2 * width,
-               "selective": 2 * width + 2 * heads * head_dim + 4 * heads}
-    return between[recompute], all_of_it
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x, torch.empty(2, dtype=torch.int64, device="meta"), rows, angles, angles,
+              *[None] * isinstance(layer, DecoderLayer))
+    everything = sum(storage.nbytes() for storage in saved.values()) / rows
+    kept = {"none": everything, "layer": 2 * width,
+            "selective": 2 * width + 2 * heads * head_dim + 4 * heads}
+    return kept[recompute], everything
 
 
 def memory_by_part(config: ModelConfig, trainable: tuple[str, ...], tokens: float, patches: float,
-                   shards: int, recompute: str) -> dict[str, float]:
-    """Bytes of one rank at its fullest, about; tokens and patches are those of its part of a row.
+                   shards: int, context: int, recompute: str) -> dict[str, float]:
+    """Bytes of a rank at its fullest, about: products in bf16, `tokens` and `patches` its own.
 
     Not counted: what the allocator loses, buffers of the communication, the CUDA context.
     """
     parts, vision = parameters_by_part(config), config.vision
-    total = sum(n for part, n in parts.items() if "matrices" not in part)
-    trained = sum(parts[part] for part in trainable)
+    total, trained = sum(parts.values()), sum(parts[part] for part in trainable)
     with torch.device("meta"):
         model = LlavaOneVision(config).to(torch.bfloat16)
     layer, block = model.model.layers[0], model.visual.blocks[0]
-    decoder, decoder_all = saved_bytes(layer, 1024, config.hidden_size, config.num_attention_heads,
-                                       config.head_dim, recompute)
-    vit, vit_all = (0.0, 0.0) if "vision" not in trainable else saved_bytes(
-        block, 1024, vision.embed_dim, vision.num_heads, vision.head_dim, recompute)
+    kept, whole = saved_bytes(layer, config.hidden_size, config.num_attention_heads,
+                              config.head_dim, recompute)
+    gathered = 4 * (context - 1) * config.num_key_value_heads * config.head_dim  # keys, values
+    kept, whole = kept + gathered * (recompute == "none"), whole + gathered
+    seen, seen_whole = saved_bytes(block, vision.embed_dim, vision.num_heads, vision.head_dim,
+                                   recompute) if "vision" in trainable else (0, 0)
     layer_size = sum(p.numel() for p in layer.parameters())
-    root = parts["merger"] + config.hidden_size * config.vocab_size  # whole at once, with one layer
+    head = config.hidden_size * config.vocab_size
     return {"masters, fp32": 4 * total / shards, "gradients, fp32": 4 * trained / shards,
             "AdamW's moments": 8 * trained / shards,
-            "gathered weights, bf16": 0 if shards == 1 else 2 * (2 * layer_size + root),
-            "gradients before reduction": 0 if shards == 1 else 6 * max(
-                layer_size, config.hidden_size * config.vocab_size),
-            "activations": decoder * config.num_hidden_layers * tokens + vit * vision.depth * patches
-            + (recompute != "none") * max(decoder_all * tokens, vit_all * patches),
+            "gathered weights, bf16": 2 * (2 * layer_size + parts["merger"] + head),
+            "gradients, not yet reduced": 6 * max(layer_size, head),
+            "activations": kept * config.num_hidden_layers * tokens + seen * vision.depth * patches
+            + (recompute != "none") * max(whole * tokens, seen_whole * patches),
             "logits": 10 * min(tokens, LOSS_CHUNK) * config.vocab_size}
 
 
-def sample_flops(config: ModelConfig, tokens: int, visual_share: float,
-                 recompute: str) -> dict[str, float]:
-    """Training FLOPs of an average sample, everything trained."""
-    visual = visual_share * tokens
-    forward = forward_flops(config, torch.tensor([tokens]), torch.tensor([4 * visual]),
-                            round((tokens - visual) / 2))
-    return training_flops(forward, ALL, recompute)
+def sample_flops(config: ModelConfig, plan: PlanConfig) -> dict[str, float]:
+    """FLOPs a token of training everything on average samples."""
+    visual = plan.visual_share * plan.sample_tokens
+    forward = forward_flops(config, torch.tensor([plan.sample_tokens]), torch.tensor([4 * visual]),
+                            round((plan.sample_tokens - visual) / 2))
+    flops = training_flops(forward, ALL, plan.recompute)
+    return {name: n / plan.sample_tokens for name, n in flops.items()}
 
 
-def published(sample_tokens: int, visual_share: float) -> Iterator[str]:
-    """How the announcement's figures for the 8B fit together; A800s taken for A100s."""
-    rate, cost = GPUS["A100"][0], sample_flops(PRESETS["8b"], sample_tokens, visual_share, "layer")
-    per_token = cost["hardware_flops"] / sample_tokens
-    budget, mid = 16000 / 0.6, 128 * 3.7 * 24
-
-    def hours(tokens: float, share: float) -> float:
-        return tokens * per_token / (share * rate) / 3600
-
-    def tokens(hours: float, share: float) -> float:
-        return hours * 3600 * share * rate / per_token
-
-    yield (f"the published figures of the 8B, if a sample has {sample_tokens} tokens, "
-           f"{visual_share:.0%} visual, and layers are recomputed ({per_token:.3g} hardware FLOPs "
-           "a token):")
-    yield f"  $16,000 at $0.6 an A100-hour buy {budget:,.0f} hours"
-    yield (f"  128 A800 for 3.7 days (85 M samples) are {mid:,.0f} hours, {mid / budget:.0%} of "
-           f"these; at 45 % HFU {tokens(mid, 0.45) / 1e9:,.0f} B tokens, "
-           f"{tokens(mid, 0.45) / 85e6:,.0f} a sample")
-    yield (f"  64 B tokens at 45 % HFU are {hours(64e9, 0.45):,.0f} hours, "
-           f"{hours(64e9, 0.45) / budget:.0%} of the budget; spread over all of it, HFU is "
-           f"{0.45 * hours(64e9, 0.45) / budget:.0%}")
-    yield f"  the budget at 45 % HFU would do for {tokens(budget, 0.45) / 1e9:,.0f} B tokens"
+def published(assumed: PlanConfig) -> Iterator[str]:
+    """How the announcement's figures for the 8B fit together; A800s are taken for A100s."""
+    flops = sample_flops(PRESETS["8b"], assumed)["hardware_flops"]
+    per_hour = 3600 * 0.45 * GPUS["A100"][0] / flops  # tokens of a GPU at 45 % HFU
+    budget, mid, hours = 16000 / 0.6, 128 * 3.7 * 24, 64e9 / per_hour
+    yield (f"The published figures, if samples of the 8B have {assumed.sample_tokens} tokens, "
+           f"{assumed.visual_share:.0%} visual, and recompute is {assumed.recompute} "
+           f"({flops:.3g} hardware FLOPs a token):")
+    yield f"  $16,000 at $0.6 an hour buy {budget:,.0f} A100-hours"
+    yield (f"  the mid stage, 128 A800 for 3.7 days, took {mid:,.0f}, {mid / budget:.0%} of them; "
+           f"at 45 % HFU that is {mid * per_hour / 1e9:,.0f} B tokens, or "
+           f"{mid * per_hour / 85e6:,.0f} for each of 85 M samples")
+    yield (f"  64 B tokens at 45 % HFU take {hours:,.0f} hours, {hours / budget:.0%} of the "
+           f"budget; if they took all of it, HFU was {0.45 * hours / budget:.0%}")
+    yield f"  all of the budget at 45 % HFU is {budget * per_hour / 1e9:,.0f} B tokens"
 
 
 def plan(config: PlanConfig) -> Iterator[str]:
     """Lines on what a run needs: parameters, memory, FLOPs, time, dollars."""
     model, (rate, capacity) = PRESETS[config.model], GPUS[config.gpu.upper()]
-    groups = config.gpus // config.context_parallel
-    rows = config.rows or groups
-    parts = {name: n for name, n in parameters_by_part(model).items() if "matrices" not in name}
-    yield (f"{config.model} on {config.gpus} {config.gpu.upper()} ({rate / 1e12:.0f} TFLOP/s bf16, "
-           f"{capacity / 1e9:.0f} GB), all parts trained, recompute {config.recompute}")
+    parts = parameters_by_part(model)
+    yield (f"{config.model} on {config.gpus} {config.gpu.upper()} ({rate / 1e12:.0f} TFLOP/s in "
+           f"bf16, {capacity / 1e9:.0f} GB), all parts trained, recompute {config.recompute}")
     yield "parameters: " + ", ".join(f"{name} {n:,}" for name, n in parts.items()) + (
         f", together {sum(parts.values()):,}")
     tokens = config.seq_length / config.context_parallel
-    memory = memory_by_part(model, ALL, tokens, 4 * config.visual_share * tokens,
-                            config.gpus // config.replicas, config.recompute)
-    yield f"memory of a GPU, rows of {config.seq_length:,} tokens over {config.context_parallel}:"
-    for name, size in (memory | {"together": sum(memory.values())}).items():
-        yield f"  {name:28}{size / 2**30:8.2f} GiB"
-    if sum(memory.values()) > capacity:
-        yield f"  which is more than it has, {capacity / 2**30:.0f} GiB"
-    cost = sample_flops(model, config.sample_tokens, config.visual_share, config.recompute)
-    ratio = cost["model_flops"] / cost["hardware_flops"]
-    mfu = config.mfu or 0.45 * ratio
-    per_token = cost["model_flops"] / config.sample_tokens
-    speed = config.gpus * rate * mfu / per_token
-    yield (f"FLOPs a token: {per_token:.4g} for MFU, {per_token / ratio:.4g} for HFU (samples of "
-           f"{config.sample_tokens} tokens, {config.visual_share:.0%} visual, half of the others "
-           "learnt)")
-    yield (f"at {mfu:.1%} MFU, {mfu / ratio:.1%} HFU: {speed:,.0f} tokens/s, a step of {rows} rows "
-           f"in {rows * config.seq_length / speed:.2f} s")
+    memory = memory_by_part(model, ALL, tokens, 4 * config.visual_share * tokens, config.gpus
+                            // config.replicas, config.context_parallel, config.recompute)
+    memory["together"] = sum(memory.values())
+    yield (f"memory of a GPU, its part of a row being {tokens:,.0f} tokens"
+           + (":" if memory["together"] < capacity else " (it does NOT fit):"))
+    yield from (f"  {name:28}{size / 2**30:8.2f} GiB" for name, size in memory.items())
+    flops = sample_flops(model, config)
+    ratio = flops["hardware_flops"] / flops["model_flops"]
+    mfu = config.mfu or 0.45 / ratio
+    speed = config.gpus * rate * mfu / flops["model_flops"]
+    rows = config.rows or config.gpus // config.context_parallel
     hours = config.gpus * config.tokens / speed / 3600
+    yield (f"FLOPs a token: {flops['model_flops']:.4g}, with what is computed again "
+           f"{flops['hardware_flops']:.4g}")
+    yield (f"at {mfu:.1%} MFU, {mfu * ratio:.1%} HFU: {speed:,.0f} tokens/s, {rows} rows of "
+           f"{config.seq_length:,} in {rows * config.seq_length / speed:.2f} s")
     yield (f"{config.tokens:.3g} tokens: {config.tokens / speed / 86400:.2f} days, {hours:,.0f} "
-           "GPU-hours" + (f", ${hours * config.price:,.0f}" if config.price else ""))
-    yield ""
-    yield from published(config.sample_tokens, config.visual_share)
+           "GPU-hours" + (f", ${hours * config.price:,.0f}" if config.price else "") + "\n")
+    yield from published(config)
 
 
 # ------------------------------------------------------------------------------- a run, end to end
@@ -759,13 +743,12 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str) -> Tokenizer:
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
         tokens = recipe.seq_length / config.context_parallel
         needed = sum(memory_by_part(preset, recipe.trainable, tokens, 2 * tokens, ranks.count
-                                    // config.replicas, config.recompute).values())
-        if needed > memory_of_rank(ranks.device):
+                                    // config.replicas, ranks.context, config.recompute).values())
+        if needed > (there := memory_of_rank(ranks.device)):
             raise ValueError(
-                f"rows of {recipe.seq_length:,} tokens with --context-parallel "
-                f"{config.context_parallel} need about {needed / 2**30:.0f} GiB on each rank, which "
-                f"has {memory_of_rank(ranks.device) / 2**30:.0f}: raise --context-parallel or "
-                "--recompute layer, or lower --seq-length")
+                f"rows of {recipe.seq_length:,} tokens over --context-parallel {ranks.context} "
+                f"need about {needed / 2**30:.0f} GiB of a rank, which has {there / 2**30:.0f}: "
+                "lower --seq-length, raise --context-parallel, or --recompute layer")
         encode(next(records(recipe.data, config.seed)), tokenizer, max_pixels=recipe.max_pixels)
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
@@ -783,8 +766,7 @@ def run(config: TrainConfig) -> Path:
     out = Path(out[0])
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out, ranks.rank == 0, config.tensorboard)
-    parameters = sum(n for name, n in parameters_by_part(PRESETS[config.model]).items()
-                     if "matrices" not in name)
+    parameters = sum(parameters_by_part(PRESETS[config.model]).values())
     log.line(f"{config.model}: {parameters:,} parameters on {ranks.count} x {ranks.device.type}, "
              f"{config.replicas} copies, rows shared by {ranks.context}, {ranks.dtype}, torch "
              f"{torch.__version__}, {torch.get_num_threads()} threads -> {out}",

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from model import LlavaOneVision
+from train import STAGES
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "assets" / "tiny"
@@ -68,14 +70,73 @@ def test_sampling_prefers_the_newest_run(trained: Path) -> None:
 
 
 def test_training_is_reproducible(tmp_path: Path) -> None:
-    """On one thread: with two, a busy machine's matrix library may add in another order."""
-    for out in ("once", "again"):
-        done = command(tmp_path, "train.py", "--steps", "3", "--questions", "0", "--out", out,
-                       OMP_NUM_THREADS="1")
-        assert done.returncode == 0, done.stderr
+    """Three stages in one command, and in three: the same bits.
+
+    On one thread: with two, a busy machine's matrix library may add in another order.
+    """
+    for stages, out in ((["all"], "once"), (["align", "mid", "instruct"], "again")):
+        for stage in stages:
+            done = command(tmp_path, "train.py", "--stage", stage, "--steps", "3", "--questions",
+                           "0", "--out", out, OMP_NUM_THREADS="1")
+            assert done.returncode == 0, done.stderr
     first, second = (LlavaOneVision.from_pretrained(tmp_path / out / "instruct").state_dict()
                      for out in ("once", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """Two ranks share every row, in bfloat16, through all stages; the log has the accounting."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "2", ROOT / "train.py"]
+    flags = ["--context-parallel", "2", "--dtype", "bfloat16", "--steps", "2", "--log-every", "1",
+             "--recompute", "layer", "--questions", "1", "--out", "out"]
+    done = subprocess.run([*torchrun, *flags], cwd=tmp_path, text=True, capture_output=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved: out/instruct") == 1
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
+    steps = [line for line in lines if "step" in line]
+    assert [line["stage"] for line in steps] == [s for s in STAGES for _ in range(2)]
+    for line in steps:
+        assert 0 < line["mfu"] < line["hfu"] < 1 and 0 <= line["padding"] < 0.1
+        assert {"loss", "lr", "norm", "tokens_per_second", "labels_per_second", "wait",
+                "images_per_second", "memory", "seconds_left", "balance"} <= line.keys()
+    alone = command(tmp_path, "train.py", *flags[4:6], "--log-every", "1", "--stage", "align",
+                    "--questions", "0", "--dtype", "bfloat16", "--out", "alone")
+    assert alone.returncode == 0, alone.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "alone" / "log.jsonl").open()
+              if "loss" in line]
+    assert losses == pytest.approx([line["loss"] for line in steps[:2]], rel=0.01)
+
+
+@pytest.mark.parametrize("arguments, ranks, message", [
+    (["--context-parallel", "3"], 4, "--context-parallel 3 does not divide the number of ranks, 4"),
+    (["--replicas", "3"], 4, "--replicas 3 does not divide the number of ranks, 4"),
+    (["--rows", "6"], 4, "the 6 rows of a step of stage align cannot be dealt to 4"),
+    (["--seq-length", "50_000_000"], 1, "rows of 50,000,000 tokens over --context-parallel 1"),
+    (["--stage", "mid"], 1, "stage mid starts from what stage align wrote"),
+    (["--stage", "instruct", "--out", "odd"], 1, "there is no odd/mid"),
+    (["--plan", "--gpu", "x100"], 1, "'x100'"),
+    (["--plan", "--gpus", "6", "--replicas", "4"], 1, "does not divide 6 GPUs"),
+    pytest.param(["--tensorboard"], 1, "pip install tensorboard", marks=pytest.mark.skipif(
+        find_spec("tensorboard") is not None, reason="it is installed")),
+])
+def test_training_refusals(tmp_path: Path, arguments: list[str], ranks: int, message: str) -> None:
+    """Before any work, in one sentence of the first rank alone."""
+    for rank in {0, ranks - 1}:
+        done = command(tmp_path, "train.py", *arguments, RANK=str(rank), WORLD_SIZE=str(ranks))
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert done.stderr.count("\n") == (rank == 0) and (message in done.stderr or rank)
+        assert not list(tmp_path.iterdir())
+
+
+def test_plan(tmp_path: Path) -> None:
+    done = command(tmp_path, "train.py", "--plan", "--model", "8b", "--gpus", "128", "--gpu",
+                   "a100", "--tokens", "64e9", "--price", "0.6")
+    assert done.returncode == 0, done.stderr
+    for figure in ("8,527,214,624", "GiB", "45.0% HFU", "26,667 A100-hours", "11,366", "$4,9"):
+        assert figure in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bad_record_in_the_middle_stops_in_one_sentence(trained: Path, tmp_path: Path) -> None:

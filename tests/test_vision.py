@@ -1,12 +1,13 @@
 """Pictures of every kind become the same patches; sizes obey the limits."""
 
+import io
 import random
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vision import CELL, image_to_patches, smart_resize, to_rgb
+from vision import CELL, image_to_patches, open_image, patch_grid, smart_resize, to_rgb
 
 
 def corner_picture() -> Image.Image:
@@ -20,6 +21,18 @@ def test_exif_orientation_is_applied() -> None:
     turned = corner_picture().transpose(Image.Transpose.ROTATE_90)
     turned.getexif()[0x0112] = 6  # "turn me clockwise to look right"
     assert np.array_equal(to_rgb(turned), corner_picture())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_grid_is_known_from_the_header(kind: str, orientation: int) -> None:
+    image = Image.new("RGB", (200, 100), "red")
+    image.getexif()[0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, kind, **({} if kind == "GIF" else {"exif": image.getexif()}))
+    patches, grid = image_to_patches(open_image(file.getvalue()))
+    assert patch_grid(file.getvalue()) == grid
+    assert grid == ((1, 14, 8) if orientation >= 6 and kind != "GIF" else (1, 8, 14))
 
 
 def test_transparency_is_laid_on_white() -> None:
