@@ -4,6 +4,7 @@ Run `python tests/context_memory.py [TOKENS] [RANKS]` (default 65536 tokens, 4 r
 prints for each the most memory over that of the idle process, attention work, and the loss.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -55,6 +56,8 @@ def forward_and_backward(tokens: int, recompute: str) -> dict[str, float]:
 
 def compare(tokens: int, ranks: int, recompute: str = "none") -> tuple[float, float, float]:
     """Largest peak over that of one process, largest work over the mean, relative error of loss."""
+    # freed tensors go back to the system at once, not to a heap with holes: set for new processes
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"
     (alone,), shared = (in_ranks(n, forward_and_backward, tokens, recompute, timeout=3000)
                         for n in (1, ranks))
     for name, found in (("one process", [alone]), (f"{ranks} ranks", shared)):

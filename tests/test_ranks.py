@@ -1,7 +1,11 @@
 """Any number of ranks computes what one process computes: FSDP, copies, context parallelism."""
 
+import gc
 import json
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -11,13 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from context_memory import resident
 from ranks import in_ranks
+from torch.utils.flop_counter import FlopCounterMode
 
-from convert import load_tokenizer
-from data import PackedRows, default_records
-from model import PRESETS, LlavaOneVision
-from train import (TINY, TrainConfig, backward, find_ranks, join_ranks, make_optimizer, row_cost,
-                   shard, train_step)
+import convert
+from convert import load_tokenizer, save_checkpoint
+from data import PackedRows, Sample, default_records, pack
+from model import PRESETS, LlavaOneVision, parameters_by_part
+from train import (TINY, TrainConfig, backward, find_ranks, forward_flops, join_ranks,
+                   make_optimizer, row_cost, shard, train_step, training_flops)
 from vision import VisionConfig
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "tiny"
@@ -127,3 +134,109 @@ def test_ranks_equal_one_process(count: int, number: int, trained: dict[int, lis
     assert all(torch.equal(again["gradients"][name], x) for name, x in first["gradients"].items())
     for other, _ in others:
         assert all(torch.equal(other["weights"][name], x) for name, x in first["weights"].items())
+
+
+# ------------------------------------------------------------------- loading, memory, other flags
+
+LARGER = replace(SMALL, hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
+                 num_attention_heads=8, num_key_value_heads=4, head_dim=64, vocab_size=16384,
+                 vision=VisionConfig(4, 256, 4, 1024, 512))
+
+
+def load_sharded(path: Path) -> dict:
+    """Peak memory of loading over what was there, size of this rank's part, and a fingerprint."""
+    config = TrainConfig(replicas=2)
+    ranks = join_ranks(find_ranks(config), config)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = resident("VmRSS")
+    model = LlavaOneVision.from_pretrained(path, torch.float32, "cpu",
+                                           lambda model: shard(model, config, ranks))
+    peak = resident("VmHWM") - before
+    parts = [p.to_local() for p in model.parameters()]
+    whole = {name: p.full_tensor().double().sum() for name, p in model.named_parameters()}
+    if ranks.rank == 0:  # what they hold, they write again: together, as one checkpoint
+        (path / "again").mkdir()
+    torch.distributed.barrier()
+    save_checkpoint(model, load_tokenizer(SHIPPED), path / "again" / "run")
+    torch.distributed.destroy_process_group()
+    return {"peak": peak, "shard": sum(part.nbytes for part in parts), "sums": whole}
+
+
+def test_ranks_read_their_slices_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak under 1.5 times the shard and one tensor; several files in, the same bits out."""
+    torch.manual_seed(0)
+    model = LlavaOneVision(LARGER).init_weights().bfloat16()
+    monkeypatch.setattr(convert, "SHARD", 20e6)
+    save_checkpoint(model, load_tokenizer(SHIPPED), tmp_path / "run")
+    assert len(list((tmp_path / "run").glob("model-*.safetensors"))) > 3
+    largest = max(4 * p.numel() for p in model.parameters())
+    for found in in_ranks(4, load_sharded, tmp_path / "run"):
+        assert found["shard"] < 4 * sum(p.numel() for p in model.parameters()) / 2 * 1.01
+        assert found["peak"] < 1.5 * found["shard"] + largest, (found["peak"], found["shard"])
+        for name, parameter in model.named_parameters():
+            assert found["sums"][name] == parameter.double().sum(), name
+    written = LlavaOneVision.from_pretrained(tmp_path / "run" / "again" / "run")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(written.get_parameter(name), parameter), name
+
+
+def test_bfloat16_products_follow_float32(records_file: Path, alone: Callable[..., dict]) -> None:
+    found, = in_ranks(1, train, {"dtype": "bfloat16"}, records_file, 20)
+    torch.testing.assert_close(found["losses"], alone()["losses"], rtol=0.01, atol=0)
+    assert all(weight.dtype == torch.float32 for weight in found["weights"].values())
+
+
+def test_compiled_layers_equal_eager_ones(records_file: Path, alone: Callable[..., dict]) -> None:
+    found = train({"compile": True}, records_file, 3)
+    torch.testing.assert_close(found["losses"], alone()["losses"][:3], rtol=1e-5, atol=0)
+
+
+def test_a_long_document_is_shared() -> None:
+    """Memory of 4 ranks over that of one process, whose share is a quarter and the keys of all."""
+    script = Path(__file__).parent / "context_memory.py"
+    done = subprocess.run([sys.executable, script, "8192", "4"], text=True, capture_output=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    memory, work, error = (float(number) for number in re.search(
+        r"memory ([\d.]+) .* work ([\d.]+) .* by (\S+)$", done.stdout).groups())
+    assert memory < 0.4 and work < 1.05 and error < 1e-5, done.stdout
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """Counted by PyTorch while the products run; attention, an operator of ours, apart."""
+    grids = torch.zeros(0, 3, dtype=torch.int64), torch.tensor([[1, 6, 4]])
+    samples = [Sample(torch.arange(n) + 20, torch.arange(n) + 20,
+                      [Image.new("RGB", (56, 84))] * len(grid), grid, (3136, 10**6), "")
+               for n, grid in zip((40, 100), grids)]
+    samples[1].input_ids[:6] = SMALL.image_token_id
+    row, model = pack(samples), LlavaOneVision(SMALL).init_weights()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.loss(targets=row.targets, **row.inputs())
+    found = forward_flops(SMALL, row.cu_seqlens.diff(), torch.tensor([24]), row.labels)
+    products = sum(n for name, n in found.items() if "attention" not in name)
+    class_tokens = 2 * parameters_by_part(SMALL, matrices=True)["vision"] - 2 * 588 * 64
+    assert counter.get_total_flops() == products + class_tokens  # which are not counted: one here
+    pairs = sum(n * (n + 1) / 2 for n in (40, 100))
+    assert found["decoder attention"] == 4 * SMALL.num_hidden_layers * 64 * pairs
+    step = training_flops(found, ("vision", "merger", "decoder"), "layer")
+    again = sum(n for name, n in found.items() if name != "merger")
+    assert step["model_flops"] == 3 * sum(found.values())
+    assert step["hardware_flops"] == step["model_flops"] + again
+
+
+def test_learning_rates_and_decay_by_part() -> None:
+    config = TrainConfig(model="4b", stage="mid", start="x", lr=2e-5, vision_lr=2e-6,
+                         merger_lr=4e-5)
+    recipe = config.recipes()["mid"]
+    assert recipe.min_lr == pytest.approx(2e-6)
+    model = LlavaOneVision(SMALL)
+    rates = {p: (group["lr_factor"] * recipe.lr, group["weight_decay"])
+             for group in make_optimizer(model, recipe).param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if name.startswith("visual.class_"):
+            assert not parameter.requires_grad
+            continue
+        rate, decay = rates[parameter]
+        expected = (4e-5 if "merger" in name else 2e-6 if name.startswith("visual.") else 2e-5)
+        assert rate == pytest.approx(expected) and decay == (0.01 if parameter.dim() > 1 else 0)

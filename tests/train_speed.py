@@ -1,0 +1,123 @@
+"""Training speed of a released size with random weights: tokens/s, MFU, HFU, memory.
+
+Run `python tests/train_speed.py` on a GPU: prints a table over --recompute and --compile for the 4b
+on rows of 8,192 tokens, as many of its decoder layers as --layers says (default: all that fit).
+`torchrun --nproc-per-node N tests/train_speed.py` does the same on N of them.  `--model tiny
+--seq-length 1024 --dtype float32` tries it on a CPU.
+"""
+
+import itertools
+import os
+import statistics
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from data import PackedRows, Sample, Step, flag_parser
+from model import PRESETS, LlavaOneVision, ModelConfig
+from train import (QUICK, RECOMPUTE, Ranks, TrainConfig, find_ranks, join_ranks, make_optimizer,
+                   matrix_rate, memory_by_part, memory_of_rank, peak_memory, row_cost, shard,
+                   train_step)
+
+SAMPLE, PICTURE = 600, 560  # tokens of a sample; a picture's side, 400 visual tokens
+
+
+def random_step(config: ModelConfig, seq_length: int, rows: int, ranks: Ranks,
+                recompute: str) -> Step:
+    """A step of full rows of samples with a picture each, a sixth of all tokens learnt."""
+    side = PICTURE if seq_length > 2 * SAMPLE else 56
+    visual = (side // 28) ** 2
+    tokens = SAMPLE if seq_length > 2 * SAMPLE else seq_length // 8
+    ids = torch.randint(20, config.vocab_size // 2, (tokens,))
+    ids[:visual] = config.image_token_id
+    labels = torch.where(torch.arange(tokens) < tokens * 5 // 6, -100, ids)
+    grid = torch.tensor([[1, side // 14, side // 14]])
+    sample = Sample(ids, labels, [Image.effect_noise((side, side), 64)], grid, (3136, 10**7), "")
+    tokenizer = type("Ids", (), {"token_to_id": lambda self, name: {
+        "<|image_pad|>": config.image_token_id, "<|video_pad|>": config.video_token_id}[name]})()
+    dataset = PackedRows("", tokenizer, seq_length, 0, rows=rows, rank=ranks.rank,
+                         data_ranks=ranks.data_ranks, context_ranks=ranks.context,
+                         cost=partial(row_cost, config=config, trainable=QUICK["mid"].trainable,
+                                      recompute=recompute))
+    return dataset.step_of([[sample] * (seq_length // tokens)] * rows, 0)
+
+
+def that_fit(config: ModelConfig, seq_length: int, ranks: Ranks, recompute: str) -> int:
+    """Decoder layers with which a training step should fit a GPU, a tenth of it left free."""
+    for layers in range(config.num_hidden_layers, 0, -1):
+        fewer = replace(config, num_hidden_layers=layers)
+        needed = memory_by_part(fewer, QUICK["mid"].trainable, seq_length / ranks.context,
+                                3 * seq_length / ranks.context, ranks.count, ranks.context,
+                                recompute)
+        if sum(needed.values()) < 0.9 * memory_of_rank(ranks.device):
+            return layers
+    raise ValueError("not even one layer fits")
+
+
+def measure(config: ModelConfig, train: TrainConfig, ranks: Ranks, steps: int,
+            rate: float) -> str:
+    """A line of the table: medians over the steps after three to warm up."""
+    torch._dynamo.reset()
+    with torch.device(ranks.device):
+        torch.manual_seed(0)
+        model = LlavaOneVision(config).init_weights()
+    shard(model, train, ranks)
+    optimizer = make_optimizer(model, QUICK["mid"])
+    step = random_step(config, train.seq_length, train.rows * ranks.data_ranks, ranks,
+                       train.recompute)
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+    seconds = []
+    for _ in range(steps + 3):
+        started = time.monotonic()
+        train_step(model, optimizer, step, 1e-6, 1.0, ranks)  # ends with a number from the GPU
+        seconds.append(time.monotonic() - started)
+    median = statistics.median(seconds[3:])
+    mfu, hfu = (step.cost[f"{kind}_flops"] / (rate * ranks.count * median)
+                for kind in ("model", "hardware"))
+    return (f"| {config.num_hidden_layers} | {train.recompute} | "
+            f"{'yes' if train.compile else 'no'} | {step.tokens / median:,.0f} | {mfu:.1%} | "
+            f"{hfu:.1%} | {peak_memory(ranks.device) / 2**30:.1f} |")
+
+
+def main() -> None:
+    parser = flag_parser("Training speed.")
+    parser.add_argument("--model", default="4b", choices=list(PRESETS))
+    parser.add_argument("--layers", type=int, default=0)
+    parser.add_argument("--seq-length", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=1, help="a step, for each rank")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--context-parallel", type=int, default=1)
+    flags = parser.parse_args()
+    train = TrainConfig(dtype=flags.dtype, seq_length=flags.seq_length, rows=flags.rows,
+                        context_parallel=flags.context_parallel)
+    ranks = join_ranks(find_ranks(train), train)
+    name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
+    say = print if ranks.rank == 0 else lambda *_: None
+    rate, source = matrix_rate(ranks)
+    say(f"{flags.model}, rows of {flags.seq_length:,} tokens, {ranks.dtype}, {ranks.count} x "
+        f"{name}, torch {torch.__version__}; MFU of {rate / 1e12:.3g} TFLOP/s ({source})\n")
+    say("| decoder layers | recompute | compile | tokens/s | MFU | HFU | GiB |")
+    say("|---|---|---|---|---|---|---|")
+    for recompute, compiled in itertools.product(RECOMPUTE, (False, True)):
+        preset = PRESETS[flags.model]
+        layers = flags.layers or that_fit(preset, flags.seq_length, ranks, recompute)
+        say(measure(replace(preset, num_hidden_layers=layers),
+                    replace(train, recompute=recompute, compile=compiled), ranks, flags.steps,
+                    rate))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    main()
