@@ -231,6 +231,9 @@ def find_ranks(config: TrainConfig) -> Ranks:
     device = choose_device(config.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"there is no GPU for rank {rank}: the machine has "
+                             f"{torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     return Ranks(device, getattr(torch, dtype), rank, count, config.context_parallel)
@@ -241,6 +244,8 @@ def join_ranks(ranks: Ranks, config: TrainConfig) -> Ranks:
     if ranks.count == 1 and ranks.dtype == torch.float32:
         return ranks
     where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if ranks.device.type == "cuda":
+        where["device_id"] = ranks.device
     if not dist.is_initialized():
         dist.init_process_group("gloo" if ranks.device.type == "cpu" else "nccl", **where)
     sizes = {"replicas": config.replicas, "shards": ranks.count // config.replicas}
