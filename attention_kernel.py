@@ -666,7 +666,8 @@ def sdpa_backward(
     cu_seqlens_k: Tensor, scale: float, causal: bool, q_positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv by the same CPU kernel."""
-    dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    sums = torch.float32 if q.element_size() == 2 else q.dtype
+    dq, dk, dv = q.new_zeros(q.shape), *(x.new_zeros(x.shape, dtype=sums) for x in (k, v))
     lse = lse.masked_fill(lse.isneginf(), 0)
     # the kernel would add up a group's heads in 16 bits: give each its own keys, add in float32
     copies = q.shape[1] // k.shape[1] if q.element_size() == 2 else 1
@@ -684,8 +685,8 @@ def sdpa_backward(
         dq[rows_q] = dqs
         for whole, part in ((dk, dks), (dv, dvs)):
             whole[rows_k] += part if copies == 1 else (  # several stretches may share keys
-                part.float().unflatten(1, (-1, copies)).sum(dim=2).to(part.dtype))
-    return dq, dk, dv
+                part.to(sums).unflatten(1, (-1, copies)).sum(dim=2))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 # ------------------------------------------------------------------------- the operator and its API

@@ -6,6 +6,7 @@ Called by `train.py` and `sample.py`; calls `model.py`, which reads the weights.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,7 +120,8 @@ def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
     writes = not dist.is_initialized() or dist.get_rank() == 0
     partial = path.with_name(path.name + ".partial")
     if writes:
-        partial.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped while it wrote
+        partial.mkdir(parents=True)
     weight_map = {}
     for number, names in enumerate(files, 1):
         file = (f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1

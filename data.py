@@ -361,16 +361,20 @@ class Share(Batch):
         return {**super().inputs(device), "position_ids": self.position_ids.to(device)}
 
 
+def owner_of(dealt: list[list[int]]) -> Tensor:
+    """The rank that each item was dealt to."""
+    owners = torch.empty(sum(map(len, dealt)), dtype=torch.int64)
+    for rank, items in enumerate(dealt):
+        owners[items] = rank
+    return owners
+
+
 def gathered_places(owners: Tensor, ranks: int) -> tuple[Tensor, int]:
     """Where each item lies when all ranks' items are gathered, and the room of each rank."""
-    counts = torch.bincount(owners, minlength=ranks)
-    room = max(1, int(counts.max()))
-    by_owner = owners.argsort(stable=True)
-    place = torch.empty_like(owners)
-    first = F.pad(counts.cumsum(0), (1, -1))  # of each rank's items in by_owner
-    place[by_owner] = torch.arange(len(owners)) + (torch.arange(ranks) * room - first)[
-        owners[by_owner]]
-    return place, room
+    owned = F.one_hot(owners, ranks)  # (items, ranks)
+    room = max(1, int(owned.sum(dim=0).max()))
+    before = (owned.cumsum(dim=0) - owned).gather(1, owners[:, None])[:, 0]  # of the same rank
+    return owners * room + before, room
 
 
 def share_row(samples: list[Sample], rank: int, ranks: int, visual_ids: list[int]) -> Share:
@@ -404,14 +408,6 @@ def share_row(samples: list[Sample], rank: int, ranks: int, visual_ids: list[int
         cu_seqlens_k=F.pad(lengths[present].cumsum(0), (1, 0)),
         key_rows=places[present[segment]], key_room=key_room,
         visual_rows=visual_places[mine[is_visual]], visual_room=visual_room)
-
-
-def owner_of(dealt: list[list[int]]) -> Tensor:
-    """The rank that each item was dealt to."""
-    owners = torch.empty(sum(map(len, dealt)), dtype=torch.int64)
-    for rank, items in enumerate(dealt):
-        owners[items] = rank
-    return owners
 
 
 # ---------------------------------------------------------------------- records from people's disks
@@ -775,17 +771,13 @@ def records(data: str, seed: int) -> Iterator[Record]:
 
 @dataclass
 class Step:
-    """What a rank trains on in one optimizer step, and sums over the rows of all ranks."""
+    """What a rank trains on in one optimizer step, and what all ranks together do."""
 
     rows: list[Batch | Share]
-    row_labels: list[int]  # of each row as a whole, where it is shared
-    labels: int  # tokens that are learnt
-    tokens: int
-    samples: int
-    images: int
-    skipped: int  # samples longer than a row, dropped since the last step
-    cost: dict[str, float]
-    balance: float  # mean over largest cost of what the ranks do at the same time
+    row_labels: list[int]  # tokens learnt of each row, all shares of it together
+    labels: int  # of all rows of all ranks
+    sums: dict[str, float]  # over all ranks: tokens, labels, samples, images, skipped, costs; and
+    # balance, the mean over the largest cost of what the ranks do at the same time
 
 
 class PackedRows(torch.utils.data.IterableDataset):
@@ -793,6 +785,7 @@ class PackedRows(torch.utils.data.IterableDataset):
 
     Every rank reads the whole stream, but of what others train on it decodes no picture.  So the
     rows of a step are the same whatever the number of ranks, and can be dealt by what they cost.
+    All must see the same files.
     Ranks form data_ranks groups of context_ranks neighbours; a group shares each of its rows.
     cost: what a row (without its patches) costs, by name; rows are dealt by the first.
     """
@@ -803,7 +796,7 @@ class PackedRows(torch.utils.data.IterableDataset):
                  cost: Callable[[Batch], dict[str, float]] | None = None) -> None:
         self.data, self.tokenizer, self.seq_length = data, tokenizer, seq_length
         self.seed, self.max_pixels, self.rows = seed, max_pixels, rows
-        self.cost = cost or (lambda row: {"tokens": float(len(row.input_ids))})
+        self.cost = cost or (lambda row: {"length": float(len(row.input_ids))})
         self.data_rank, self.context_rank = divmod(rank, context_ranks)
         self.data_ranks, self.context_ranks = data_ranks, context_ranks
         self.visual_ids = [tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
@@ -825,17 +818,17 @@ class PackedRows(torch.utils.data.IterableDataset):
         dealt = deal(work, self.data_ranks)
         rounds = [[work[i] for i in together] for together in zip(*dealt)]
         mine = dealt[self.data_rank]
+        labels = [row.labels for row in measured]
         return Step(
             rows=[pack(rows[i]) if self.context_ranks == 1 else
                   share_row(rows[i], self.context_rank, self.context_ranks, self.visual_ids)
                   for i in mine],
-            row_labels=[measured[i].labels for i in mine],
-            labels=sum(row.labels for row in measured),
-            tokens=sum(len(row.input_ids) for row in measured),
-            samples=sum(map(len, rows)),
-            images=sum(len(sample.images) for row in rows for sample in row), skipped=skipped,
-            cost={name: sum(cost[name] for cost in costs) for name in costs[0]},
-            balance=sum(work) / self.data_ranks / sum(map(max, rounds)))
+            row_labels=[labels[i] for i in mine], labels=sum(labels),
+            sums={"tokens": sum(len(row.input_ids) for row in measured), "labels": sum(labels),
+                  "samples": sum(map(len, rows)), "skipped": skipped,
+                  "images": sum(len(sample.images) for row in rows for sample in row),
+                  "balance": sum(work) / self.data_ranks / sum(map(max, rounds)),
+                  **{name: sum(cost[name] for cost in costs) for name in costs[0]}})
 
 
 # ----------------------------------------------------------------------------------- python data.py
@@ -868,8 +861,8 @@ def inspect(data: str, count: int, seq_length: int, save: str) -> None:
             Path(save).mkdir(parents=True, exist_ok=True)
             open_image(image).save(Path(save) / f"{number}-{i}.png")
     step = next(iter(PackedRows(data, tokenizer, seq_length, seed=0, rows=50)))
-    print(f"\n{len(step.rows)} rows of {seq_length}: {step.samples} samples, "
-          f"{step.tokens / (len(step.rows) * seq_length):.1%} full")
+    print(f"\n{len(step.rows)} rows of {seq_length}: {step.sums['samples']} samples, "
+          f"{step.sums['tokens'] / (len(step.rows) * seq_length):.1%} full")
 
 
 def flag_parser(description: str) -> argparse.ArgumentParser:

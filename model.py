@@ -198,7 +198,8 @@ class SharedRow:
         self.positions = positions
 
     def update(self, layer: int, k: Tensor, v: Tensor, own: dict) -> tuple[Tensor, Tensor, dict]:
-        """Keys and values (Tk, G, E) of all samples of which this rank has queries."""
+        """Keys and values (Tk, G, E) of all samples of which this rank has queries; as KVCache's,
+        but nothing is kept.  Their gradients are added over the group in their own dtype."""
         both = self.gather(torch.cat([k, v], dim=1), self.key_room, self.key_rows)
         k, v = both.chunk(2, dim=1)
         return k, v, {"cu_seqlens_k": self.cu_seqlens_k, "max_seqlen_k": len(k),
@@ -309,7 +310,8 @@ class Head(nn.Linear):
             return F.cross_entropy(F.linear(x, self.weight).float(), targets, reduction="sum")
 
         chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
-        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
+                  for chunk in chunks]
         return torch.stack(losses).sum()
 
 
@@ -403,9 +405,9 @@ class LlavaOneVision(nn.Module):
         so is the loss.  Ranks of a sharded model run in step, so the ViT runs with or without
         pictures.
         """
+        rows = (targets >= 0).nonzero()[:, 0]  # first: it waits for what the GPU has to do
         x = self.embed(input_ids, patches, grid_thw, shared_row, always_see=True)
         x = self.model(x, cu_seqlens, position_ids, shared_row)
-        rows = (targets >= 0).nonzero()[:, 0]
         return self.lm_head.loss(x.index_select(0, rows), targets.index_select(0, rows))
 
     @torch.inference_mode()

@@ -36,7 +36,8 @@ Ranks.  Parameters, gradients and AdamW's moments are sharded over all ranks (FS
 of them that hold a copy each (`--replicas`): masters and reductions in fp32, products in `--dtype`.
 With `--context-parallel C`, C neighbours share each row: data.share_row deals its tokens and
 pictures, model.SharedRow gathers keys and values.  Every rank knows the sums over all ranks without
-asking, for each reads the whole stream of records (data.PackedRows).
+asking, for each reads the whole stream of records (data.PackedRows): data and runs are on a disk
+that all machines see.
 
 Accounting.  FLOPs of a row's forward pass, with N weights in the matrices of a part:
 
@@ -54,6 +55,7 @@ on two CPU cores and prints its accuracies.  A released size: `torchrun --nproc-
 --model 8b --start DIR --data FILE`.  `--plan` computes what a run needs.  `--help` lists all flags.
 """
 
+import gc
 import inspect
 import json
 import math
@@ -65,6 +67,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,6 +108,7 @@ class Recipe:
     merger_lr: float = 1.0  # factor on that of the merger
     clip: float = 1.0  # largest gradient norm
     max_pixels: int = MAX_PIXELS  # largest area of a picture
+    recompute: str = "layer"  # what the backward pass computes again, one of RECOMPUTE
 
 
 MERGER, ALL = ("merger",), ("vision", "merger", "decoder")
@@ -121,14 +125,19 @@ FULL = {name: replace(QUICK[name], steps=steps, rows=rows, seq_length=8192, max_
 # Captions come first: all of their words are learnt, so they teach the ViT to see several times as
 # fast as short answers do; then they stay mixed among the questions, or reading is forgotten.
 TINY = {
-    "align": Recipe(MERGER, "captions", 20, 1, 1024, 1e-3, 1e-4, 0.0, 0.95, 1e-8, 0.1),
-    "mid": Recipe(ALL, "captions", 900, 1, 1024, 2e-3, 2e-4, 0.01, 0.95, 1e-8, 0.02, 0.25, 0.25),
-    "instruct": Recipe(ALL, "mixed", 3600, 1, 1024, 1.5e-3, 3e-5, 0.01, 0.95, 1e-8, 0.02,
-                       0.25, 0.25),
+    "align": Recipe(MERGER, "captions", 20, 1, 1024, 1e-3, 1e-4, 0.0, 0.95, 1e-8, 0.1,
+                    recompute="none"),
+    "mid": Recipe(ALL, "captions", 900, 1, 1024, 2e-3, 2e-4, 0.01, 0.95, 1e-8, 0.02, 0.25, 0.25,
+                  recompute="none"),
+    "instruct": Recipe(ALL, "mixed", 3600, 1, 1024, 1.5e-3, 3e-5, 0.01, 0.95, 1e-8, 0.02, 0.25,
+                       0.25, recompute="none"),
 }
 RECIPES = {"tiny": TINY, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
-RECOMPUTE = ("none", "selective", "layer")  # what the backward pass computes again
+GPUS = {"A100": (312e12, 80e9), "A800": (312e12, 80e9), "H100": (989e12, 80e9),  # dense bf16
+        "H800": (989e12, 80e9), "H200": (989e12, 141e9), "B200": (2250e12, 180e9)}  # FLOP/s, bytes
+SAMPLE_TOKENS, VISUAL_SHARE = 600, 0.7  # an average sample; half of its words are learnt
+RECOMPUTE = ("none", "selective", "layer")  # selective: all of a layer but its attention
 
 
 def check_flags(config: object, positive: tuple[str, ...], choices: dict[str, Iterable]) -> None:
@@ -165,7 +174,7 @@ class TrainConfig:
     token_mean: str = "global"  # loss as mean over all label tokens, or of micro-batches' means
     replicas: int = 1  # copies of the model; each is sharded over ranks / replicas
     context_parallel: int = 1  # ranks that share a row
-    recompute: str = "none"  # activations computed again: none, selective (but attention), layer
+    recompute: str = ""  # in the backward pass: none, selective (all but attention), layer
     compile: bool = False  # compile layers
     dtype: str = ""  # of products, float32 or bfloat16; default bfloat16 on a GPU
     seed: int = 0  # of weights and data
@@ -174,12 +183,22 @@ class TrainConfig:
     tensorboard: bool = False  # write the log for TensorBoard, too
     questions: int = 100  # held-out questions per category, asked at the end if data is not given
     device: str = ""  # cpu or cuda; default cuda where there is one
+    plan: bool = False  # print what a run needs, of the stage (mid) and recipe (full), and end
+    gpus: int = 8  # for --plan: how many
+    gpu: str = "a100"  # for --plan: a100, a800, h100, h800, h200 or b200
+    tokens: float = 64e9  # for --plan: to train on
+    price: float = 0.0  # for --plan: dollars of a GPU-hour
+    mfu: float = 0.0  # for --plan: share of the GPUs' rate; default what 45 % HFU comes to
 
     def __post_init__(self) -> None:
-        check_flags(self, ("longer", "log_every", "replicas", "context_parallel"), {
+        check_flags(self, ("longer", "log_every", "replicas", "context_parallel", "gpus",
+                           "tokens"), {
             "model": PRESETS, "stage": ("all", *STAGES), "recipe": ("", *RECIPES),
             "token_mean": ("global", "micro"), "dtype": ("", "float32", "bfloat16"),
-            "recompute": RECOMPUTE})
+            "recompute": ("", *RECOMPUTE), "device": ("", "cpu", "cuda"),
+            "gpu": [name.lower() for name in GPUS]})
+        if self.mfu > 1:
+            raise ValueError(f"--mfu is a share of 1, not {self.mfu}")
         if 0 < self.max_pixels < MIN_PIXELS:
             raise ValueError(f"--max-pixels must be at least {MIN_PIXELS}")
 
@@ -188,7 +207,8 @@ class TrainConfig:
         table = RECIPES[self.recipe or ("tiny" if self.model == "tiny" else "quick")]
         names = STAGES if self.stage == "all" else [self.stage]
         given = {name: getattr(self, name) for name in
-                 ("data", "steps", "rows", "seq_length", "lr", "max_pixels") if getattr(self, name)}
+                 ("data", "steps", "rows", "seq_length", "lr", "max_pixels", "recompute")
+                 if getattr(self, name)}
         chosen = {}
         for name in names:
             recipe = replace(table[name], **given)
@@ -212,6 +232,7 @@ class Ranks:
     rank: int = 0
     count: int = 1
     context: int = 1  # neighbours that share a row
+    replicas: int = 1  # copies of the model
     mesh: DeviceMesh | None = None  # over which parameters are sharded; None: whole, in fp32
     context_mesh: DeviceMesh | None = None  # the neighbours
 
@@ -228,18 +249,20 @@ def find_ranks(config: TrainConfig) -> Ranks:
         if count % getattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} does not divide "
                              f"the number of ranks, {count}")
-    device = choose_device(config.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if config.device == "cpu" or not torch.cuda.is_available():
+        device = choose_device(config.device)
+    else:
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"there is no GPU for rank {rank}: the machine has "
                              f"{torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    return Ranks(device, getattr(torch, dtype), rank, count, config.context_parallel)
+    return Ranks(device, getattr(torch, dtype), rank, count, config.context_parallel,
+                 config.replicas)
 
 
-def join_ranks(ranks: Ranks, config: TrainConfig) -> Ranks:
+def join_ranks(ranks: Ranks) -> Ranks:
     """Start to talk to the other ranks.  One process that computes in fp32 needs none of this."""
     if ranks.count == 1 and ranks.dtype == torch.float32:
         return ranks
@@ -247,26 +270,28 @@ def join_ranks(ranks: Ranks, config: TrainConfig) -> Ranks:
     if ranks.device.type == "cuda":
         where["device_id"] = ranks.device
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if ranks.device.type == "cpu" else "nccl", **where)
-    sizes = {"replicas": config.replicas, "shards": ranks.count // config.replicas}
-    if config.replicas == 1:
-        del sizes["replicas"]
-    mesh = init_device_mesh(ranks.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    groups = init_device_mesh(ranks.device.type, (ranks.data_ranks, ranks.context),
+        dist.init_process_group("gloo" if ranks.device.type == "cpu" else "nccl", **where,
+                                timeout=timedelta(hours=1))  # the first rank writes checkpoints
+    kind, shards = ranks.device.type, ranks.count // ranks.replicas
+    mesh = (init_device_mesh(kind, (shards,)) if ranks.replicas == 1 else
+            init_device_mesh(kind, (ranks.replicas, shards), mesh_dim_names=("copy", "shard")))
+    if ranks.context == 1:
+        return replace(ranks, mesh=mesh)
+    groups = init_device_mesh(kind, (ranks.data_ranks, ranks.context),
                               mesh_dim_names=("data", "context"))
     return replace(ranks, mesh=mesh, context_mesh=groups["context"])
 
 
-def shard(model: LlavaOneVision, config: TrainConfig, ranks: Ranks) -> None:
+def shard(model: LlavaOneVision, recompute: str, compiled: bool, ranks: Ranks) -> None:
     """Make the layers recompute and compile as told, and spread the parameters over the ranks."""
     layers = [*model.visual.blocks, *model.model.layers]
     keep = {"selective": {"context_fn": partial(create_selective_checkpoint_contexts,
                                                 [torch.ops.llava.attention.default])}}
     for layer in layers:
-        if config.recompute != "none":
+        if recompute != "none":
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
-                                    **keep.get(config.recompute, {}))
-        if config.compile:
+                                    preserve_rng_state=False, **keep.get(recompute, {}))
+        if compiled:
             layer.forward = torch.compile(layer.forward)
     if ranks.mesh is None:
         return
@@ -275,7 +300,8 @@ def shard(model: LlavaOneVision, config: TrainConfig, ranks: Ranks) -> None:
     if not model.config.tie_word_embeddings:  # else the two belong together: to the root
         units = [model.model.embed_tokens, *layers, model.lm_head]
     for unit in units:
-        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy)
+        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy,
+                    reshard_after_forward=unit is not model.lm_head)  # its backward follows at once
     fully_shard(model, mesh=ranks.mesh, mp_policy=policy)  # norms, merger, what is left
     for module in (model, model.lm_head):
         register_fsdp_forward_method(module, "loss")
@@ -283,14 +309,15 @@ def shard(model: LlavaOneVision, config: TrainConfig, ranks: Ranks) -> None:
         unit.set_modules_to_forward_prefetch([following])
 
 
-def load_stage(start: str, config: TrainConfig, ranks: Ranks) -> LlavaOneVision:
+def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) -> LlavaOneVision:
     """The model that a stage starts with, sharded; a fresh one without `start`."""
     if start:
-        return load_checkpoint(start, torch.float32, ranks.device,
-                               lambda model: shard(model, config, ranks))[0]
+        return load_checkpoint(
+            start, torch.float32, ranks.device,
+            lambda model: shard(model, recipe.recompute, config.compile, ranks))[0]
     torch.manual_seed(config.seed)
     model = LlavaOneVision(PRESETS[config.model]).init_weights().to(ranks.device)
-    shard(model, config, ranks)
+    shard(model, recipe.recompute, config.compile, ranks)
     return model
 
 
@@ -325,11 +352,11 @@ def backward(model: LlavaOneVision, step: Step, ranks: Ranks, token_mean: str) -
     """Gradients of the step's loss, summed over rows and ranks; returns the loss."""
     total = torch.zeros((), device=ranks.device)
     for i, (row, labels) in enumerate(zip(step.rows, step.row_labels)):
-        share = (1 / max(1, step.labels) if token_mean == "global" else
-                 1 / max(1, labels) / (len(step.rows) * ranks.data_ranks))
+        weight = (1 / max(1, step.labels) if token_mean == "global" else
+                  1 / max(1, labels) / (len(step.rows) * ranks.data_ranks))
         shared_row = SharedRow(row, ranks.context_mesh, ranks.device) if ranks.context > 1 else None
-        loss = share * model.loss(targets=row.targets.to(ranks.device), shared_row=shared_row,
-                                  **row.inputs(ranks.device))
+        loss = weight * model.loss(targets=row.targets.to(ranks.device), shared_row=shared_row,
+                                   **row.inputs(ranks.device))
         if ranks.mesh is not None:  # copies of the model need the sum of the rows only
             model.set_requires_all_reduce(i + 1 == len(step.rows))
         (loss * ranks.count).backward()  # FSDP takes the mean over the ranks
@@ -339,24 +366,20 @@ def backward(model: LlavaOneVision, step: Step, ranks: Ranks, token_mean: str) -
     return float(total)
 
 
-def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, rate: float,
+def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, lr: float,
                clip: float, ranks: Ranks, token_mean: str = "global") -> tuple[float, float]:
     """One optimizer step; returns the loss and the gradient norm."""
     loss = backward(model, step, ranks, token_mean)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_factor"]
+        group["lr"] = lr * group["lr_factor"]
     optimizer.step()
     optimizer.zero_grad()
     return loss, float(norm.full_tensor() if ranks.mesh is not None else norm)
 
 
 # ------------------------------------------------------------------------------------- accounting
-
-GPUS = {"A100": (312e12, 80e9), "A800": (312e12, 80e9), "H100": (989e12, 80e9),  # by name: dense
-        "H800": (989e12, 80e9), "H200": (989e12, 141e9), "B200": (2250e12, 180e9)}  # bf16 FLOP/s, B
-
 
 def forward_flops(config: ModelConfig, lengths: Tensor, frames: Tensor,
                   labels: int) -> dict[str, float]:
@@ -403,8 +426,8 @@ def row_cost(row: Batch, config: ModelConfig, trainable: tuple[str, ...],
 def matrix_rate(ranks: Ranks) -> tuple[float, str]:
     """FLOP/s that MFU is a share of, of one rank, and where the number comes from.
 
-    The data sheet's for a known GPU and bfloat16; else the best of five products of two
-    2048 x 2048 matrices.
+    The data sheet's for a known GPU (of the SXM kind) and bfloat16; else the best of five products
+    of two 2048 x 2048 matrices.
     """
     if ranks.device.type == "cuda" and ranks.dtype == torch.bfloat16:
         card = torch.cuda.get_device_name(ranks.device)
@@ -471,58 +494,28 @@ class Log:
 def log_step(log: Log, name: str, step: int, recipe: Recipe, seen: Counter, seconds: float,
              left: float, peak: float, device: torch.device) -> None:
     """One line on the steps since the last: `seen` has their sums, over all ranks."""
-    values = {"loss": seen["loss"] / seen["steps"], "lr": seen["lr"] / seen["steps"],
-              "norm": seen["norm"] / seen["steps"],
-              "tokens_per_second": seen["tokens"] / seconds,
-              "labels_per_second": seen["labels"] / seconds,
-              "samples_per_second": seen["samples"] / seconds,
-              "images_per_second": seen["images"] / seconds,
-              "padding": 1 - seen["tokens"] / (seen["steps"] * recipe.rows * recipe.seq_length),
-              "wait": seen["waited"] / seconds, "balance": seen["balance"] / seen["steps"],
-              "mfu": seen["model_flops"] / seconds / peak,
-              "hfu": seen["hardware_flops"] / seconds / peak,
-              "memory": peak_memory(device), "seconds_left": left, "skipped": seen["skipped"]}
-    minutes, rest = divmod(round(left), 60)
-    log.line(f"{name:8} {step:6}/{recipe.steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-             f"norm {values['norm']:.2f}  {values['tokens_per_second']:,.0f} tok/s  "
-             f"{values['labels_per_second']:,.0f} labels/s  "
-             f"{values['images_per_second']:,.0f} images/s  pad {values['padding']:.1%}  "
-             f"wait {values['wait']:.0%}  MFU {values['mfu']:.0%}  HFU {values['hfu']:.0%}  "
-             f"{values['memory'] / 2**30:.1f} GiB  {minutes // 60}:{minutes % 60:02}:{rest:02} left"
-             + (f"  {seen['skipped']} samples too long" if seen["skipped"] else ""),
-             stage=name, step=step, **values)
+    steps, (minutes, rest) = seen["steps"], divmod(round(left), 60)
+    padding = 1 - seen["tokens"] / (steps * recipe.rows * recipe.seq_length)
+    shown = (  # name, value, and how the line shows it
+        ("loss", seen["loss"] / steps, "loss {:.4f}"), ("lr", seen["lr"] / steps, "lr {:.2e}"),
+        ("norm", seen["norm"] / steps, "norm {:.2f}"),
+        ("tokens_per_second", seen["tokens"] / seconds, "{:,.0f} tok/s"),
+        ("labels_per_second", seen["labels"] / seconds, "{:,.0f} labels/s"),
+        ("samples_per_second", seen["samples"] / seconds, ""),
+        ("images_per_second", seen["images"] / seconds, "{:,.0f} images/s"),
+        ("padding", padding, "pad {:.1%}"), ("wait", seen["waited"] / seconds, "wait {:.0%}"),
+        ("balance", seen["balance"] / steps, ""),
+        ("mfu", seen["model_flops"] / seconds / peak, "MFU {:.0%}"),
+        ("hfu", seen["hardware_flops"] / seconds / peak, "HFU {:.0%}"),
+        ("memory_gib", peak_memory(device) / 2**30, "{:.1f} GiB"),  # of the first rank
+        ("seconds_left", left, f"{minutes // 60}:{minutes % 60:02}:{rest:02} left"),
+        ("skipped", seen["skipped"], "{} samples too long" if seen["skipped"] else ""))
+    text = "  ".join(form.format(value) for _, value, form in shown if form)
+    log.line(f"{name:8} {step:6}/{recipe.steps}  {text}", stage=name, step=step,
+             **{key: value for key, value, _ in shown})
 
 
 # -------------------------------------------------------------------------------- what a run needs
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """Flags of `--plan`."""
-
-    model: str = "8b"  # a preset of model.py
-    gpus: int = 8  # ranks
-    gpu: str = "a100"  # their kind
-    tokens: float = 64e9  # to train on
-    price: float = 0.0  # of a GPU-hour, in dollars
-    mfu: float = 0.0  # share of the matrix rate; default what 45 % HFU comes to
-    rows: int = 0  # packed rows per step; default one for each group of ranks
-    seq_length: int = 8192  # tokens in a row
-    sample_tokens: int = 600  # of a sample, on average
-    visual_share: float = 0.7  # of a sample's tokens; half of the others are learnt
-    replicas: int = 1  # copies of the model
-    context_parallel: int = 1  # ranks that share a row
-    recompute: str = "layer"  # activations computed again: none, selective, layer
-
-    def __post_init__(self) -> None:
-        check_flags(self, ("gpus", "tokens", "seq_length", "sample_tokens", "replicas",
-                           "context_parallel"), {
-            "model": PRESETS, "gpu": [name.lower() for name in GPUS], "recompute": RECOMPUTE})
-        if self.visual_share >= 1 or self.mfu > 1:
-            raise ValueError("--visual-share and --mfu are shares of 1")
-        if self.gpus % self.replicas or self.gpus % self.context_parallel:
-            raise ValueError(f"--replicas {self.replicas} or --context-parallel "
-                             f"{self.context_parallel} does not divide {self.gpus} GPUs")
 
 
 def saved_bytes(layer: nn.Module, width: int, heads: int, head_dim: int,
@@ -551,23 +544,26 @@ def saved_bytes(layer: nn.Module, width: int, heads: int, head_dim: int,
     return kept[recompute], everything
 
 
-def memory_by_part(config: ModelConfig, trainable: tuple[str, ...], tokens: float, patches: float,
-                   shards: int, context: int, recompute: str) -> dict[str, float]:
-    """Bytes of a rank at its fullest, about: products in bf16, `tokens` and `patches` its own.
+def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int,
+                   context: int) -> dict[str, float]:
+    """Bytes of a rank at its fullest, about, with products in bf16.
 
     Not counted: what the allocator loses, buffers of the communication, the CUDA context.
     """
-    parts, vision = parameters_by_part(config), config.vision
-    total, trained = sum(parts.values()), sum(parts[part] for part in trainable)
+    parts, vision, recompute = parameters_by_part(config), config.vision, recipe.recompute
+    total, trained = sum(parts.values()), sum(parts[part] for part in recipe.trainable)
+    tokens = recipe.seq_length / context
+    patches = 4 * VISUAL_SHARE * tokens
     with torch.device("meta"):
         model = LlavaOneVision(config).to(torch.bfloat16)
     layer, block = model.model.layers[0], model.visual.blocks[0]
+    layer.requires_grad_("decoder" in recipe.trainable)
     kept, whole = saved_bytes(layer, config.hidden_size, config.num_attention_heads,
                               config.head_dim, recompute)
     gathered = 4 * (context - 1) * config.num_key_value_heads * config.head_dim  # keys, values
     kept, whole = kept + gathered * (recompute == "none"), whole + gathered
     seen, seen_whole = saved_bytes(block, vision.embed_dim, vision.num_heads, vision.head_dim,
-                                   recompute) if "vision" in trainable else (0, 0)
+                                   recompute) if "vision" in recipe.trainable else (0, 0)
     layer_size = sum(p.numel() for p in layer.parameters())
     head = config.hidden_size * config.vocab_size
     return {"masters, fp32": 4 * total / shards, "gradients, fp32": 4 * trained / shards,
@@ -579,60 +575,63 @@ def memory_by_part(config: ModelConfig, trainable: tuple[str, ...], tokens: floa
             "logits": 10 * min(tokens, LOSS_CHUNK) * config.vocab_size}
 
 
-def sample_flops(config: ModelConfig, plan: PlanConfig) -> dict[str, float]:
+def sample_flops(config: ModelConfig, recompute: str) -> dict[str, float]:
     """FLOPs a token of training everything on average samples."""
-    visual = plan.visual_share * plan.sample_tokens
-    forward = forward_flops(config, torch.tensor([plan.sample_tokens]), torch.tensor([4 * visual]),
-                            round((plan.sample_tokens - visual) / 2))
-    flops = training_flops(forward, ALL, plan.recompute)
-    return {name: n / plan.sample_tokens for name, n in flops.items()}
+    visual = VISUAL_SHARE * SAMPLE_TOKENS
+    forward = forward_flops(config, torch.tensor([SAMPLE_TOKENS]), torch.tensor([4 * visual]),
+                            round((SAMPLE_TOKENS - visual) / 2))
+    flops = training_flops(forward, ALL, recompute)
+    return {name: n / SAMPLE_TOKENS for name, n in flops.items()}
 
 
-def published(assumed: PlanConfig) -> Iterator[str]:
+def published() -> Iterator[str]:
     """How the announcement's figures for the 8B fit together; A800s are taken for A100s."""
-    flops = sample_flops(PRESETS["8b"], assumed)["hardware_flops"]
+    flops = sample_flops(PRESETS["8b"], "layer")["hardware_flops"]
     per_hour = 3600 * 0.45 * GPUS["A100"][0] / flops  # tokens of a GPU at 45 % HFU
     budget, mid, hours = 16000 / 0.6, 128 * 3.7 * 24, 64e9 / per_hour
-    yield (f"The published figures, if samples of the 8B have {assumed.sample_tokens} tokens, "
-           f"{assumed.visual_share:.0%} visual, and recompute is {assumed.recompute} "
+    yield ("The published figures, if layers of the 8B are recomputed and samples are as above "
            f"({flops:.3g} hardware FLOPs a token):")
     yield f"  $16,000 at $0.6 an hour buy {budget:,.0f} A100-hours"
     yield (f"  the mid stage, 128 A800 for 3.7 days, took {mid:,.0f}, {mid / budget:.0%} of them; "
-           f"at 45 % HFU that is {mid * per_hour / 1e9:,.0f} B tokens, or "
+           f"at 45 % HFU that is\n    {mid * per_hour / 1e9:,.0f} B tokens, or "
            f"{mid * per_hour / 85e6:,.0f} for each of 85 M samples")
     yield (f"  64 B tokens at 45 % HFU take {hours:,.0f} hours, {hours / budget:.0%} of the "
            f"budget; if they took all of it, HFU was {0.45 * hours / budget:.0%}")
     yield f"  all of the budget at 45 % HFU is {budget * per_hour / 1e9:,.0f} B tokens"
 
 
-def plan(config: PlanConfig) -> Iterator[str]:
+def plan(config: TrainConfig) -> Iterator[str]:
     """Lines on what a run needs: parameters, memory, FLOPs, time, dollars."""
+    if config.gpus % config.replicas or config.gpus % config.context_parallel:
+        raise ValueError(f"--replicas {config.replicas} or --context-parallel "
+                         f"{config.context_parallel} does not divide {config.gpus} GPUs")
+    stage = "mid" if config.stage == "all" else config.stage
+    recipe = replace(config, recipe=config.recipe or "full", stage=stage).recipes()[stage]
     model, (rate, capacity) = PRESETS[config.model], GPUS[config.gpu.upper()]
     parts = parameters_by_part(model)
     yield (f"{config.model} on {config.gpus} {config.gpu.upper()} ({rate / 1e12:.0f} TFLOP/s in "
-           f"bf16, {capacity / 1e9:.0f} GB), all parts trained, recompute {config.recompute}")
-    yield "parameters: " + ", ".join(f"{name} {n:,}" for name, n in parts.items()) + (
-        f", together {sum(parts.values()):,}")
-    tokens = config.seq_length / config.context_parallel
-    memory = memory_by_part(model, ALL, tokens, 4 * config.visual_share * tokens, config.gpus
-                            // config.replicas, config.context_parallel, config.recompute)
+           f"bf16, {capacity / 1e9:.0f} GB): {', '.join(recipe.trainable)} trained, recompute "
+           f"{recipe.recompute}")
+    yield f"parameters: {', '.join(f'{name} {n:,}' for name, n in parts.items())}"
+    yield f"  together {sum(parts.values()):,}"
+    memory = memory_by_part(model, recipe, config.gpus // config.replicas, config.context_parallel)
     memory["together"] = sum(memory.values())
-    yield (f"memory of a GPU, its part of a row being {tokens:,.0f} tokens"
+    yield (f"memory of a GPU, rows of {recipe.seq_length:,} tokens over {config.context_parallel}"
            + (":" if memory["together"] < capacity else " (it does NOT fit):"))
     yield from (f"  {name:28}{size / 2**30:8.2f} GiB" for name, size in memory.items())
-    flops = sample_flops(model, config)
+    flops = sample_flops(model, recipe.recompute)
     ratio = flops["hardware_flops"] / flops["model_flops"]
     mfu = config.mfu or 0.45 / ratio
     speed = config.gpus * rate * mfu / flops["model_flops"]
-    rows = config.rows or config.gpus // config.context_parallel
     hours = config.gpus * config.tokens / speed / 3600
-    yield (f"FLOPs a token: {flops['model_flops']:.4g}, with what is computed again "
-           f"{flops['hardware_flops']:.4g}")
-    yield (f"at {mfu:.1%} MFU, {mfu * ratio:.1%} HFU: {speed:,.0f} tokens/s, {rows} rows of "
-           f"{config.seq_length:,} in {rows * config.seq_length / speed:.2f} s")
+    yield (f"FLOPs a token, all parts trained: {flops['model_flops']:.4g}, with what is computed "
+           f"again {flops['hardware_flops']:.4g}\n  (samples of {SAMPLE_TOKENS} tokens, "
+           f"{VISUAL_SHARE:.0%} visual, half of the others learnt)")
+    yield (f"at {mfu:.1%} MFU, {mfu * ratio:.1%} HFU: {speed:,.0f} tokens/s, a step of "
+           f"{recipe.rows} rows in {recipe.rows * recipe.seq_length / speed:.1f} s")
     yield (f"{config.tokens:.3g} tokens: {config.tokens / speed / 86400:.2f} days, {hours:,.0f} "
            "GPU-hours" + (f", ${hours * config.price:,.0f}" if config.price else "") + "\n")
-    yield from published(config)
+    yield from published()
 
 
 # ------------------------------------------------------------------------------- a run, end to end
@@ -649,10 +648,11 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
     dataset = PackedRows(
         recipe.data, tokenizer, recipe.seq_length, config.seed, recipe.max_pixels, recipe.rows,
         ranks.rank, ranks.data_ranks, ranks.context, cost=partial(
-            row_cost, config=model.config, trainable=recipe.trainable, recompute=config.recompute))
+            row_cost, config=model.config, trainable=recipe.trainable, recompute=recipe.recompute))
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None)
+        # four rows wait for each rank; a step of many comes as a whole
+        prefetch_factor=max(1, 4 * ranks.data_ranks // recipe.rows) if config.workers else None)
     stream = iter(loader)
     started = mark = time.monotonic()
     seen: Counter[str] = Counter()
@@ -663,11 +663,11 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
         lr = learning_rate(number - 1, recipe)
         loss, norm = train_step(model, optimizer, step, lr, recipe.clip, ranks, config.token_mean)
         if not math.isfinite(loss):
+            if ranks.rank:
+                sys.exit(2)  # the first rank says it
             raise ValueError(f"the loss of step {number} of stage {name} is {loss}; "
                              "a smaller --lr may help")
-        seen.update({"loss": loss, "norm": norm, "lr": lr, "steps": 1, **step.cost,
-                     **{key: getattr(step, key) for key in (
-                         "tokens", "labels", "samples", "images", "skipped", "balance")}})
+        seen.update({"loss": loss, "norm": norm, "lr": lr, "steps": 1, **step.sums})
         now = time.monotonic()
         left = (now - started) / number * (recipe.steps - number)
         if number % config.log_every == 0 or number == recipe.steps:
@@ -746,14 +746,13 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str) -> Tokenizer:
         if recipe.rows % ranks.data_ranks:
             raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
-        tokens = recipe.seq_length / config.context_parallel
-        needed = sum(memory_by_part(preset, recipe.trainable, tokens, 2 * tokens, ranks.count
-                                    // config.replicas, ranks.context, config.recompute).values())
-        if needed > (there := memory_of_rank(ranks.device)):
+        memory = memory_by_part(preset, recipe, ranks.count // ranks.replicas, ranks.context)
+        needed, there = sum(memory.values()) / 2**30, memory_of_rank(ranks.device) / 2**30
+        if needed > there:
             raise ValueError(
-                f"rows of {recipe.seq_length:,} tokens over --context-parallel {ranks.context} "
-                f"need about {needed / 2**30:.0f} GiB of a rank, which has {there / 2**30:.0f}: "
-                "lower --seq-length, raise --context-parallel, or --recompute layer")
+                f"rows of {recipe.seq_length:,} tokens over --context-parallel {ranks.context} and "
+                f"{ranks.count // ranks.replicas} shards of the model need about {needed:,.0f} GiB "
+                f"of a rank, most of it for {max(memory, key=memory.get)}, and it has {there:,.0f}")
         encode(next(records(recipe.data, config.seed)), tokenizer, max_pixels=recipe.max_pixels)
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
@@ -762,58 +761,59 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str) -> Tokenizer:
 
 def run(config: TrainConfig) -> Path:
     """Train the stages, save a checkpoint after each, evaluate; returns the last checkpoint."""
-    ranks, start = find_ranks(config), start_of(config)
+    ranks, start, recipes = find_ranks(config), start_of(config), config.recipes()
     tokenizer = check_run(config, ranks, start)
-    ranks = join_ranks(ranks, config)
-    out = [config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    ranks = join_ranks(ranks)
+    model = load_stage(start, next(iter(recipes.values())), config, ranks)  # or refuse it
+    names = [config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"]
     if ranks.count > 1:
-        dist.broadcast_object_list(out)  # clocks differ
-    out = Path(out[0])
+        dist.broadcast_object_list(names)  # clocks differ
+    out = Path(names[0])
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out, ranks.rank == 0, config.tensorboard)
-    parameters = sum(parameters_by_part(PRESETS[config.model]).values())
-    log.line(f"{config.model}: {parameters:,} parameters on {ranks.count} x {ranks.device.type}, "
-             f"{config.replicas} copies, rows shared by {ranks.context}, {ranks.dtype}, torch "
-             f"{torch.__version__}, {torch.get_num_threads()} threads -> {out}",
-             config=asdict(config))
-    for name, recipe in config.recipes().items():
-        model = load_stage(start, config, ranks)
+    log.line(f"{config.model}: {sum(parameters_by_part(model.config).values()):,} parameters on "
+             f"{ranks.count} x {ranks.device.type} ({ranks.replicas} copies, rows shared by "
+             f"{ranks.context}), {ranks.dtype}, torch {torch.__version__}, "
+             f"{torch.get_num_threads()} threads -> {out}", config=asdict(config))
+    for name, recipe in recipes.items():
+        model = model or load_stage(start, recipe, config, ranks)
         train_stage(name, model, tokenizer, recipe, config, ranks, log)
         save_checkpoint(model, tokenizer, out / name)
-        del model  # before the next one takes its memory
-        start = str(out / name)
+        start, model = str(out / name), None
+        gc.collect()  # hooks tie a sharded model into cycles, and the next one needs its memory
     if ranks.mesh is not None:
         dist.destroy_process_group()
     if ranks.rank == 0 and config.questions and not config.data:
         model, _ = load_checkpoint(start, ranks.dtype, ranks.device)
         report(evaluate(model, tokenizer, config.questions), log)
-    log.line(f"saved: {start}")
+    log.line(f"saved: {start}", saved=start)
     return Path(start)
 
 
-def parse_flags(arguments: list[str], kind: type = TrainConfig) -> TrainConfig | PlanConfig:
-    """Build a command line from a dataclass's fields; the comment beside a field is its help."""
+def parse_flags(arguments: list[str]) -> TrainConfig:
+    """Build the command line from TrainConfig's fields; the comment beside a field is its help."""
     parser = flag_parser(__doc__.splitlines()[0])
-    comments = dict(re.findall(r"^    (\w+): .*#  ?(.*)$", inspect.getsource(kind), re.M))
-    for entry in fields(kind):
+    comments = dict(re.findall(r"^    (\w+): .*#  ?(.*)$", inspect.getsource(TrainConfig), re.M))
+    for entry in fields(TrainConfig):
         switch = {"action": "store_true"} if entry.type is bool else {"type": entry.type}
         parser.add_argument(f"--{entry.name.replace('_', '-')}", default=entry.default, **switch,
-                            help=f"{comments[entry.name]} (default {entry.default!r})")
-    return kind(**vars(parser.parse_args(arguments)))
+                            help=f"{comments[entry.name].replace('%', '%%')} "
+                                 f"(default {entry.default!r})")
+    return TrainConfig(**vars(parser.parse_args(arguments)))
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
     try:
-        if "--plan" in arguments:
-            arguments.remove("--plan")
-            print(*plan(parse_flags(arguments, PlanConfig)), sep="\n")
+        config = parse_flags(sys.argv[1:])
+        if config.plan:
+            print(*plan(config), sep="\n")
         else:
-            run(parse_flags(arguments))
+            run(config)
     except (ValueError, OSError) as error:
         # an error in a worker process arrives with its traceback; its last line says what is wrong
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # before: all find the same
+        # before they join, all ranks of a machine find the same
+        if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
             print(f"train.py: {lines[-1].removeprefix('ValueError: ')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

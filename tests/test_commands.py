@@ -100,7 +100,7 @@ def test_torchrun(tmp_path: Path) -> None:
     for line in steps:
         assert 0 < line["mfu"] < line["hfu"] < 1 and 0 <= line["padding"] < 0.1
         assert {"loss", "lr", "norm", "tokens_per_second", "labels_per_second", "wait",
-                "images_per_second", "memory", "seconds_left", "balance"} <= line.keys()
+                "images_per_second", "memory_gib", "seconds_left", "balance"} <= line.keys()
     alone = command(tmp_path, "train.py", *flags[4:6], "--log-every", "1", "--stage", "align",
                     "--questions", "0", "--dtype", "bfloat16", "--out", "alone")
     assert alone.returncode == 0, alone.stderr
@@ -117,6 +117,7 @@ def test_torchrun(tmp_path: Path) -> None:
     (["--stage", "mid"], 1, "stage mid starts from what stage align wrote"),
     (["--stage", "instruct", "--out", "odd"], 1, "there is no odd/mid"),
     (["--plan", "--gpu", "x100"], 1, "'x100'"),
+    (["--device", "cuda:1"], 1, "'cuda:1'"),
     (["--plan", "--gpus", "6", "--replicas", "4"], 1, "does not divide 6 GPUs"),
     pytest.param(["--tensorboard"], 1, "pip install tensorboard", marks=pytest.mark.skipif(
         find_spec("tensorboard") is not None, reason="it is installed")),
@@ -124,7 +125,8 @@ def test_torchrun(tmp_path: Path) -> None:
 def test_training_refusals(tmp_path: Path, arguments: list[str], ranks: int, message: str) -> None:
     """Before any work, in one sentence of the first rank alone."""
     for rank in {0, ranks - 1}:
-        done = command(tmp_path, "train.py", *arguments, RANK=str(rank), WORLD_SIZE=str(ranks))
+        done = command(tmp_path, "train.py", *arguments, RANK=str(rank), LOCAL_RANK=str(rank),
+                       WORLD_SIZE=str(ranks))
         assert done.returncode == 2, done.stdout + done.stderr
         assert done.stderr.count("\n") == (rank == 0) and (message in done.stderr or rank)
         assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ on rows of 8,192 tokens, as many of its decoder layers as --layers says (default
 --seq-length 1024 --dtype float32` tries it on a CPU.
 """
 
+import gc
 import itertools
 import os
 import statistics
@@ -53,26 +54,26 @@ def random_step(config: ModelConfig, seq_length: int, rows: int, ranks: Ranks,
 def that_fit(config: ModelConfig, seq_length: int, ranks: Ranks, recompute: str) -> int:
     """Decoder layers with which a training step should fit a GPU, a tenth of it left free."""
     for layers in range(config.num_hidden_layers, 0, -1):
-        fewer = replace(config, num_hidden_layers=layers)
-        needed = memory_by_part(fewer, QUICK["mid"].trainable, seq_length / ranks.context,
-                                3 * seq_length / ranks.context, ranks.count, ranks.context,
-                                recompute)
+        recipe = replace(QUICK["mid"], seq_length=seq_length, recompute=recompute)
+        needed = memory_by_part(replace(config, num_hidden_layers=layers), recipe, ranks.count,
+                                ranks.context)
         if sum(needed.values()) < 0.9 * memory_of_rank(ranks.device):
             return layers
     raise ValueError("not even one layer fits")
 
 
-def measure(config: ModelConfig, train: TrainConfig, ranks: Ranks, steps: int,
-            rate: float) -> str:
+def measure(config: ModelConfig, seq_length: int, rows: int, recompute: str, compiled: bool,
+            ranks: Ranks, steps: int, rate: float) -> str:
     """A line of the table: medians over the steps after three to warm up."""
     torch._dynamo.reset()
+    gc.collect()  # hooks tie the last model into cycles
+    torch.cuda.empty_cache()
     with torch.device(ranks.device):
         torch.manual_seed(0)
         model = LlavaOneVision(config).init_weights()
-    shard(model, train, ranks)
+    shard(model, recompute, compiled, ranks)
     optimizer = make_optimizer(model, QUICK["mid"])
-    step = random_step(config, train.seq_length, train.rows * ranks.data_ranks, ranks,
-                       train.recompute)
+    step = random_step(config, seq_length, rows * ranks.data_ranks, ranks, recompute)
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)
     seconds = []
@@ -81,11 +82,11 @@ def measure(config: ModelConfig, train: TrainConfig, ranks: Ranks, steps: int,
         train_step(model, optimizer, step, 1e-6, 1.0, ranks)  # ends with a number from the GPU
         seconds.append(time.monotonic() - started)
     median = statistics.median(seconds[3:])
-    mfu, hfu = (step.cost[f"{kind}_flops"] / (rate * ranks.count * median)
+    mfu, hfu = (step.sums[f"{kind}_flops"] / (rate * ranks.count * median)
                 for kind in ("model", "hardware"))
-    return (f"| {config.num_hidden_layers} | {train.recompute} | "
-            f"{'yes' if train.compile else 'no'} | {step.tokens / median:,.0f} | {mfu:.1%} | "
-            f"{hfu:.1%} | {peak_memory(ranks.device) / 2**30:.1f} |")
+    return (f"| {config.num_hidden_layers} | {recompute} | {'yes' if compiled else 'no'} "
+            f"| {step.sums['tokens'] / median:,.0f} | {mfu:.1%} | {hfu:.1%} "
+            f"| {peak_memory(ranks.device) / 2**30:.1f} |")
 
 
 def main() -> None:
@@ -98,9 +99,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--context-parallel", type=int, default=1)
     flags = parser.parse_args()
-    train = TrainConfig(dtype=flags.dtype, seq_length=flags.seq_length, rows=flags.rows,
-                        context_parallel=flags.context_parallel)
-    ranks = join_ranks(find_ranks(train), train)
+    ranks = join_ranks(find_ranks(TrainConfig(dtype=flags.dtype,
+                                              context_parallel=flags.context_parallel)))
     name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
     say = print if ranks.rank == 0 else lambda *_: None
     rate, source = matrix_rate(ranks)
@@ -111,9 +111,8 @@ def main() -> None:
     for recompute, compiled in itertools.product(RECOMPUTE, (False, True)):
         preset = PRESETS[flags.model]
         layers = flags.layers or that_fit(preset, flags.seq_length, ranks, recompute)
-        say(measure(replace(preset, num_hidden_layers=layers),
-                    replace(train, recompute=recompute, compile=compiled), ranks, flags.steps,
-                    rate))
+        say(measure(replace(preset, num_hidden_layers=layers), flags.seq_length, flags.rows,
+                    recompute, compiled, ranks, flags.steps, rate))
     if dist.is_initialized():
         dist.destroy_process_group()
 
