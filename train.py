@@ -589,8 +589,8 @@ def published() -> Iterator[str]:
     flops = sample_flops(PRESETS["8b"], "layer")["hardware_flops"]
     per_hour = 3600 * 0.45 * GPUS["A100"][0] / flops  # tokens of a GPU at 45 % HFU
     budget, mid, hours = 16000 / 0.6, 128 * 3.7 * 24, 64e9 / per_hour
-    yield ("The published figures, if layers of the 8B are recomputed and samples are as above "
-           f"({flops:.3g} hardware FLOPs a token):")
+    yield (f"The published figures, if the 8B did {flops:.3g} FLOPs a token: samples as above, "
+           "layers recomputed")
     yield f"  $16,000 at $0.6 an hour buy {budget:,.0f} A100-hours"
     yield (f"  the mid stage, 128 A800 for 3.7 days, took {mid:,.0f}, {mid / budget:.0%} of them; "
            f"at 45 % HFU that is\n    {mid * per_hour / 1e9:,.0f} B tokens, or "
