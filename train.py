@@ -381,6 +381,7 @@ def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, 
 
 # ------------------------------------------------------------------------------------- accounting
 
+
 def forward_flops(config: ModelConfig, lengths: Tensor, frames: Tensor,
                   labels: int) -> dict[str, float]:
     """FLOPs of a row's forward pass: see the top of the file.
