@@ -99,6 +99,22 @@ def load_checkpoint(
     return LlavaOneVision.from_pretrained(path, dtype, device, prepare), tokenizer
 
 
+def split_into_files(sizes: dict[str, int]) -> dict[str, list[str]]:
+    """The tensors of each file, by its published name: together at most SHARD bytes, or one."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if filled + size > SHARD and groups[-1]:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{number:05}-of-{len(groups):05}.safetensors": names
+            for number, names in enumerate(groups, 1)}
+
+
 def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
                     dtype: torch.dtype = torch.bfloat16) -> None:
     """Write weights, config.json and tokenizer.json to the directory `path`, which must be new.
@@ -108,24 +124,14 @@ def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
     sharded model call this together; the first one writes, holding one file's tensors at a time.
     """
     parameters = dict(model.named_parameters())
-    files: list[list[str]] = [[]]
-    size = total = 0
-    for name, parameter in parameters.items():
-        n = parameter.numel() * dtype.itemsize
-        if size + n > SHARD and files[-1]:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size, total = size + n, total + n
+    sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
+    files = split_into_files(sizes)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     partial = path.with_name(path.name + ".partial")
     if writes:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped while it wrote
         partial.mkdir(parents=True)
-    weight_map = {}
-    for number, names in enumerate(files, 1):
-        file = (f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1
-                else "model.safetensors")
+    for file, names in files.items():
         state = {}
         for name in names:
             tensor = parameters[name].detach().to(dtype)
@@ -135,10 +141,10 @@ def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
                 state[name] = tensor.cpu().contiguous()
         if writes:
             save_file(state, partial / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(names, file)
     if writes:
         if len(files) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            weight_map = {name: file for file, names in files.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         (partial / "config.json").write_text(json.dumps(config_json(model.config, dtype), indent=2))
         tokenizer.save(str(partial / "tokenizer.json"))

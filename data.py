@@ -775,7 +775,6 @@ class Step:
 
     rows: list[Batch | Share]
     row_labels: list[int]  # tokens learnt of each row, all shares of it together
-    labels: int  # of all rows of all ranks
     sums: dict[str, float]  # over all ranks: tokens, labels, samples, images, skipped, costs; and
     # balance, the mean over the largest cost of what the ranks do at the same time
 
@@ -823,7 +822,7 @@ class PackedRows(torch.utils.data.IterableDataset):
             rows=[pack(rows[i]) if self.context_ranks == 1 else
                   share_row(rows[i], self.context_rank, self.context_ranks, self.visual_ids)
                   for i in mine],
-            row_labels=[labels[i] for i in mine], labels=sum(labels),
+            row_labels=[labels[i] for i in mine],
             sums={"tokens": sum(len(row.input_ids) for row in measured), "labels": sum(labels),
                   "samples": sum(map(len, rows)), "skipped": skipped,
                   "images": sum(len(sample.images) for row in rows for sample in row),

@@ -259,7 +259,7 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGlu(config)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor,
-                cache: KVCache | SharedRow | None) -> Tensor:
+                cache: KVCache | SharedRow | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cu_seqlens, max_seqlen, cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -377,7 +377,7 @@ class LlavaOneVision(nn.Module):
                              f"but the grids of the pictures have {cells} visual tokens")
         if always_see and not cells:
             patches, grid_thw = x.new_zeros(4, 588), input_ids.new_tensor([[1, 2, 2]])
-        if patches is not None:
+        if cells or always_see:
             tokens = self.visual(patches, grid_thw).to(x.dtype)
             tokens = shared_row.gather_visual(tokens) if shared_row else tokens[:len(holes)]
             x = x.index_copy(0, holes, tokens)

@@ -84,7 +84,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from convert import load_checkpoint, load_tokenizer, save_checkpoint
 from data import (Batch, PackedRows, Step, choose_device, default_texts, encode, flag_parser,
                   held_out_questions, pack, records, train_tokenizer)
-from model import (LOSS_CHUNK, PRESETS, DecoderLayer, LlavaOneVision, ModelConfig, SharedRow,
+from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, ModelConfig, SharedRow,
                    parameters_by_part, part_of)
 from vision import MAX_PIXELS, MIN_PIXELS
 
@@ -352,7 +352,7 @@ def backward(model: LlavaOneVision, step: Step, ranks: Ranks, token_mean: str) -
     """Gradients of the step's loss, summed over rows and ranks; returns the loss."""
     total = torch.zeros((), device=ranks.device)
     for i, (row, labels) in enumerate(zip(step.rows, step.row_labels)):
-        weight = (1 / max(1, step.labels) if token_mean == "global" else
+        weight = (1 / max(1, step.sums["labels"]) if token_mean == "global" else
                   1 / max(1, labels) / (len(step.rows) * ranks.data_ranks))
         shared_row = SharedRow(row, ranks.context_mesh, ranks.device) if ranks.context > 1 else None
         loss = weight * model.loss(targets=row.targets.to(ranks.device), shared_row=shared_row,
@@ -537,8 +537,7 @@ def saved_bytes(layer: nn.Module, width: int, heads: int, head_dim: int,
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x, torch.empty(2, dtype=torch.int64, device="meta"), rows, angles, angles,
-              *[None] * isinstance(layer, DecoderLayer))
+        layer(x, torch.empty(2, dtype=torch.int64, device="meta"), rows, angles, angles)
     everything = sum(storage.nbytes() for storage in saved.values()) / rows
     kept = {"none": everything, "layer": 2 * width,
             "selective": 2 * width + 2 * heads * head_dim + 4 * heads}

@@ -38,7 +38,7 @@ def forward_and_backward(tokens: int, recompute: str) -> dict[str, float]:
         ids = torch.randint(20, 1000, (tokens,), generator=torch.Generator().manual_seed(0))
         sample = Sample(ids, ids.clone(), [], torch.zeros(0, 3, dtype=torch.int64), (0, 0), "long")
         row = share_row([sample], ranks.rank, count, [12, 13]) if count > 1 else pack([sample])
-        return Step([row], [tokens - 1], tokens - 1, {})
+        return Step([row], [tokens - 1], {"labels": tokens - 1})
 
     backward(model, step(512), ranks, "global")  # what is loaded at the first use is not counted
     work = step(tokens)
