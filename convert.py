@@ -7,23 +7,29 @@ Called by `train.py` and `sample.py`; calls `model.py`, which reads the weights.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from model import LlavaOneVision, ModelConfig
+from model import LlavaOneVision, ModelConfig, released_names
 
 SHARD = 5e9  # bytes of a file of weights at most
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     """The released `config.json` for a model, as transformers 4 writes it."""
-    vision = config.vision
+    vision, experts = config.vision, {}
+    if config.num_experts:
+        experts = {"num_experts": config.num_experts, "decoder_sparse_step": 1,
+                   "num_experts_per_tok": config.num_experts_per_tok, "mlp_only_layers": [],
+                   "moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": True}
     return {
         "architectures": ["LLaVAOneVision1_5_ForConditionalGeneration"],
         "model_type": "llavaonevision1_5",
@@ -45,7 +51,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
             "rms_norm_eps": config.rms_norm_eps, "rope_scaling": None,
             "rope_theta": config.rope_theta, "sliding_window": None,
             "tie_word_embeddings": config.tie_word_embeddings, "use_cache": True,
-            "use_sliding_window": False, "vocab_size": config.vocab_size,
+            "use_sliding_window": False, "vocab_size": config.vocab_size, **experts,
         },
         "vision_config": {
             "model_type": "rice_vit", "depth": vision.depth, "embed_dim": vision.embed_dim,
@@ -115,40 +121,68 @@ def split_into_files(sizes: dict[str, int]) -> dict[str, list[str]]:
             for number, names in enumerate(groups, 1)}
 
 
-def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
-                    dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write weights, config.json and tokenizer.json to the directory `path`, which must be new.
+def write_directory(path: Path, sizes: dict[str, int], tensors: Iterator[tuple[str, Tensor]],
+                    texts: dict[str, str], writes: bool = True) -> None:
+    """Write weights and texts (by file name) to the directory `path`, which must be new.
 
-    They are written to `path`.partial and moved into place, so `path` is whole or not there.
-    Weights are in files of at most SHARD bytes, with an index if there are several.  All ranks of a
-    sharded model call this together; the first one writes, holding one file's tensors at a time.
+    sizes: bytes of each tensor, in the order in which `tensors` brings them; they are written to
+    files of at most SHARD bytes, with an index if there are several, one file in memory at a time.
+    All goes to `path`.partial and is moved into place, so `path` is whole or not there.
+    writes: False on all ranks but the first, which only help to bring the tensors.
+    Raises ValueError if `path` is there already.
     """
-    parameters = dict(model.named_parameters())
-    sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
     files = split_into_files(sizes)
-    writes = not dist.is_initialized() or dist.get_rank() == 0
     partial = path.with_name(path.name + ".partial")
     if writes:
+        if path.exists():
+            raise ValueError(f"{path} is there already")
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped while it wrote
         partial.mkdir(parents=True)
-    for file, names in files.items():
-        state = {}
-        for name in names:
-            tensor = parameters[name].detach().to(dtype)
+    try:
+        for file, names in files.items():
+            state = {name: tensor for name, tensor in islice(tensors, len(names)) if writes}
+            if writes:
+                save_file(state, partial / file, metadata={"format": "pt"})
+        if writes:
+            if len(files) > 1:
+                weight_map = {name: file for file, names in files.items() for name in names}
+                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+                texts = {**texts, "model.safetensors.index.json": json.dumps(index, indent=2)}
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
+            partial.rename(path)
+    finally:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def pieces_of(tensor: Tensor, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file that a parameter is made of: its rows, split evenly."""
+    for name, piece in zip(names, tensor.chunk(len(names))):
+        yield name, piece.clone() if len(names) > 1 else piece.contiguous()
+
+
+def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
+                    dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write weights, config.json and tokenizer.json, as `write_directory` does.
+
+    All ranks of a sharded model call this together; the first one writes.
+    """
+    names = released_names(model)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model.named_parameters():
+            tensor = parameter.detach().to(dtype)
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()
-            if writes:
-                state[name] = tensor.cpu().contiguous()
-        if writes:
-            save_file(state, partial / file, metadata={"format": "pt"})
-    if writes:
-        if len(files) > 1:
-            weight_map = {name: file for file, names in files.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        (partial / "config.json").write_text(json.dumps(config_json(model.config, dtype), indent=2))
-        tokenizer.save(str(partial / "tokenizer.json"))
-        partial.rename(path)
+            yield from pieces_of(tensor.cpu(), names[name])
+
+    sizes = {piece: p.numel() * dtype.itemsize // len(names[name])
+             for name, p in model.named_parameters() for piece in names[name]}
+    texts = {"config.json": json.dumps(config_json(model.config, dtype), indent=2),
+             "tokenizer.json": tokenizer.to_str(pretty=True)}
+    write_directory(path, sizes, tensors(), texts,
+                    writes=not dist.is_initialized() or dist.get_rank() == 0)
     if dist.is_initialized():
         dist.barrier()  # nobody reads what is not there yet
 

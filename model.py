@@ -12,15 +12,23 @@ about pictures: positions are 0, 1, 2, ... in every packed sample, visual tokens
     x <- x + W_o attention(rope(norm(W_q n)), rope(norm(W_k n)), W_v n),    n = RMSNorm(x)
     x <- x + W_down (silu(W_gate m) * W_up m),                              m = RMSNorm(x)
 
-Shapes: T tokens in a packed row, S segments, P patches, M visual tokens (P / 4), C decoder width,
-F MLP width, V vocabulary, H query heads, G key/value heads, E head width, I pictures.
+where the second may be a mixture of experts: X such MLPs, of which each token passes the K that a
+router likes best, weighted by how much it likes them.
 
-Module names are those of the released checkpoints, so a state dict is a file's content as it is.
+Shapes: T tokens in a packed row, S segments, P patches, M visual tokens (P / 4), C decoder width,
+F MLP width, V vocabulary, H query heads, G key/value heads, E head width, I pictures, X experts,
+K of them for a token.
+
+Module names are those of the released checkpoints, so a state dict is a file's content as it is,
+but for experts: a file has a tensor for each, memory has them stacked (`released_names`).
 
 Run `python model.py`: prints parameters of every preset by part.
 """
 
 import json
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -28,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -57,6 +66,9 @@ class ModelConfig:
     max_position_embeddings: int = 32768  # tokens of a sample seen in training
     initializer_range: float = 0.02  # standard deviation of fresh linear weights
     tie_word_embeddings: bool = False  # the head is the embedding, transposed
+    num_experts: int = 0  # X in every layer; 0: a layer has one MLP, of width intermediate_size
+    num_experts_per_tok: int = 0  # K
+    moe_intermediate_size: int = 0  # width of an expert
     image_token_id: int = 151655  # <|image_pad|>
     video_token_id: int = 151656  # <|video_pad|>
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -97,9 +109,15 @@ class ModelConfig:
         for key, value in fixed.items():
             if vision.get(key, value) != value:
                 raise ValueError(f"{file}: {key} is {vision[key]}, only {value} is supported")
+        experts = {}
         if text.get("num_experts"):
-            raise ValueError(f"{file} describes a mixture of experts, which is not supported yet")
-        return cls(**dense, **ids, rope_theta=number(rope, "rope_theta"),
+            experts = {key: number(text, key) for key in (
+                "num_experts", "num_experts_per_tok", "moe_intermediate_size")}
+            for key, value in {"decoder_sparse_step": 1, "mlp_only_layers": [],
+                               "norm_topk_prob": True}.items():
+                if text.get(key, value) != value:
+                    raise ValueError(f"{file}: {key} is {text[key]}, only {value} is supported")
+        return cls(**dense, **ids, **experts, rope_theta=number(rope, "rope_theta"),
                    vision=VisionConfig(**sizes))
 
 
@@ -120,6 +138,10 @@ PRESETS: dict[str, ModelConfig] = {
     "14b": qwen3(40, 5120, 17408, 40, 1e6),
     "32b": qwen3(64, 5120, 25600, 64, 1e6),
 }
+PRESETS["tiny-moe"] = replace(PRESETS["tiny"], num_experts=8, num_experts_per_tok=2,
+                              moe_intermediate_size=224)  # of which a token passes 448, as in tiny
+PRESETS["30b-a3b"] = replace(qwen3(48, 2048, 6144, 32, 1e7), num_key_value_heads=4,
+                             num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
 
 
 # -------------------------------------------------------------------------------------- the decoder
@@ -248,6 +270,130 @@ class SwiGlu(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def grouped_linear(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """Rows (N, C) times a matrix for each group of them, (X, F, C); counts: (X,) rows of each."""
+    if x.device.type == "cpu":
+        groups = zip(x.split(counts.tolist()), weights.unbind())
+        return torch.cat([F.linear(rows, weight) for rows, weight in groups])
+    return F.grouped_mm(x, weights.transpose(-2, -1), offs=counts.cumsum(0).int())
+
+
+class Exchange(torch.autograd.Function):
+    """Rows to and from the ranks of a group: `sent[r]` to rank r, `received[r]` from it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int],
+                group: dist.ProcessGroup) -> Tensor:
+        ctx.there = received, sent, group
+        out = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        received, sent, group = ctx.there
+        return Exchange.apply(gradient, sent, received, group), None, None, None
+
+
+class Experts(nn.Module):
+    """X gated MLPs, each for the rows routed to it.
+
+    A parameter has the matrices of all experts, one above the other: so any number of ranks can
+    share its rows evenly.  With expert parallelism (`group` set, by `train.shard`) a rank of the
+    group holds X / ranks whole experts, and rows travel to their experts and back.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        rows = config.num_experts * config.moe_intermediate_size
+        self.gate_proj = nn.Parameter(torch.empty(rows, config.hidden_size))
+        self.up_proj = nn.Parameter(torch.empty(rows, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts * config.hidden_size,
+                                                  config.moe_intermediate_size))
+        self.group: dist.ProcessGroup | None = None
+
+    def products(self, x: Tensor, counts: Tensor) -> Tensor:
+        """The experts at hand, on rows (N, C) sorted by them, of which they get counts (X,)."""
+        parameters = (self.gate_proj, self.up_proj, self.down_proj)
+        gate, up, down = ((w.to_local() if isinstance(w, DTensor) else w)
+                          .unflatten(0, (len(counts), -1)) for w in parameters)
+        h = F.silu(grouped_linear(x, gate, counts)) * grouped_linear(x, up, counts)
+        return grouped_linear(h, down, counts)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        if self.group is None:
+            return self.products(x, counts)
+        counts = counts.view(self.group.size(), -1)  # (ranks, X / ranks)
+        arriving = torch.empty_like(counts)
+        dist.all_to_all_single(arriving, counts, group=self.group)
+        sent, received = counts.sum(1).tolist(), arriving.sum(1).tolist()
+        x = Exchange.apply(x, received, sent, self.group)  # by rank it is from, then by expert
+        expert = torch.arange(arriving.numel(), device=x.device) % arriving.shape[1]
+        order = expert.repeat_interleave(arriving.flatten()).argsort(stable=True)
+        y = self.products(x[order], arriving.sum(0))
+        return Exchange.apply(y[order.argsort()], sent, received, self.group)
+
+
+class WithLoss(torch.autograd.Function):
+    """x as it is; in the backward pass `loss` is differentiated too, as a summand of the total."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.new_ones((), dtype=torch.float32)
+
+
+class MixtureOfExperts(nn.Module):
+    """y = sum over the K likeliest experts e of p_e / (their sum) expert_e(x), p = softmax(W x).
+
+    Balance: with f_e the share of a row's tokens that expert e gets and P_e the mean of p_e,
+
+        balance = X sum_e f_e P_e,
+
+    is K when all get the same, X when all tokens go to the same ones (Switch Transformer, arXiv
+    2101.03961; the scale is Hugging Face's).  f has no gradient.  `balance_weight` times it is
+    added to the loss.  What training wants to know of the routing is summed up in `routed`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.experts_per_token = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+        self.balance_weight = 0.0
+        self.row_group: dist.ProcessGroup | None = None  # ranks that have tokens of the same row
+        self.routed: Tensor | int = 0  # (X + 2,): tokens by expert, balance, forward passes
+
+    @torch.compiler.disable  # the number of rows for each expert is data
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.gate(x).softmax(-1, dtype=torch.float32)  # (T, X)
+        weights, chosen = p.topk(self.experts_per_token)  # (T, K)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)  # (T, K)
+        chosen = chosen.flatten()
+        order = chosen.argsort(stable=True)  # (T K,)
+        counts = torch.zeros_like(p[0], dtype=torch.int64).scatter_add(
+            0, chosen, torch.ones_like(chosen))  # (X,)
+        # rows are copied, then permuted: the gradient of either is the same bits on every run
+        copies = x[:, None].expand(-1, self.experts_per_token, -1).flatten(0, 1)  # (T K, C)
+        y = self.experts(copies[order], counts)[order.argsort()].unflatten(0, weights.shape)
+        y = (weights[:, :, None] * y).sum(1)  # (T, C)
+        return self.balanced(y, p, counts) if torch.is_grad_enabled() else y
+
+    def balanced(self, y: Tensor, p: Tensor, counts: Tensor) -> Tensor:
+        """y, with the balance in its backward pass; takes note of the routing."""
+        of_row = counts.clone()
+        if self.row_group is not None:
+            dist.all_reduce(of_row, group=self.row_group)
+        tokens = of_row.sum() / self.experts_per_token
+        balance = len(counts) * (of_row / tokens * p.sum(0) / tokens).sum()  # this rank's summand
+        noted = torch.stack([balance.detach(), torch.ones_like(balance)])
+        self.routed = self.routed + torch.cat([counts, noted.double()])
+        return WithLoss.apply(y, self.balance_weight * balance)
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm transformer layer."""
 
@@ -256,7 +402,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGlu(config)
+        self.mlp = MixtureOfExperts(config) if config.num_experts else SwiGlu(config)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor,
                 cache: KVCache | SharedRow | None = None) -> Tensor:
@@ -356,6 +502,9 @@ class LlavaOneVision(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if isinstance(module, Experts):
+                for parameter in module.parameters():
+                    nn.init.normal_(parameter, std=self.config.initializer_range)
         nn.init.normal_(self.visual.patch_embed.proj.weight, std=0.5)
         nn.init.normal_(self.visual.class_embedding, std=self.config.vision.embed_dim**-0.5)
         nn.init.normal_(self.visual.class_pos_emb)
@@ -375,6 +524,8 @@ class LlavaOneVision(nn.Module):
         if rows != 4 * cells or shared_row is None and len(holes) != cells:
             raise ValueError(f"{len(holes)} image or video tokens in the text and {rows} patches, "
                              f"but the grids of the pictures have {cells} visual tokens")
+        if cells and self.visual is None:
+            raise ValueError("the model was loaded without its ViT, but the text has pictures")
         if always_see and not cells:
             patches, grid_thw = x.new_zeros(4, 588), input_ids.new_tensor([[1, 2, 2]])
         if cells or always_see:
@@ -443,7 +594,7 @@ class LlavaOneVision(nn.Module):
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None,
                         device: str | torch.device | None = None,
                         prepare: "Callable[[LlavaOneVision], None] | None" = None,
-                        ) -> "LlavaOneVision":
+                        part: str = "") -> "LlavaOneVision":
         """Load a released checkpoint: a directory of safetensors, one file or many with an index.
 
         Both key layouts are read (`visual.*`, `model.*` and `model.visual.*`,
@@ -451,48 +602,121 @@ class LlavaOneVision(nn.Module):
         dtype and device default to those of the files and the CPU.
         prepare: called with the model while it is on the meta device; if it shards parameters
         (`fully_shard`), only this rank's slices of them are read.
-        Raises ValueError naming the tensor and the file if one is missing, unknown or misshapen.
+        part: "vision" loads the ViT and merger alone (the decoder is None), "text" all the rest.
+        Raises ValueError naming the tensor and the file if one is missing, unknown, misshapen or
+        not of floating point.
         """
         config = ModelConfig.from_dir(path)
         tensors = tensor_files(Path(path))
         config = replace(config, tie_word_embeddings="lm_head.weight" not in tensors)
         with torch.device("meta"):
             model = cls(config)
+        if part == "vision":
+            model.model = model.lm_head = None
+        elif part == "text":
+            model.visual = None
+        elif part:
+            raise ValueError(f"there is no part {part!r} of a model, only vision and text")
         if prepare is not None:
             prepare(model)
-        parameters = dict(model.named_parameters())
-        for name in parameters:
+        parameters, names = dict(model.named_parameters()), released_names(model)
+        for name in (name for parts in names.values() for name in parts):
             if name not in tensors:
                 raise ValueError(f"{path} lacks the tensor {name}")
-        state = {}
+        known = {name for parts in names.values() for name in parts}
         for name, (file, key) in tensors.items():
-            if name not in parameters:
+            of_part = "vision" if name.startswith("visual.") else "text"
+            if name not in known and (not part or part == of_part):
                 raise ValueError(f"{file} has a tensor {key} that the model does not have")
-            state[name] = read_tensor(file, key, parameters[name], dtype, device)
-        if config.tie_word_embeddings:
+        state: dict[str, Tensor] = {}
+        bar = ProgressBar("reading", sum(p.nbytes for p in parameters.values()))
+        for name, parameter in parameters.items():
+            pieces = [tensors[piece] for piece in names[name]]
+            state[name] = read_parameter(pieces, parameter, dtype, device)
+            bar.advance(parameter.nbytes)
+        tied = config.tie_word_embeddings and part != "vision"
+        if tied:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
-        if config.tie_word_embeddings:
+        if tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
 
 
-def read_tensor(file: Path, key: str, like: Tensor, dtype: torch.dtype | None,
-                device: str | torch.device | None) -> Tensor:
-    """A tensor of a file, distributed like `like`: then this rank reads its own slice alone."""
-    with safe_open(file, framework="pt") as reader:  # of each tensor, so that only its pages stay
-        stored = reader.get_slice(key)
-        shape = torch.Size(stored.get_shape())
-        if shape != like.shape:
-            raise ValueError(f"{file}: {key} has shape {tuple(shape)}, "
-                             f"the model needs {tuple(like.shape)}")
-        if not isinstance(like, DTensor):
-            return reader.get_tensor(key).to(device=device, dtype=dtype)
+# --------------------------------------------------------------------------- checkpoints, as read
+
+
+class ProgressBar:
+    """A line with a bar and MB/s, drawn again and again where standard error is a terminal."""
+
+    def __init__(self, doing: str, total: float) -> None:
+        self.doing, self.total, self.done = doing, total, 0.0
+        self.started = time.monotonic()
+        self.shown = sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
+
+    def advance(self, count: float) -> None:
+        """Another `count` bytes of `total` are done."""
+        self.done += count
+        if self.shown:
+            speed = self.done / 1e6 / (time.monotonic() - self.started)
+            line = (f"{self.doing} [{'#' * int(30 * self.done / self.total):30}] "
+                    f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {speed:,.0f} MB/s")
+            print("\r\033[K" + (line if self.done < self.total else ""), end="", file=sys.stderr,
+                  flush=True)
+
+
+def released_names(model: LlavaOneVision) -> dict[str, list[str]]:
+    """The names in files of each parameter: its own, but for stacked experts one for each."""
+    def names(name: str) -> list[str]:
+        stem, stacked, matrix = name.partition(".experts.")
+        if not stacked:
+            return [name]
+        return [f"{stem}.experts.{e}.{matrix}.weight" for e in range(model.config.num_experts)]
+
+    return {name: names(name) for name, _ in model.named_parameters()}
+
+
+def open_tensors(file: Path) -> Any:
+    """The safetensors file, memory-mapped.  Raises ValueError naming it if it cannot be read."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def read_parameter(pieces: list[tuple[Path, str]], like: Tensor, dtype: torch.dtype | None,
+                   device: str | torch.device | None) -> Tensor:
+    """A parameter whose rows are those of one or more tensors, given as (file, key), in turn.
+
+    Distributed like `like`: then this rank reads its own rows alone.  They are copied from the
+    mapped file, which is opened for each parameter, so that its pages do not stay.
+    """
+    begin, end = 0, len(like)
+    if isinstance(like, DTensor):
         chunk, = like.__create_chunk_list__()  # what distributed checkpoints ask it, too
-        rows = slice(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])  # shards are of rows
-        local = stored[rows] if chunk.sizes[0] else reader.get_tensor(key)[:0]
-        return DTensor.from_local(local.to(device=device, dtype=dtype), like.device_mesh,
-                                  like.placements, shape=shape, stride=like.stride())
+        begin, end = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]  # shards are of rows
+    rows = len(like) // len(pieces)  # of a piece
+    wanted = range(begin // rows, max(begin // rows + 1, -(-end // rows)))
+    read, reader, opened = [], None, None
+    for number in wanted if begin < end else (0,):
+        file, key = pieces[number]
+        if file != opened:
+            reader, opened = open_tensors(file), file
+        stored = reader.get_slice(key)
+        if (shape := tuple(stored.get_shape())) != (rows, *like.shape[1:]):
+            raise ValueError(f"{file}: {key} has shape {shape}, "
+                             f"the model needs {(rows, *like.shape[1:])}")
+        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{file}: {key} has numbers of type {stored.get_dtype()}, "
+                             "the model needs floating point")
+        first = number * rows
+        part = stored[max(begin - first, 0):max(min(end - first, rows), 0)]
+        read.append(part.to(device=device, dtype=dtype, copy=len(wanted) == 1))
+    local = read[0] if len(read) == 1 else torch.cat(read)
+    if not isinstance(like, DTensor):
+        return local
+    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape,
+                              stride=like.stride())
 
 
 def read_json_object(file: Path) -> dict:
@@ -532,12 +756,7 @@ def tensor_files(path: Path) -> dict[str, tuple[Path, str]]:
     for file in files:
         if not file.is_file():
             raise ValueError(f"{path} has no {file.name}")
-        try:
-            with safe_open(file, framework="pt") as reader:
-                keys = list(reader.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-        for key in keys:
+        for key in open_tensors(file).keys():
             name = canonical_name(key)
             if name in found:
                 raise ValueError(f"{file}: {key} is also in {found[name][0]}")
@@ -559,15 +778,17 @@ def part_of(name: str) -> str:
 
 @cache
 def parameters_by_part(config: ModelConfig, matrices: bool = False) -> dict[str, int]:
-    """Parameters of each part; or only those in the matrices that all its tokens or patches pass
-    (so neither embedding, of which a token takes a row, nor head, which only labels reach)."""
+    """Parameters of each part; or only those in the matrices that a token or patch passes: of
+    experts K / X, and neither embedding, of which it takes a row, nor head, which labels reach."""
     with torch.device("meta"):
         model = LlavaOneVision(config)
     count = dict.fromkeys(("class token", "vision", "merger", "decoder"), 0)
     for name, parameter in model.named_parameters():
         if not matrices or parameter.dim() > 1 and name not in ("model.embed_tokens.weight",
                                                                 "lm_head.weight"):
-            count[part_of(name)] += parameter.numel()
+            passed = matrices and ".experts." in name
+            count[part_of(name)] += (parameter.numel() * config.num_experts_per_tok
+                                     // config.num_experts if passed else parameter.numel())
     return count
 
 

@@ -77,14 +77,15 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from convert import load_checkpoint, load_tokenizer, save_checkpoint
 from data import (Batch, PackedRows, Step, choose_device, default_texts, encode, flag_parser,
                   held_out_questions, pack, records, train_tokenizer)
-from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, ModelConfig, SharedRow,
+from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, MixtureOfExperts, ModelConfig, SharedRow,
                    parameters_by_part, part_of)
 from vision import MAX_PIXELS, MIN_PIXELS
 
@@ -134,6 +135,7 @@ TINY = {
 }
 RECIPES = {"tiny": TINY, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
+FRESH = ("tiny", "tiny-moe")  # presets that start from random weights, and their own recipe
 GPUS = {"A100": (312e12, 80e9), "A800": (312e12, 80e9), "H100": (989e12, 80e9),  # dense bf16
         "H800": (989e12, 80e9), "H200": (989e12, 141e9), "B200": (2250e12, 180e9)}  # FLOP/s, bytes
 SAMPLE_TOKENS, VISUAL_SHARE = 600, 0.7  # an average sample; half of its words are learnt
@@ -159,7 +161,7 @@ class TrainConfig:
 
     model: str = "tiny"  # a preset of model.py
     stage: str = "all"  # align, mid, instruct, or all three in a row
-    recipe: str = ""  # tiny, quick or full; default quick, but tiny for the tiny model
+    recipe: str = ""  # tiny, quick or full; default quick, but tiny for the tiny models
     start: str = ""  # checkpoint directory to start from; default that of the stage before
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME
     data: str = ""  # captions, questions, mixed, or a .json, .jsonl or .tar file
@@ -171,9 +173,11 @@ class TrainConfig:
     vision_lr: float = 0.0  # peak learning rate of the ViT
     merger_lr: float = 0.0  # peak learning rate of the merger
     max_pixels: int = 0  # largest area of a picture, larger ones are shrunk
+    expert_balance: float = 0.0  # weight of the experts' load-balancing loss (0.001 is usual)
     token_mean: str = "global"  # loss as mean over all label tokens, or of micro-batches' means
     replicas: int = 1  # copies of the model; each is sharded over ranks / replicas
     context_parallel: int = 1  # ranks that share a row
+    expert_parallel: int = 1  # ranks that share the experts of every layer, each holding its own
     recompute: str = ""  # in the backward pass: none, selective (all but attention), layer
     compile: bool = False  # compile layers
     dtype: str = ""  # of products, float32 or bfloat16; default bfloat16 on a GPU
@@ -191,12 +195,19 @@ class TrainConfig:
     mfu: float = 0.0  # for --plan: share of the GPUs' rate; default what 45 % HFU comes to
 
     def __post_init__(self) -> None:
-        check_flags(self, ("longer", "log_every", "replicas", "context_parallel", "gpus",
-                           "tokens"), {
+        check_flags(self, ("longer", "log_every", "replicas", "context_parallel", "expert_parallel",
+                           "gpus", "tokens"), {
             "model": PRESETS, "stage": ("all", *STAGES), "recipe": ("", *RECIPES),
             "token_mean": ("global", "micro"), "dtype": ("", "float32", "bfloat16"),
             "recompute": ("", *RECOMPUTE), "device": ("", "cpu", "cuda"),
             "gpu": [name.lower() for name in GPUS]})
+        experts = PRESETS[self.model].num_experts
+        if (self.expert_parallel > 1 or self.expert_balance) and not experts:
+            raise ValueError(f"--expert-parallel and --expert-balance are for mixtures of experts, which "
+                             f"{self.model} is not")
+        if experts % self.expert_parallel:
+            raise ValueError(f"--expert-parallel {self.expert_parallel} does not divide the "
+                             f"{experts} experts of {self.model}")
         if self.mfu > 1:
             raise ValueError(f"--mfu is a share of 1, not {self.mfu}")
         if 0 < self.max_pixels < MIN_PIXELS:
@@ -204,7 +215,7 @@ class TrainConfig:
 
     def recipes(self) -> dict[str, Recipe]:
         """The stages to run, with the flags applied."""
-        table = RECIPES[self.recipe or ("tiny" if self.model == "tiny" else "quick")]
+        table = RECIPES[self.recipe or ("tiny" if self.model in FRESH else "quick")]
         names = STAGES if self.stage == "all" else [self.stage]
         given = {name: getattr(self, name) for name in
                  ("data", "steps", "rows", "seq_length", "lr", "max_pixels", "recompute")
@@ -233,13 +244,20 @@ class Ranks:
     count: int = 1
     context: int = 1  # neighbours that share a row
     replicas: int = 1  # copies of the model
+    experts: int = 1  # neighbours that share the experts of a layer
     mesh: DeviceMesh | None = None  # over which parameters are sharded; None: whole, in fp32
-    context_mesh: DeviceMesh | None = None  # the neighbours
+    context_mesh: DeviceMesh | None = None  # the neighbours that share a row
+    expert_mesh: DeviceMesh | None = None  # as mesh, with a last dimension of those sharing experts
 
     @property
     def data_ranks(self) -> int:
         """Groups of ranks that work on different rows."""
         return self.count // self.context
+
+
+def mixtures(model: LlavaOneVision) -> list[MixtureOfExperts]:
+    """The mixtures of experts of a model, one of each layer, if it has any."""
+    return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
 
 def find_ranks(config: TrainConfig) -> Ranks:
@@ -249,6 +267,9 @@ def find_ranks(config: TrainConfig) -> Ranks:
         if count % getattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} does not divide "
                              f"the number of ranks, {count}")
+    if count // config.replicas % config.expert_parallel:
+        raise ValueError(f"--expert-parallel {config.expert_parallel} does not divide the number "
+                         f"of ranks that hold a copy, {count // config.replicas}")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if config.device == "cpu" or not torch.cuda.is_available():
         device = choose_device(config.device)
@@ -259,7 +280,7 @@ def find_ranks(config: TrainConfig) -> Ranks:
         torch.cuda.set_device(device)
     dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     return Ranks(device, getattr(torch, dtype), rank, count, config.context_parallel,
-                 config.replicas)
+                 config.replicas, config.expert_parallel)
 
 
 def join_ranks(ranks: Ranks) -> Ranks:
@@ -275,15 +296,37 @@ def join_ranks(ranks: Ranks) -> Ranks:
     kind, shards = ranks.device.type, ranks.count // ranks.replicas
     mesh = (init_device_mesh(kind, (shards,)) if ranks.replicas == 1 else
             init_device_mesh(kind, (ranks.replicas, shards), mesh_dim_names=("copy", "shard")))
-    if ranks.context == 1:
-        return replace(ranks, mesh=mesh)
-    groups = init_device_mesh(kind, (ranks.data_ranks, ranks.context),
-                              mesh_dim_names=("data", "context"))
-    return replace(ranks, mesh=mesh, context_mesh=groups["context"])
+    ranks = replace(ranks, mesh=mesh)
+    if ranks.context > 1:
+        groups = init_device_mesh(kind, (ranks.data_ranks, ranks.context),
+                                  mesh_dim_names=("data", "context"))
+        ranks = replace(ranks, context_mesh=groups["context"])
+    if ranks.experts > 1:
+        sizes, names = [shards // ranks.experts, ranks.experts], ["shard", "expert"]
+        if ranks.replicas > 1:
+            sizes, names = [ranks.replicas, *sizes], ["copy", *names]
+        ranks = replace(ranks, expert_mesh=init_device_mesh(kind, tuple(sizes),
+                                                            mesh_dim_names=tuple(names)))
+    return ranks
+
+
+def shard_experts(model: LlavaOneVision, policy: MixedPrecisionPolicy, ranks: Ranks) -> None:
+    """Give each rank of an expert group its own experts, and shard these over the groups."""
+    group, others = ranks.expert_mesh["expert"], ranks.expert_mesh.mesh_dim_names[:-1]
+    for mixture in mixtures(model):
+        experts = mixture.experts
+        for name, parameter in list(experts.named_parameters()):
+            part = distribute_tensor(parameter.detach(), group, [Shard(0)])
+            experts.register_parameter(name, nn.Parameter(part))
+        experts.group = group.get_group()
+        fully_shard(experts, mesh=ranks.expert_mesh[others], mp_policy=policy)
 
 
 def shard(model: LlavaOneVision, recompute: str, compiled: bool, ranks: Ranks) -> None:
     """Make the layers recompute and compile as told, and spread the parameters over the ranks."""
+    if ranks.context > 1:
+        for mixture in mixtures(model):
+            mixture.row_group = ranks.context_mesh.get_group()
     layers = [*model.visual.blocks, *model.model.layers]
     keep = {"selective": {"context_fn": partial(create_selective_checkpoint_contexts,
                                                 [torch.ops.llava.attention.default])}}
@@ -296,6 +339,8 @@ def shard(model: LlavaOneVision, recompute: str, compiled: bool, ranks: Ranks) -
     if ranks.mesh is None:
         return
     policy = MixedPrecisionPolicy(ranks.dtype, torch.float32, cast_forward_inputs=False)
+    if ranks.experts > 1:
+        shard_experts(model, policy, ranks)
     units = layers
     if not model.config.tie_word_embeddings:  # else the two belong together: to the root
         units = [model.model.embed_tokens, *layers, model.lm_head]
@@ -307,6 +352,10 @@ def shard(model: LlavaOneVision, recompute: str, compiled: bool, ranks: Ranks) -
         register_fsdp_forward_method(module, "loss")
     for unit, following in zip(units, units[1:]):
         unit.set_modules_to_forward_prefetch([following])
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # gradients are summed over the ranks, not averaged
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) -> LlavaOneVision:
@@ -359,24 +408,35 @@ def backward(model: LlavaOneVision, step: Step, ranks: Ranks, token_mean: str) -
                                    **row.inputs(ranks.device))
         if ranks.mesh is not None:  # copies of the model need the sum of the rows only
             model.set_requires_all_reduce(i + 1 == len(step.rows))
-        (loss * ranks.count).backward()  # FSDP takes the mean over the ranks
+        loss.backward()
         total += loss.detach()
     if ranks.count > 1:
         dist.all_reduce(total)
     return float(total)
 
 
+def clip_gradients(parameters: list[nn.Parameter], clip: float) -> Tensor:
+    """Shrink gradients to a norm of at most `clip`, all together; returns what it was."""
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}  # those of experts have another
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter.grad)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in by_mesh.values()]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return norm
+
+
 def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, lr: float,
                clip: float, ranks: Ranks, token_mean: str = "global") -> tuple[float, float]:
     """One optimizer step; returns the loss and the gradient norm."""
     loss = backward(model, step, ranks, token_mean)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    norm = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], clip)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
     optimizer.step()
     optimizer.zero_grad()
-    return loss, float(norm.full_tensor() if ranks.mesh is not None else norm)
+    return loss, float(norm)
 
 
 # ------------------------------------------------------------------------------------- accounting
@@ -461,6 +521,23 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def routing(model: LlavaOneVision, ranks: Ranks) -> dict[str, list[float]]:
+    """By layer, since it was asked last: tokens of the busiest and of the idlest expert over the
+    mean of all, and the balance (see model.MixtureOfExperts)."""
+    layers = mixtures(model)
+    if not layers:
+        return {}
+    sums = torch.stack([layer.routed for layer in layers])  # (layers, X + 2)
+    if ranks.count > 1:
+        dist.all_reduce(sums)
+    for layer in layers:
+        layer.routed = 0
+    load, balance, passes = sums[:, :-2], sums[:, -2], sums[:, -1] / ranks.context
+    load = load / load.mean(1, keepdim=True)
+    return {"expert_most": load.amax(1).tolist(), "expert_least": load.amin(1).tolist(),
+            "expert_balance": (balance / passes).tolist()}
+
+
 class Log:
     """The first rank's log: lines on the console, as JSON in a file, in TensorBoard if wanted."""
 
@@ -480,8 +557,11 @@ class Log:
         self.file.flush()
         if self.board is not None and "stage" in values:
             for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{values['stage']}/{name}", value, values["step"])
+                by_layer = value if isinstance(value, list) else [value]
+                for layer, number in enumerate(by_layer):
+                    if isinstance(number, (int, float)):
+                        tag = f"{values['stage']}/{name}" + f"/{layer}" * (len(by_layer) > 1)
+                        self.board.add_scalar(tag, number, values["step"])
             self.board.flush()
 
     def progress(self, stage: str, step: int, steps: int, left: float) -> None:
@@ -493,8 +573,9 @@ class Log:
 
 
 def log_step(log: Log, name: str, step: int, recipe: Recipe, seen: Counter, seconds: float,
-             left: float, peak: float, device: torch.device) -> None:
-    """One line on the steps since the last: `seen` has their sums, over all ranks."""
+             left: float, peak: float, device: torch.device, routed: dict[str, list]) -> None:
+    """One line on the steps since the last: `seen` has their sums, over all ranks, `routed` what
+    `routing` says of them."""
     steps, (minutes, rest) = seen["steps"], divmod(round(left), 60)
     padding = 1 - seen["tokens"] / (steps * recipe.rows * recipe.seq_length)
     shown = (  # name, value, and how the line shows it
@@ -512,8 +593,12 @@ def log_step(log: Log, name: str, step: int, recipe: Recipe, seen: Counter, seco
         ("seconds_left", left, f"{minutes // 60}:{minutes % 60:02}:{rest:02} left"),
         ("skipped", seen["skipped"], "{} samples too long" if seen["skipped"] else ""))
     text = "  ".join(form.format(value) for _, value, form in shown if form)
+    if routed:
+        mean = sum(routed["expert_balance"]) / len(routed["expert_balance"])
+        text += (f"  experts {min(routed['expert_least']):.2f} to {max(routed['expert_most']):.2f}, "
+                 f"balance {mean:.3f}")
     log.line(f"{name:8} {step:6}/{recipe.steps}  {text}", stage=name, step=step,
-             **{key: value for key, value, _ in shown})
+             **{key: value for key, value, _ in shown}, **routed)
 
 
 # -------------------------------------------------------------------------------- what a run needs
@@ -641,6 +726,9 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
                 config: TrainConfig, ranks: Ranks, log: Log) -> None:
     """Run one stage; the model is changed in place."""
     optimizer = make_optimizer(model, recipe)
+    for mixture in mixtures(model):  # mean over layers and rows; none where routers are frozen
+        mixture.balance_weight = config.expert_balance * ("decoder" in recipe.trainable) / (
+            len(mixtures(model)) * recipe.rows)
     rate, source = matrix_rate(ranks)
     log.line(f"{name}: {', '.join(recipe.trainable)} trained, {recipe.steps} steps of "
              f"{recipe.rows} rows; MFU of {ranks.count} x {rate / 1e12:.3g} TFLOP/s ({source})",
@@ -672,7 +760,7 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
         left = (now - started) / number * (recipe.steps - number)
         if number % config.log_every == 0 or number == recipe.steps:
             log_step(log, name, number, recipe, seen, now - mark, left, rate * ranks.count,
-                     ranks.device)
+                     ranks.device, routing(model, ranks))
             mark, seen = now, Counter()
         log.progress(name, number, recipe.steps, left)
 
@@ -721,7 +809,7 @@ def start_of(config: TrainConfig) -> str:
             raise ValueError(f"stage {config.stage} starts from what stage {earlier[-1]} wrote, "
                              f"but there is no {before}: name a directory with --start")
         return str(before)
-    if config.model != "tiny":
+    if config.model not in FRESH:
         raise ValueError(f"{config.model} starts from a checkpoint: name it with --start")
     return ""
 
@@ -734,8 +822,8 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str) -> Tokenizer:
     preset = PRESETS[config.model]
     if start:
         found = ModelConfig.from_dir(start)
-        if (found.hidden_size, found.num_hidden_layers) != (preset.hidden_size,
-                                                            preset.num_hidden_layers):
+        if any(getattr(found, name) != getattr(preset, name) for name in
+               ("hidden_size", "num_hidden_layers", "num_experts")):
             raise ValueError(f"{start} is not of the size {config.model}: "
                              "name its preset with --model")
     tokenizer = load_tokenizer(Path(start)) if start else train_tokenizer(
