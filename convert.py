@@ -1,14 +1,36 @@
-"""Everything on disk: checkpoint directories in the released layout, read, written and found.
+"""Everything on disk: checkpoint directories in the released layout, read, written and converted.
 
 In and out: a model and its tokenizer, or a directory with config.json, *.safetensors and
 tokenizer.json.  What a run writes and what was released are read by the same code.
-Called by `train.py` and `sample.py`; calls `model.py`, which reads the weights.
+Called by `train.py` and `sample.py`, and by people; calls `model.py`, which reads the weights.
+
+The idea.  A layout says for each parameter of the model which tensors of a directory its rows are:
+
+    parameter                        released, a run's            the sources of stage 0
+    visual.blocks.0.norm1.weight     the same                     vision_model.encoder.layers.0.
+                                                                  layer_norm1.weight
+    visual.blocks.0.attn.qkv.weight  the same                     ...self_attn.{q,k,v}_proj.weight
+    model.layers.0.mlp.experts.      model.layers.0.mlp.experts.  as released
+      gate_proj                        {0,1,...}.gate_proj.weight
+
+so every conversion is one loop: read a parameter's rows by one layout, write them by another.  One
+parameter and one file to be written are in memory at a time, whatever the size of the model.
+
+Run `python convert.py merge --vit DIR --llm DIR --tokenizer DIR --out DIR`: stage 0, from a ViT and
+a Qwen3; `split DIR --out DIR` is its inverse.  `export RUN --out DIR`: what training wrote, with
+all the files that Hugging Face code wants beside it.  `verify DIR [DIR]`: is a directory whole, and
+how far is it from another.
 """
 
+import argparse
+import hashlib
 import json
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import islice
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -18,9 +40,43 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from model import LlavaOneVision, ModelConfig, released_names
+from data import flag_parser
+from model import (LlavaOneVision, ModelConfig, ProgressBar, check_names, decoder_sizes, number,
+                   read_json_object, read_parameter, refuse_others, released_names, tensor_files)
+from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, VisionConfig
 
 SHARD = 5e9  # bytes of a file of weights at most
+PUBLISHED = "lmms-lab/LLaVA-OneVision-1.5-8B-Instruct"  # whose modelling code config.json points at
+VIT_NAMES = (  # in turn: what in our names of the ViT is what in those of its own checkpoint
+    ("visual.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.class_pos_emb", "vision_model.class_pos_emb"),
+    ("visual.pre_layernorm.", "vision_model.pre_layrnorm."),  # spelt so
+    ("visual.blocks.", "vision_model.encoder.layers."),
+    (".norm", ".layer_norm"), (".attn.proj.", ".self_attn.out_proj."))
+NOT_OURS = ("post_layernorm.weight", "post_layernorm.bias", "inv_freq")  # sources have, we do not
+# ChatML as data.render writes it, in Jinja for Hugging Face's tokenizers
+CHAT_TEMPLATE = r"""
+{%- macro begin(role) %}{{ '<|im_start|>' + role + '\n' }}{% endmacro -%}
+{%- if messages[0].role != 'system' %}
+{{- begin('system') + 'You are a helpful assistant.<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+{{- begin(message.role) }}
+{%- if message.content is string %}{{ message.content }}
+{%- else %}
+{%- for item in message.content %}
+{%- if item.type == 'text' or 'text' in item %}{{ item.text }}
+{%- elif item.type in ('image', 'image_url', 'video') %}
+{{- '<|vision_start|><|' + item.type[:5] + '_pad|><|vision_end|>' }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ begin('assistant') }}{% endif %}
+""".strip()
+Layout = dict[str, list[str]]  # the tensors whose rows, one after the other, are a parameter's
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
@@ -82,6 +138,19 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def check_tokenizer(path: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raise ValueError unless a directory's tokenizer is one for the model."""
+    for token, expected in (("<|image_pad|>", config.image_token_id),
+                            ("<|video_pad|>", config.video_token_id)):
+        found = tokenizer.token_to_id(token)
+        if found != expected:
+            raise ValueError(f"{path}: {token} is {found} in tokenizer.json, "
+                             f"but {expected} in config.json")
+    if max(tokenizer.get_vocab().values()) >= config.vocab_size:
+        raise ValueError(f"{path}: tokenizer.json has more tokens than the model's "
+                         f"{config.vocab_size}")
+
+
 def load_checkpoint(
     path: str | Path, dtype: torch.dtype, device: torch.device,
     prepare: Callable[[LlavaOneVision], None] | None = None,
@@ -93,15 +162,7 @@ def load_checkpoint(
     path = Path(path)
     config = ModelConfig.from_dir(path)
     tokenizer = load_tokenizer(path)
-    for token, expected in (("<|image_pad|>", config.image_token_id),
-                            ("<|video_pad|>", config.video_token_id)):
-        found = tokenizer.token_to_id(token)
-        if found != expected:
-            raise ValueError(f"{path}: {token} is {found} in tokenizer.json, "
-                             f"but {expected} in config.json")
-    if max(tokenizer.get_vocab().values()) >= config.vocab_size:
-        raise ValueError(f"{path}: tokenizer.json has more tokens than the model's "
-                         f"{config.vocab_size}")
+    check_tokenizer(path, tokenizer, config)
     return LlavaOneVision.from_pretrained(path, dtype, device, prepare), tokenizer
 
 
@@ -194,3 +255,356 @@ def newest_checkpoint() -> tuple[Path, str]:
     if own:
         return max(own, key=lambda file: file.stat().st_mtime).parent, "your newest run"
     return Path(__file__).parent / "assets" / "tiny", "shipped with the project"
+
+
+# ---------------------------------------------------------------------------- from layout to layout
+
+
+def nested_layout(layout: Layout) -> Layout:
+    """The other published layout, the names that the modules have in Hugging Face's model."""
+    def nested(name: str) -> str:
+        if name.startswith("visual."):
+            return f"model.{name}"
+        return name.replace("model.", "model.language_model.", 1) if name[:6] == "model." else name
+
+    return {name: [nested(piece) for piece in pieces] for name, pieces in layout.items()}
+
+
+def source_layouts(layout: Layout) -> tuple[Layout, Layout]:
+    """Those of the ViT's and of the decoder's own checkpoint; the merger is in neither."""
+    vit: Layout = {}
+    for name in layout:
+        if name.startswith("visual.") and not name.startswith("visual.merger."):
+            theirs = name
+            for our_part, their_part in VIT_NAMES:
+                theirs = theirs.replace(our_part, their_part)
+            stem, stacked, kind = theirs.partition(".attn.qkv.")
+            vit[name] = ([f"{stem}.self_attn.{matrix}_proj.{kind}" for matrix in "qkv"] if stacked
+                         else [theirs])
+    return vit, {name: pieces for name, pieces in layout.items() if not name.startswith("visual.")}
+
+
+def meta_model(config: ModelConfig) -> LlavaOneVision:
+    """A model without numbers, for its parameters' names and shapes."""
+    with torch.device("meta"):
+        return LlavaOneVision(config)
+
+
+def tensor_sizes(model: LlavaOneVision, layout: Layout, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each tensor of a layout, in the order in which parameters come."""
+    return {piece: parameter.numel() * dtype.itemsize // len(layout[name])
+            for name, parameter in model.named_parameters() if name in layout
+            for piece in layout[name]}
+
+
+def read_tensors(model: LlavaOneVision, source: Layout, tensors: dict[str, tuple[Path, str]],
+                 target: Layout, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Read the parameters that `target` has by `source`, yield them by `target`.
+
+    dtype: None keeps that of the files.
+    """
+    wanted = {name: p for name, p in model.named_parameters() if name in target}
+    files = (tensors[piece][0] for name in wanted for piece in source[name])
+    bar = ProgressBar("reading", files, sum(p.numel() for p in wanted.values()))
+    for name, parameter in wanted.items():
+        pieces = [tensors[piece] for piece in source[name]]
+        yield from pieces_of(read_parameter(pieces, parameter, dtype, None), target[name])
+        bar.advance(parameter.numel())
+
+
+def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype,
+               code: str = PUBLISHED) -> dict[str, str]:
+    """All files but the weights that Hugging Face's loaders want, by name: configuration,
+    generation, tokenizer, chat template and picture processor.
+
+    code: the repository whose modelling code is to be loaded; it has none for mixtures of experts.
+    """
+    about = config_json(config, dtype)
+    if not config.num_experts:
+        config_class = "configuration_llavaonevision1_5.Llavaonevision1_5Config"
+        model_class = "modeling_llavaonevision1_5.LLaVAOneVision1_5_ForConditionalGeneration"
+        about["auto_map"] = {name: f"{code}--{found}" for name, found in (
+            ("AutoConfig", config_class), ("AutoModel", model_class),
+            ("AutoModelForCausalLM", model_class))}
+    added = {number: {"content": token.content, "special": token.special, "lstrip": token.lstrip,
+                      "rstrip": token.rstrip, "normalized": token.normalized,
+                      "single_word": token.single_word}
+             for number, token in tokenizer.get_added_tokens_decoder().items()}
+    special = [token["content"] for token in added.values() if token["special"]]
+    roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+             "additional_special_tokens": [t for t in special if t != "<|endoftext|>"]}
+    end, stop = (tokenizer.token_to_id(f"<|{name}|>") for name in ("endoftext", "im_end"))
+    bpe = json.loads(tokenizer.to_str())["model"]
+    pictures = {
+        "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "image_mean": [round(x, 8) for x in CLIP_MEAN.tolist()], "resample": 3,
+        "image_std": [round(x, 8) for x in CLIP_STD.tolist()], "rescale_factor": 1 / 255,
+        "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS,
+        "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}, "patch_size": 14,
+        "merge_size": 2, "temporal_patch_size": 1, "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor"}
+    objects = {
+        "config.json": about,
+        "generation_config.json": {"bos_token_id": end, "eos_token_id": [stop, end],
+                                   "pad_token_id": end},
+        "tokenizer_config.json": {
+            "tokenizer_class": "Qwen2Tokenizer", "processor_class": "Qwen2_5_VLProcessor",
+            **roles, "added_tokens_decoder": added, "chat_template": CHAT_TEMPLATE,
+            "bos_token": None, "unk_token": None, "add_bos_token": False, "errors": "replace",
+            "add_prefix_space": False, "clean_up_tokenization_spaces": False,
+            "split_special_tokens": False, "model_max_length": config.max_position_embeddings},
+        "special_tokens_map.json": roles,
+        "added_tokens.json": {token["content"]: number for number, token in added.items()},
+        "vocab.json": bpe["vocab"],
+        "preprocessor_config.json": pictures,
+    }
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"])
+    return {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE,
+            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+            **{name: json.dumps(content, indent=2, ensure_ascii=False)
+               for name, content in objects.items()}}
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+def stage0_config(vit: Path, llm: Path, tokenizer: Tokenizer) -> ModelConfig:
+    """The merged model's sizes, from the configurations of its parts.  Raises ValueError."""
+    for path in (vit, llm):
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} is no checkpoint: it has no config.json")
+    file = vit / "config.json"
+    raw = read_json_object(file)
+    raw = raw.get("vision_config", raw)
+    refuse_others(file, raw, {"patch_size": 14, "num_channels": 3, "hidden_act": "gelu"})
+    depth, width, heads, ffn = (int(number(file, raw, key)) for key in (
+        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"))
+    file = llm / "config.json"
+    sizes = decoder_sizes(file, read_json_object(file))
+    return ModelConfig(
+        **sizes, image_token_id=tokenizer.token_to_id("<|image_pad|>"),
+        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
+        vision=VisionConfig(depth, width, heads, ffn, int(sizes["hidden_size"]),
+                            raw.get("layer_norm_eps", 1e-5)))
+
+
+def fresh_merger(model: LlavaOneVision, seed: int, dtype: torch.dtype,
+                 ) -> Iterator[tuple[str, Tensor]]:
+    """The merger's tensors as LlavaOneVision.init_weights has them: linear weights normal."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.startswith("visual.merger."):
+            tensor = torch.zeros(parameter.shape)
+            if parameter.dim() > 1:
+                tensor.normal_(std=model.config.initializer_range, generator=generator)
+            elif name.endswith("weight"):  # of the norm
+                tensor.fill_(1)
+            yield name, tensor.to(dtype)
+
+
+def merge(flags: argparse.Namespace) -> Iterator[str]:
+    """Stage 0: a ViT and a decoder, each as published, with a random merger between them."""
+    vit, llm, out = Path(flags.vit), Path(flags.llm), Path(flags.out)
+    tokenizer = load_tokenizer(Path(flags.tokenizer))
+    model = meta_model(stage0_config(vit, llm, tokenizer))
+    check_tokenizer(Path(flags.tokenizer), tokenizer, model.config)
+    released = released_names(model)
+    vit_layout, llm_layout = source_layouts(released)
+    tensors = tensor_files(vit) | tensor_files(llm)
+    tied = "lm_head.weight" not in tensors
+    if tied:
+        llm_layout["lm_head.weight"] = llm_layout["model.embed_tokens.weight"]
+    for path, layout in ((vit, vit_layout), (llm, llm_layout)):
+        check_names(path, tensor_files(path), layout, NOT_OURS)
+    target = {name: released[name] for name in vit_layout | llm_layout}
+    merger = {name: [name] for name in released if name.startswith("visual.merger.")}
+    sizes = tensor_sizes(model, merger, flags.dtype) | tensor_sizes(model, target, flags.dtype)
+    read = read_tensors(model, vit_layout | llm_layout, tensors, target, flags.dtype)
+    write_directory(out, sizes, chain(fresh_merger(model, flags.seed, flags.dtype), read),
+                    side_files(model.config, tokenizer, flags.dtype, flags.code))
+    yield (f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, merger from seed "
+           f"{flags.seed}" + (", head copied from the embedding" if tied else ""))
+    if flags.verify:
+        for name, path, layout in (("ViT", vit, vit_layout), ("decoder", llm, llm_layout)):
+            found = dict(differences(model, layout, tensors, target, tensor_files(out)))
+            yield (f"{name}: {len(found)} tensors of {path} are in {out}, the largest difference "
+                   f"is {max(found.values()):.3g}")
+
+
+def split(flags: argparse.Namespace) -> Iterator[str]:
+    """The inverse of `merge`: OUT/vit and OUT/llm, each as published; the merger is left out."""
+    path, out = Path(flags.path), Path(flags.out)
+    model, tensors = whole_checkpoint(path)
+    tokenizer, config = load_tokenizer(path), model.config
+    released = released_names(model)
+    vit_layout, llm_layout = source_layouts(released)
+    if out.exists():
+        raise ValueError(f"{out} is there already")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings or torch.equal(*(
+            read_parameter([tensors[name]], model.get_parameter(name), None, None)
+            for name in (embedding, head))):
+        config = replace(config, tie_word_embeddings=True)
+        llm_layout.pop(head, None)
+    width = model.config.vision.embed_dim  # what Hugging Face's class has behind the last layer
+    norm = {"vision_model.post_layernorm.weight": torch.ones(width, dtype=flags.dtype),
+            "vision_model.post_layernorm.bias": torch.zeros(width, dtype=flags.dtype)}
+    norm_sizes = {name: tensor.nbytes for name, tensor in norm.items()}
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, layout, more, sizes, texts in (
+                ("vit", vit_layout, norm, norm_sizes, {"config.json": vit_json(config)}),
+                ("llm", llm_layout, {}, {}, {"config.json": llm_json(config, flags.dtype),
+                                             "tokenizer.json": tokenizer.to_str(pretty=True)})):
+            read = read_tensors(model, released, tensors, layout, flags.dtype)
+            write_directory(partial / name, tensor_sizes(model, layout, flags.dtype) | sizes,
+                            chain(read, more.items()), texts)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    yield f"{out / 'vit'} and {out / 'llm'}: head " + (
+        "tied to the embedding" if config.tie_word_embeddings else "of its own")
+
+
+def vit_json(config: ModelConfig) -> str:
+    """`config.json` of the ViT alone, for Hugging Face's MLCDVisionModel."""
+    vision = config.vision
+    return json.dumps({
+        "architectures": ["MLCDVisionModel"], "model_type": "mlcd_vision_model",
+        "hidden_size": vision.embed_dim, "num_hidden_layers": vision.depth,
+        "num_attention_heads": vision.num_heads, "intermediate_size": vision.intermediate_size,
+        "layer_norm_eps": vision.layer_norm_eps, "hidden_act": "gelu", "image_size": 560,
+        "patch_size": 14, "num_channels": 3, "num_key_value_groups": 1}, indent=2)
+
+
+def llm_json(config: ModelConfig, dtype: torch.dtype) -> str:
+    """`config.json` of the decoder alone, for Hugging Face's Qwen3 or Qwen3-MoE."""
+    kind = "Qwen3Moe" if config.num_experts else "Qwen3"
+    about = config_json(config, dtype)
+    return json.dumps({**about["text_config"], "architectures": [f"{kind}ForCausalLM"],
+                       "model_type": "qwen3_moe" if config.num_experts else "qwen3",
+                       "torch_dtype": about["torch_dtype"]}, indent=2)
+
+
+def whole_checkpoint(path: Path) -> tuple[LlavaOneVision, dict[str, tuple[Path, str]]]:
+    """The model that a directory is of, without numbers, and where its tensors are.
+
+    Raises ValueError naming what is missing or not its own.
+    """
+    config, tensors = ModelConfig.from_dir(path), tensor_files(path)
+    model = meta_model(replace(config, tie_word_embeddings="lm_head.weight" not in tensors))
+    check_names(path, tensors, released_names(model))
+    return model, tensors
+
+
+def export(flags: argparse.Namespace) -> Iterator[str]:
+    """A checkpoint, or a run's last, to the released format with all its files."""
+    path, out = Path(flags.path), Path(flags.out)
+    stages = [file for file in path.glob("*/config.json") if file.parent.suffix != ".partial"]
+    if not (path / "config.json").is_file() and stages:
+        path = max(stages, key=lambda file: file.stat().st_mtime).parent
+    model, tensors = whole_checkpoint(path)
+    tokenizer, released = load_tokenizer(path), released_names(model)
+    check_tokenizer(path, tokenizer, model.config)
+    target = nested_layout(released) if flags.layout == "nested" else released
+    write_directory(out, tensor_sizes(model, target, flags.dtype),
+                    read_tensors(model, released, tensors, target, flags.dtype),
+                    side_files(model.config, tokenizer, flags.dtype, flags.code))
+    yield (f"{path} -> {out}: {len(tensors):,} tensors, {flags.layout} names, {flags.dtype}, "
+           + (f"code of {flags.code}" if not model.config.num_experts else
+              "no auto_map: there is no published code that reads mixtures of experts"))
+
+
+def differences(model: LlavaOneVision, layout: Layout, tensors: dict[str, tuple[Path, str]],
+                other_layout: Layout, others: dict[str, tuple[Path, str]],
+                ) -> Iterator[tuple[str, float]]:
+    """For each tensor of a layout, how far the numbers of two directories are apart at most."""
+    pairs = zip(read_tensors(model, layout, tensors, layout, None),
+                read_tensors(model, other_layout, others, layout, None))
+    for (name, a), (_, b) in pairs:
+        blocks = zip(a.split(4096), b.split(4096))
+        yield name, max(float((x.double() - y.double()).abs().max()) for x, y in blocks)
+
+
+def verify(flags: argparse.Namespace) -> Iterator[str]:
+    """Is a directory whole: names, shapes, types, finite numbers; hashes; distance to another."""
+    path = Path(flags.path)
+    model, tensors = whole_checkpoint(path)
+    layout, kinds = released_names(model), Counter()
+    for name, tensor in read_tensors(model, layout, tensors, layout, None):
+        wrong = tensor.numel() - int(tensor.isfinite().sum())
+        if wrong:
+            file, key = tensors[name]
+            raise ValueError(f"{file}: {wrong} numbers of {key} are not finite")
+        kinds[str(tensor.dtype).removeprefix("torch.")] += 1
+    for file in sorted(file for file in path.iterdir() if file.is_file()):
+        with open(file, "rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        yield f"{digest}  {file.stat().st_size:>14,}  {file.name}"
+    yield (f"{path} is whole: {len(tensors):,} tensors, "
+           f"{sum(p.numel() for p in model.parameters()):,} parameters, all finite, "
+           + ", ".join(f"{count:,} of {kind}" for kind, count in kinds.items()))
+    if flags.other:
+        other_model, others = whole_checkpoint(Path(flags.other))
+        if other_model.config != model.config:
+            raise ValueError(f"{flags.other} is of another model than {path}: their config.json "
+                             "differ")
+        apart = dict(differences(model, layout, tensors, layout, others))
+        yield from (f"{distance:12.4g}  {name}" for name, distance in apart.items() if distance)
+        farthest = max(apart, key=apart.get)
+        yield (f"{path} and {flags.other} differ most in {farthest}, by {apart[farthest]:.4g}"
+               if apart[farthest] else f"{path} and {flags.other} have the same numbers")
+
+
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    parser = flag_parser("Convert and check checkpoint directories.")
+    commands = parser.add_subparsers(
+        dest="command", required=True,
+        parser_class=lambda prog, description: flag_parser(description))
+    for command in (merge, split, export, verify):
+        what = command.__doc__.splitlines()[0]
+        sub = commands.add_parser(command.__name__, help=what, description=what)
+        sub.prog = f"convert.py {command.__name__}"
+        sub.set_defaults(run=command)
+        if command is merge:
+            for name, what in (("vit", "the ViT's checkpoint, rice-vit-large-patch14-560"),
+                               ("llm", "the decoder's, a Qwen3 of any size"),
+                               ("tokenizer", "directory with the tokenizer.json to use")):
+                sub.add_argument(f"--{name}", required=True, metavar="DIR", help=what)
+            sub.add_argument("--seed", type=int, default=0, help="of the merger's weights")
+            sub.add_argument("--verify", action="store_true",
+                             help="compare the parts with their sources afterwards")
+        else:
+            sub.add_argument("path", metavar="RUN" if command is export else "DIR")
+        if command is verify:
+            sub.add_argument("other", metavar="DIR2", nargs="?", help="how far is this one")
+            continue
+        sub.add_argument("--out", required=True, metavar="DIR", help="to be written, must be new")
+        sub.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+        if command is export:
+            sub.add_argument("--layout", default="released", choices=["released", "nested"],
+                             help="names visual.* or model.visual.*, as in the README")
+        if command in (merge, export):
+            sub.add_argument("--code", default=PUBLISHED, metavar="OWNER/NAME",
+                             help="repository whose code config.json's auto_map names")
+    flags = parser.parse_args(arguments)
+    if flags.command != "verify":
+        flags.dtype = getattr(torch, flags.dtype)
+    return flags
+
+
+def main() -> None:
+    try:
+        flags = parse_flags(sys.argv[1:])
+        for line in flags.run(flags):
+            print(line, flush=True)
+    except (ValueError, OSError) as error:
+        print(f"convert.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

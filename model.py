@@ -22,14 +22,15 @@ K of them for a token.
 Module names are those of the released checkpoints, so a state dict is a file's content as it is,
 but for experts: a file has a tensor for each, memory has them stacked (`released_names`).
 
-Run `python model.py`: prints parameters of every preset by part.
+Run `python model.py`: prints parameters of every preset by part, and how many are in the decoder
+matrices that a token passes.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -87,38 +88,46 @@ class ModelConfig:
         if not isinstance(text, dict) or not isinstance(vision, dict):
             raise ValueError(f"{file} lacks text_config or vision_config")
 
-        def number(section: dict, key: str) -> float:
-            if not isinstance(section.get(key), (int, float)):
-                raise ValueError(f"{file}: {key} is {section.get(key)!r}, not a number")
-            return section[key]
-
-        rope = text.get("rope_parameters") or text  # transformers 5 nests the base
-        scaling = text.get("rope_scaling") or rope
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{file}: rotary scaling {kind!r} is not supported")
-        dense = {key: number(text, key) for key in (
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps",
-            "max_position_embeddings", "initializer_range")}
-        sizes = {key: number(vision, key) for key in (
+        sizes = {key: number(file, vision, key) for key in (
             "depth", "embed_dim", "num_heads", "intermediate_size", "text_hidden_size",
             "layer_norm_eps")}
-        ids = {key: number(raw, key) for key in ("image_token_id", "video_token_id")}
-        fixed = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 1}
-        for key, value in fixed.items():
-            if vision.get(key, value) != value:
-                raise ValueError(f"{file}: {key} is {vision[key]}, only {value} is supported")
-        experts = {}
-        if text.get("num_experts"):
-            experts = {key: number(text, key) for key in (
-                "num_experts", "num_experts_per_tok", "moe_intermediate_size")}
-            for key, value in {"decoder_sparse_step": 1, "mlp_only_layers": [],
-                               "norm_topk_prob": True}.items():
-                if text.get(key, value) != value:
-                    raise ValueError(f"{file}: {key} is {text[key]}, only {value} is supported")
-        return cls(**dense, **ids, **experts, rope_theta=number(rope, "rope_theta"),
-                   vision=VisionConfig(**sizes))
+        ids = {key: number(file, raw, key) for key in ("image_token_id", "video_token_id")}
+        refuse_others(file, vision, {"patch_size": 14, "spatial_merge_size": 2,
+                                     "temporal_patch_size": 1})
+        return cls(**decoder_sizes(file, text), **ids, vision=VisionConfig(**sizes))
+
+
+def number(file: Path, section: dict, key: str) -> float:
+    """A number of a configuration file.  Raises ValueError if it is none."""
+    if not isinstance(section.get(key), (int, float)):
+        raise ValueError(f"{file}: {key} is {section.get(key)!r}, not a number")
+    return section[key]
+
+
+def refuse_others(file: Path, section: dict, supported: dict[str, Any]) -> None:
+    """Raise ValueError if a setting is there and has another value than the one supported."""
+    for key, value in supported.items():
+        if section.get(key, value) != value:
+            raise ValueError(f"{file}: {key} is {section[key]}, only {value} is supported")
+
+
+def decoder_sizes(file: Path, text: dict) -> dict[str, Any]:
+    """The decoder's fields of a ModelConfig, from a `text_config` or Qwen3's own `config.json`."""
+    rope = text.get("rope_parameters") or text  # transformers 5 nests the base
+    scaling = text.get("rope_scaling") or rope
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{file}: rotary scaling {kind!r} is not supported")
+    keys = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps",
+            "max_position_embeddings", "initializer_range"]
+    if text.get("num_experts"):
+        keys += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
+        refuse_others(file, text, {"decoder_sparse_step": 1, "mlp_only_layers": [],
+                                   "norm_topk_prob": True})
+    refuse_others(file, text, {"attention_bias": False, "hidden_act": "silu"})
+    return {"rope_theta": number(file, rope, "rope_theta"),
+            **{key: number(file, text, key) for key in keys}}
 
 
 def qwen3(layers: int, hidden: int, ffn: int, heads: int, theta: float) -> ModelConfig:
@@ -374,8 +383,8 @@ class MixtureOfExperts(nn.Module):
         weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)  # (T, K)
         chosen = chosen.flatten()
         order = chosen.argsort(stable=True)  # (T K,)
-        counts = torch.zeros_like(p[0], dtype=torch.int64).scatter_add(
-            0, chosen, torch.ones_like(chosen))  # (X,)
+        counts = chosen.new_zeros(p.shape[1])  # (X,)
+        counts.scatter_add_(0, chosen, torch.ones_like(chosen))
         # rows are copied, then permuted: the gradient of either is the same bits on every run
         copies = x[:, None].expand(-1, self.experts_per_token, -1).flatten(0, 1)  # (T K, C)
         y = self.experts(copies[order], counts)[order.argsort()].unflatten(0, weights.shape)
@@ -505,6 +514,7 @@ class LlavaOneVision(nn.Module):
             if isinstance(module, Experts):
                 for parameter in module.parameters():
                     nn.init.normal_(parameter, std=self.config.initializer_range)
+                module.down_proj *= self.config.num_experts_per_tok  # each counts for 1 / K
         nn.init.normal_(self.visual.patch_embed.proj.weight, std=0.5)
         nn.init.normal_(self.visual.class_embedding, std=self.config.vision.embed_dim**-0.5)
         nn.init.normal_(self.visual.class_pos_emb)
@@ -620,20 +630,15 @@ class LlavaOneVision(nn.Module):
         if prepare is not None:
             prepare(model)
         parameters, names = dict(model.named_parameters()), released_names(model)
-        for name in (name for parts in names.values() for name in parts):
-            if name not in tensors:
-                raise ValueError(f"{path} lacks the tensor {name}")
-        known = {name for parts in names.values() for name in parts}
-        for name, (file, key) in tensors.items():
-            of_part = "vision" if name.startswith("visual.") else "text"
-            if name not in known and (not part or part == of_part):
-                raise ValueError(f"{file} has a tensor {key} that the model does not have")
+        foreign = {"vision": ("model.", "lm_head."), "text": ("visual.",)}.get(part, ())
+        check_names(path, tensors, names, foreign)
         state: dict[str, Tensor] = {}
-        bar = ProgressBar("reading", sum(p.nbytes for p in parameters.values()))
+        bar = ProgressBar("reading", (file for file, _ in tensors.values()),
+                          sum(p.numel() for p in parameters.values()))
         for name, parameter in parameters.items():
             pieces = [tensors[piece] for piece in names[name]]
             state[name] = read_parameter(pieces, parameter, dtype, device)
-            bar.advance(parameter.nbytes)
+            bar.advance(parameter.numel())
         tied = config.tie_word_embeddings and part != "vision"
         if tied:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -647,22 +652,25 @@ class LlavaOneVision(nn.Module):
 
 
 class ProgressBar:
-    """A line with a bar and MB/s, drawn again and again where standard error is a terminal."""
+    """A line with a bar and MB/s, drawn again and again where standard error is a terminal.
 
-    def __init__(self, doing: str, total: float) -> None:
+    files: what is read; total: how much `advance` will be told in all, in numbers or bytes.
+    """
+
+    def __init__(self, doing: str, files: Iterable[Path], total: float) -> None:
         self.doing, self.total, self.done = doing, total, 0.0
+        self.megabytes = sum(file.stat().st_size for file in set(files)) / 1e6
         self.started = time.monotonic()
         self.shown = sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
 
     def advance(self, count: float) -> None:
-        """Another `count` bytes of `total` are done."""
         self.done += count
         if self.shown:
-            speed = self.done / 1e6 / (time.monotonic() - self.started)
-            line = (f"{self.doing} [{'#' * int(30 * self.done / self.total):30}] "
-                    f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {speed:,.0f} MB/s")
-            print("\r\033[K" + (line if self.done < self.total else ""), end="", file=sys.stderr,
-                  flush=True)
+            share = self.done / self.total
+            speed = share * self.megabytes / (time.monotonic() - self.started)
+            line = (f"{self.doing} [{'#' * int(30 * share):30}] {share * self.megabytes:,.0f} of "
+                    f"{self.megabytes:,.0f} MB, {speed:,.0f} MB/s")
+            print("\r\033[K" + (line if share < 1 else ""), end="", file=sys.stderr, flush=True)
 
 
 def released_names(model: LlavaOneVision) -> dict[str, list[str]]:
@@ -674,6 +682,19 @@ def released_names(model: LlavaOneVision) -> dict[str, list[str]]:
         return [f"{stem}.experts.{e}.{matrix}.weight" for e in range(model.config.num_experts)]
 
     return {name: names(name) for name, _ in model.named_parameters()}
+
+
+def check_names(path: str | Path, tensors: dict[str, tuple[Path, str]],
+                names: dict[str, list[str]], others: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless a directory has the tensors named, and else only such as begin with
+    or end in one of `others`."""
+    known = dict.fromkeys(name for pieces in names.values() for name in pieces)
+    for name in known:
+        if name not in tensors:
+            raise ValueError(f"{path} lacks the tensor {name}")
+    for name, (file, key) in tensors.items():
+        if name not in known and not name.startswith(others) and not name.endswith(others):
+            raise ValueError(f"{file} has a tensor {key} that the model does not have")
 
 
 def open_tensors(file: Path) -> Any:
@@ -793,12 +814,13 @@ def parameters_by_part(config: ModelConfig, matrices: bool = False) -> dict[str,
 
 
 def main() -> None:
-    print(f"{'preset':8}{'class token':>14}{'vision':>14}{'merger':>14}{'decoder':>16}"
-          f"{'total':>16}")
+    print(f"{'preset':9}{'class token':>12}{'vision':>13}{'merger':>12}{'decoder':>16}{'total':>16}"
+          f"{'passed by a token':>18}")
     for name, config in PRESETS.items():
         token, vision, merger, decoder = parameters_by_part(config).values()
-        print(f"{name:8}{token:14,}{vision:14,}{merger:14,}{decoder:16,}"
-              f"{token + vision + merger + decoder:16,}")
+        passed = parameters_by_part(config, matrices=True)["decoder"]
+        print(f"{name:9}{token:12,}{vision:13,}{merger:12,}{decoder:16,}"
+              f"{token + vision + merger + decoder:16,}{passed:18,}")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
                         help=f"a picture's largest area, default {MAX_PIXELS:,}")
     parser.add_argument("--seed", type=int, default=0, help="of the draws at a temperature above 0")
     parser.add_argument("--device", default="", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16"],
+                        help="default: bfloat16 on a GPU, else float32, of twice the memory")
     parser.add_argument("--trace", action="store_true",
                         help="print the prompt's way through the files, with shapes")
     flags = parser.parse_intermixed_args(arguments)
@@ -125,8 +127,8 @@ def run(flags: argparse.Namespace) -> None:
     checkpoint, whose = ((Path(flags.checkpoint), "as told") if flags.checkpoint
                          else newest_checkpoint())
     device = choose_device(flags.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model, tokenizer = load_checkpoint(checkpoint, dtype, device)
+    dtype = flags.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    model, tokenizer = load_checkpoint(checkpoint, getattr(torch, dtype), device)
     batch = build_prompt(images, prompt, tokenizer, flags.max_pixels)
     room = model.config.max_position_embeddings - len(batch.input_ids)
     if room < 1:

@@ -32,14 +32,20 @@ Upstream's instruct takes 224 samples a step, unpacked; 24 rows hold about 260. 
 the full run were not published: these show 558 thousand, 85 and 22 million samples, of 600 tokens
 each, once.  `--recipe tiny` is for the tiny preset.
 
+A mixture of experts adds `--expert-balance` times the mean over layers and rows of their balance
+(model.MixtureOfExperts) to the loss.
+
 Ranks.  Parameters, gradients and AdamW's moments are sharded over all ranks (FSDP2), or over groups
 of them that hold a copy each (`--replicas`): masters and reductions in fp32, products in `--dtype`.
 With `--context-parallel C`, C neighbours share each row: data.share_row deals its tokens and
-pictures, model.SharedRow gathers keys and values.  Every rank knows the sums over all ranks without
+pictures, model.SharedRow gathers keys and values.  With `--expert-parallel E`, E neighbours hold
+different experts, whole ones while a layer computes, and tokens travel to them and back
+(model.Experts), where otherwise all experts of a layer would be gathered on every rank.  Every rank knows the sums over all ranks without
 asking, for each reads the whole stream of records (data.PackedRows): data and runs are on a disk
 that all machines see.
 
-Accounting.  FLOPs of a row's forward pass, with N weights in the matrices of a part:
+Accounting.  FLOPs of a row's forward pass, with N weights in the matrices of a part that
+a token passes (of experts K / X):
 
     decoder   2 N T + 4 layers H E sum over samples of L (L + 1) / 2
     ViT       2 N P + 4 layers D sum over frames of L^2,  merger  2 N P / 4,  head  2 C V labels
@@ -58,6 +64,7 @@ on two CPU cores and prints its accuracies.  A released size: `torchrun --nproc-
 import gc
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -203,8 +210,8 @@ class TrainConfig:
             "gpu": [name.lower() for name in GPUS]})
         experts = PRESETS[self.model].num_experts
         if (self.expert_parallel > 1 or self.expert_balance) and not experts:
-            raise ValueError(f"--expert-parallel and --expert-balance are for mixtures of experts, which "
-                             f"{self.model} is not")
+            raise ValueError("--expert-parallel and --expert-balance are for mixtures of experts, "
+                             f"which {self.model} is not")
         if experts % self.expert_parallel:
             raise ValueError(f"--expert-parallel {self.expert_parallel} does not divide the "
                              f"{experts} experts of {self.model}")
@@ -260,9 +267,8 @@ def mixtures(model: LlavaOneVision) -> list[MixtureOfExperts]:
     return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
 
-def find_ranks(config: TrainConfig) -> Ranks:
-    """What torchrun says of the ranks.  Raises ValueError if they do not divide."""
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def check_division(config: TrainConfig, count: int) -> None:
+    """Raise ValueError unless `count` ranks can be grouped as the flags want."""
     for name in ("replicas", "context_parallel"):
         if count % getattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} does not divide "
@@ -270,6 +276,12 @@ def find_ranks(config: TrainConfig) -> Ranks:
     if count // config.replicas % config.expert_parallel:
         raise ValueError(f"--expert-parallel {config.expert_parallel} does not divide the number "
                          f"of ranks that hold a copy, {count // config.replicas}")
+
+
+def find_ranks(config: TrainConfig) -> Ranks:
+    """What torchrun says of the ranks.  Raises ValueError if they do not divide."""
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_division(config, count)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if config.device == "cpu" or not torch.cuda.is_available():
         device = choose_device(config.device)
@@ -302,6 +314,8 @@ def join_ranks(ranks: Ranks) -> Ranks:
                                   mesh_dim_names=("data", "context"))
         ranks = replace(ranks, context_mesh=groups["context"])
     if ranks.experts > 1:
+        # DTensor remarks, on every rank, that experts are gathered in two steps: they are
+        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
         sizes, names = [shards // ranks.experts, ranks.experts], ["shard", "expert"]
         if ranks.replicas > 1:
             sizes, names = [ranks.replicas, *sizes], ["copy", *names]
@@ -376,16 +390,25 @@ def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) ->
 def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over the stage's parts; freezes the others.  Vectors (norms, biases) do not decay."""
     factors = {"vision": recipe.vision_lr, "merger": recipe.merger_lr, "decoder": 1.0}
-    groups: dict[tuple[str, bool], list[Tensor]] = {}
+    groups: dict[tuple[str, bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in recipe.trainable)
         if parameter.requires_grad:
-            groups.setdefault((part_of(name), parameter.dim() > 1), []).append(parameter)
+            expert = ".experts." in name  # which may be sharded in another way
+            groups.setdefault((part_of(name), parameter.dim() > 1, expert), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "lr_factor": factors[part],
           "weight_decay": recipe.weight_decay if matrix else 0.0}
-         for (part, matrix), parameters in groups.items()],
+         for (part, matrix, _), parameters in groups.items()],
         lr=recipe.lr, betas=(0.9, recipe.beta2), eps=recipe.eps, fused=True)
+
+
+def set_balance(model: LlavaOneVision, recipe: Recipe, weight: float) -> None:
+    """Add `weight` times the balance of experts, the mean over layers and rows, to the loss of a
+    step; but not where routers are frozen."""
+    for mixture in mixtures(model):
+        trained = "decoder" in recipe.trainable
+        mixture.balance_weight = weight * trained / (len(mixtures(model)) * recipe.rows)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -417,13 +440,14 @@ def backward(model: LlavaOneVision, step: Step, ranks: Ranks, token_mean: str) -
 
 def clip_gradients(parameters: list[nn.Parameter], clip: float) -> Tensor:
     """Shrink gradients to a norm of at most `clip`, all together; returns what it was."""
-    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}  # those of experts have another
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}  # that of experts is another
     for parameter in parameters:
-        if parameter.grad is not None:
-            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter.grad)
-    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in by_mesh.values()]
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+             for group in by_mesh.values()]
     norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-    torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    for group in by_mesh.values():
+        torch.nn.utils.clip_grads_with_norm_(group, clip, norm)
     return norm
 
 
@@ -595,8 +619,8 @@ def log_step(log: Log, name: str, step: int, recipe: Recipe, seen: Counter, seco
     text = "  ".join(form.format(value) for _, value, form in shown if form)
     if routed:
         mean = sum(routed["expert_balance"]) / len(routed["expert_balance"])
-        text += (f"  experts {min(routed['expert_least']):.2f} to {max(routed['expert_most']):.2f}, "
-                 f"balance {mean:.3f}")
+        text += (f"  expert load {min(routed['expert_least']):.2f}-"
+                 f"{max(routed['expert_most']):.2f}, balance {mean:.3f}")
     log.line(f"{name:8} {step:6}/{recipe.steps}  {text}", stage=name, step=step,
              **{key: value for key, value, _ in shown}, **routed)
 
@@ -629,8 +653,8 @@ def saved_bytes(layer: nn.Module, width: int, heads: int, head_dim: int,
     return kept[recompute], everything
 
 
-def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int,
-                   context: int) -> dict[str, float]:
+def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int, context: int,
+                   experts: int) -> dict[str, float]:
     """Bytes of a rank at its fullest, about, with products in bf16.
 
     Not counted: what the allocator loses, buffers of the communication, the CUDA context.
@@ -649,7 +673,8 @@ def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int,
     kept, whole = kept + gathered * (recompute == "none"), whole + gathered
     seen, seen_whole = saved_bytes(block, vision.embed_dim, vision.num_heads, vision.head_dim,
                                    recompute) if "vision" in recipe.trainable else (0, 0)
-    layer_size = sum(p.numel() for p in layer.parameters())
+    layer_size = sum(p.numel() / (experts if ".experts." in name else 1)
+                     for name, p in layer.named_parameters())
     head = config.hidden_size * config.vocab_size
     return {"masters, fp32": 4 * total / shards, "gradients, fp32": 4 * trained / shards,
             "AdamW's moments": 8 * trained / shards,
@@ -687,9 +712,7 @@ def published() -> Iterator[str]:
 
 def plan(config: TrainConfig) -> Iterator[str]:
     """Lines on what a run needs: parameters, memory, FLOPs, time, dollars."""
-    if config.gpus % config.replicas or config.gpus % config.context_parallel:
-        raise ValueError(f"--replicas {config.replicas} or --context-parallel "
-                         f"{config.context_parallel} does not divide {config.gpus} GPUs")
+    check_division(config, config.gpus)
     stage = "mid" if config.stage == "all" else config.stage
     recipe = replace(config, recipe=config.recipe or "full", stage=stage).recipes()[stage]
     model, (rate, capacity) = PRESETS[config.model], GPUS[config.gpu.upper()]
@@ -699,7 +722,8 @@ def plan(config: TrainConfig) -> Iterator[str]:
            f"{recipe.recompute}")
     yield f"parameters: {', '.join(f'{name} {n:,}' for name, n in parts.items())}"
     yield f"  together {sum(parts.values()):,}"
-    memory = memory_by_part(model, recipe, config.gpus // config.replicas, config.context_parallel)
+    memory = memory_by_part(model, recipe, config.gpus // config.replicas, config.context_parallel,
+                            config.expert_parallel)
     memory["together"] = sum(memory.values())
     yield (f"memory of a GPU, rows of {recipe.seq_length:,} tokens over {config.context_parallel}"
            + (":" if memory["together"] < capacity else " (it does NOT fit):"))
@@ -726,9 +750,7 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
                 config: TrainConfig, ranks: Ranks, log: Log) -> None:
     """Run one stage; the model is changed in place."""
     optimizer = make_optimizer(model, recipe)
-    for mixture in mixtures(model):  # mean over layers and rows; none where routers are frozen
-        mixture.balance_weight = config.expert_balance * ("decoder" in recipe.trainable) / (
-            len(mixtures(model)) * recipe.rows)
+    set_balance(model, recipe, config.expert_balance)
     rate, source = matrix_rate(ranks)
     log.line(f"{name}: {', '.join(recipe.trainable)} trained, {recipe.steps} steps of "
              f"{recipe.rows} rows; MFU of {ranks.count} x {rate / 1e12:.3g} TFLOP/s ({source})",
@@ -834,7 +856,8 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str) -> Tokenizer:
         if recipe.rows % ranks.data_ranks:
             raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
-        memory = memory_by_part(preset, recipe, ranks.count // ranks.replicas, ranks.context)
+        memory = memory_by_part(preset, recipe, ranks.count // ranks.replicas, ranks.context,
+                                ranks.experts)
         needed, there = sum(memory.values()) / 2**30, memory_of_rank(ranks.device) / 2**30
         if needed > there:
             raise ValueError(

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import model as model_module
-from model import PRESETS, KVCache, LlavaOneVision, ModelConfig, sample_tokens
+from model import (PRESETS, KVCache, LlavaOneVision, MixtureOfExperts, ModelConfig,
+                   sample_tokens)
+from train import Ranks, shard
 from vision import VisionConfig, patch_positions
 
 PARITY = Path(__file__).parent / "parity" / "dense"
@@ -214,3 +217,114 @@ def test_cache_keeps_segments_apart() -> None:
     k, _, where = cache.update(0, keys, keys, {})
     assert k.flatten().tolist() == [1, 2, 3, 0, 10, 11, 0, 0]
     assert where["cu_seqlens_k"].tolist() == [0, 4, 8] and where["q_positions"].tolist() == [2, 1]
+
+
+# ------------------------------------------------------------------------------ mixtures of experts
+
+SMALL_MOE = replace(PRESETS["tiny-moe"], hidden_size=32, moe_intermediate_size=24)
+
+
+def random_mixture(seed: int) -> tuple[MixtureOfExperts, Tensor]:
+    """A mixture of 1 to 9 experts, 1 to all of them a token, and 0 to 60 tokens for it."""
+    torch.manual_seed(seed)
+    experts = int(torch.randint(1, 10, ()))
+    config = replace(SMALL_MOE, num_experts=experts,
+                     num_experts_per_tok=int(torch.randint(1, experts + 1, ())))
+    mixture = MixtureOfExperts(config)
+    for parameter in mixture.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return mixture, torch.randn(int(torch.randint(0, 61, ())), 32, requires_grad=True)
+
+
+def by_definition(mixture: MixtureOfExperts, x: Tensor) -> Tensor:
+    """Token by token, expert by expert."""
+    gates, ups, downs = (parameter.chunk(mixture.gate.out_features) for parameter in (
+        mixture.experts.gate_proj, mixture.experts.up_proj, mixture.experts.down_proj))
+    rows = [x[:0]]
+    for row in x:
+        p = (mixture.gate.weight @ row).softmax(0)
+        chosen = p.argsort(descending=True)[:mixture.experts_per_token].tolist()
+        rows.append(sum(p[e] * (downs[e] @ (F.silu(gates[e] @ row) * (ups[e] @ row)))
+                        for e in chosen)[None] / p[chosen].sum())
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mixture_is_what_its_formula_says(seed: int) -> None:
+    mixture, x = random_mixture(seed)
+    parameters = [x, *mixture.parameters()]
+    ours, theirs = mixture(x), by_definition(mixture, x)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    direction = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad((ours * direction).sum(), parameters),
+                    torch.autograd.grad((theirs * direction).sum(), parameters,
+                                        materialize_grads=True)):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_loop_over_experts_equals_the_grouped_product(seed: int) -> None:
+    """The CPU's way and the GPU's, both here: some groups are empty."""
+    torch.manual_seed(seed)
+    counts = torch.randint(0, 8, (6,)) * torch.randint(0, 2, (6,))
+    x, weights = torch.randn(int(counts.sum()), 32), torch.randn(6, 16, 32)
+    offsets = counts.cumsum(0).int()
+    expected = F.grouped_mm(x, weights.transpose(-2, -1), offs=offsets)
+    torch.testing.assert_close(model_module.grouped_linear(x, weights, counts), expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_balance_has_the_gradient_of_its_formula(seed: int) -> None:
+    mixture, x = random_mixture(seed)
+    mixture.balance_weight = 0.3
+    if not len(x):
+        x = torch.randn(5, 32, requires_grad=True)
+    direction, experts = torch.randn(len(x), 32), mixture.gate.out_features
+    mixture.routed = 0
+    found = torch.autograd.grad((mixture(x) * direction).sum(), [x, *mixture.parameters()])
+    p = (x @ mixture.gate.weight.T).softmax(-1)
+    chosen = F.one_hot(p.topk(mixture.experts_per_token).indices, experts)
+    balance = experts * (chosen.sum(1).float().mean(0) * p.mean(0)).sum()
+    total = (by_definition(mixture, x) * direction).sum() + 0.3 * balance
+    expected = torch.autograd.grad(total, [x, *mixture.parameters()])
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    assert mixture.routed[:experts].tolist() == chosen.sum((0, 1)).tolist()
+    torch.testing.assert_close(mixture.routed[experts:], torch.stack(
+        [balance.detach(), torch.tensor(1.0)]).double(), atol=1e-6, rtol=1e-5)
+
+
+def test_balance_is_k_when_all_experts_get_the_same() -> None:
+    mixture = MixtureOfExperts(replace(SMALL_MOE, num_experts=8, num_experts_per_tok=2))
+    for parameter in mixture.parameters():
+        torch.nn.init.zeros_(parameter)
+    mixture.gate.weight.data[:, :8] = torch.eye(8)
+    mixture(torch.eye(32)[:8] + torch.eye(32)[[1, 2, 3, 4, 5, 6, 7, 0]])
+    assert mixture.routed[:8].tolist() == [2.0] * 8
+    assert float(mixture.routed[8]) == pytest.approx(2.0)
+
+
+def test_mixture_recomputes_and_caches_like_a_dense_layer() -> None:
+    """Balance and recomputing change no gradient but the balance's; a cache changes no word."""
+    torch.manual_seed(0)
+    net = LlavaOneVision(replace(PRESETS["tiny-moe"], num_hidden_layers=2)).init_weights()
+    ids = torch.arange(40) + 20
+    starts, gradients = torch.tensor([0, 15, 40]), []
+    for recompute in ("none", "layer"):
+        copy = LlavaOneVision(net.config)
+        copy.load_state_dict(net.state_dict())
+        shard(copy, recompute, False, Ranks(torch.device("cpu"), torch.float32))
+        for layer in copy.model.layers:
+            layer.mlp.balance_weight = 0.1
+        copy.loss(ids, ids.roll(1), starts).backward()
+        gradients.append({name: p.grad for name, p in copy.named_parameters()})
+    for name, gradient in gradients[0].items():
+        other = gradients[1][name]
+        assert (gradient is None) == (other is None), name
+        assert gradient is None or torch.equal(gradient, other), name
+    words = torch.stack(list(net.generate(ids, starts, max_new_tokens=5)), 1)
+    for row, prompt in zip(words.tolist(), (ids[:15], ids[15:])):
+        for word in row:
+            logits = net(prompt, torch.tensor([0, len(prompt)]))
+            assert int(logits[-1].argmax()) == word
+            prompt = torch.cat([prompt, torch.tensor([word])])

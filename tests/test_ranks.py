@@ -25,13 +25,15 @@ from convert import load_tokenizer, save_checkpoint
 from data import PackedRows, Sample, default_records, pack
 from model import PRESETS, LlavaOneVision, parameters_by_part
 from train import (TINY, Ranks, TrainConfig, backward, find_ranks, forward_flops, join_ranks,
-                   make_optimizer, row_cost, shard, train_step, training_flops)
+                   make_optimizer, routing, row_cost, set_balance, shard, train_step,
+                   training_flops)
 from vision import VisionConfig
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "tiny"
 SMALL = replace(PRESETS["tiny"], hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                 vision=VisionConfig(2, 64, 2, 128, 64))
+SMALL_MOE = replace(SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
 RECIPE = replace(TINY["instruct"], eps=1e-5)
 
 
@@ -59,9 +61,10 @@ def train(flags: dict, data: Path, steps: int) -> dict:
     config = TrainConfig(**{"rows": 4, "seq_length": 640} | flags)
     ranks = join_ranks(find_ranks(config))
     torch.manual_seed(0)
-    model = LlavaOneVision(SMALL).init_weights()
+    model = LlavaOneVision(SMALL_MOE if config.model == "tiny-moe" else SMALL).init_weights()
     shard(model, config.recompute or "none", config.compile, ranks)
     optimizer = make_optimizer(model, RECIPE)
+    set_balance(model, replace(RECIPE, rows=config.rows), config.expert_balance)
     stream = iter(PackedRows(
         str(data), load_tokenizer(SHIPPED), config.seq_length, 0, rows=config.rows,
         rank=ranks.rank, data_ranks=ranks.data_ranks, context_ranks=ranks.context,
@@ -83,17 +86,21 @@ def train(flags: dict, data: Path, steps: int) -> dict:
         found["tokens"].append(step.sums["tokens"])
         found["kinds"] |= {"no picture" for row in step.rows if row.patches is None}
         found["kinds"] |= {"no token" for row in step.rows if not len(row.input_ids)}
+    found["routing"] = routing(model, ranks)
     found["weights"] = {name: whole(p.detach()) for name, p in model.named_parameters()}
     return found
 
 
+EXPERTS = {"model": "tiny-moe", "expert_balance": 0.1}
 LAYOUTS = {
-    2: [{}, {"context_parallel": 2}],
+    2: [{}, {"context_parallel": 2}, {**EXPERTS, "expert_parallel": 2}],
     4: [{}, {"replicas": 2, "rows": 8}, {"replicas": 4}, {"context_parallel": 2},
         {"context_parallel": 4}, {"recompute": "layer"}, {"seq_length": 250},
         {"context_parallel": 4, "seq_length": 250},
         {"context_parallel": 2, "replicas": 2, "token_mean": "micro"},
-        {"context_parallel": 4, "recompute": "selective"}],
+        {"context_parallel": 4, "recompute": "selective"},
+        {**EXPERTS, "expert_parallel": 2, "replicas": 2}, {**EXPERTS, "expert_parallel": 4},
+        {**EXPERTS, "expert_parallel": 2, "context_parallel": 2, "recompute": "layer"}],
 }
 STEPS = 8  # 20 pass, too, and take twice as long
 
@@ -126,7 +133,7 @@ def test_ranks_equal_one_process(count: int, number: int, trained: dict[int, lis
     """Losses of 8 steps to 1e-5, gradients to 1e-4, rows of mixed kinds; twice the same bits."""
     flags = LAYOUTS[count][number]
     expected = alone(**{k: v for k, v in flags.items()
-                        if k in ("rows", "token_mean", "seq_length")})
+                        if k in ("rows", "token_mean", "seq_length", *EXPERTS)})
     (first, again), *others = (found[number] for found in trained[count])
     assert first["tokens"] == expected["tokens"]
     torch.testing.assert_close(first["losses"], expected["losses"], rtol=1e-5, atol=0)
@@ -137,6 +144,8 @@ def test_ranks_equal_one_process(count: int, number: int, trained: dict[int, lis
         assert error < 1e-4, (name, error)
     for name, weight in expected["weights"].items():
         assert (first["weights"][name] - weight).norm() < 1e-3 * weight.norm(), name
+    for name, by_layer in expected["routing"].items():
+        assert first["routing"][name] == pytest.approx(by_layer, rel=1e-5), name
     assert again["losses"] == first["losses"][:2]
     assert all(torch.equal(again["gradients"][name], x) for name, x in first["gradients"].items())
     kinds = first["kinds"].union(*(other["kinds"] for other, _ in others))
@@ -148,7 +157,7 @@ def test_ranks_equal_one_process(count: int, number: int, trained: dict[int, lis
 
 # ------------------------------------------------------------------- loading, memory, other flags
 
-LARGER = replace(SMALL, hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
+LARGER = replace(SMALL_MOE, hidden_size=512, moe_intermediate_size=512, num_hidden_layers=8,
                  num_attention_heads=8, num_key_value_heads=4, head_dim=64, vocab_size=16384,
                  vision=VisionConfig(4, 256, 4, 1024, 512))
 
@@ -156,7 +165,7 @@ LARGER = replace(SMALL, hidden_size=512, intermediate_size=2048, num_hidden_laye
 def load_sharded(path: Path) -> dict:
     """Peak memory of loading over what was there, size of this rank's part, and a fingerprint."""
     convert.SHARD = 20e6
-    ranks = join_ranks(find_ranks(TrainConfig(replicas=2)))
+    ranks = join_ranks(find_ranks(TrainConfig(model="tiny-moe", replicas=2, expert_parallel=2)))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = resident("VmRSS")

@@ -1,0 +1,419 @@
+"""Checkpoints on disk: names of the reference, stage 0, round trips, and every refusal.
+
+`parity/keys-*.json.gz` have the names and shapes of the reference implementation at full size;
+`parity/stage0` a tiny ViT, a dense decoder and a mixture of experts as transformers 4.53.1 saves
+them, with its outputs (fp32, CPU): see its README.txt.
+"""
+
+import gzip
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jinja2
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models
+
+import convert
+import sample
+from convert import CHAT_TEMPLATE, load_tokenizer, meta_model, nested_layout
+from data import render
+from model import PRESETS, LlavaOneVision, ModelConfig, released_names
+
+ROOT = Path(__file__).parent.parent
+PARITY, SHIPPED = ROOT / "tests" / "parity", ROOT / "assets" / "tiny"
+STAGE0 = PARITY / "stage0"
+
+
+def call(main: Callable, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """A command in this process; returns its exit code."""
+    monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """convert.py with these arguments must succeed; returns what it prints."""
+    def succeed(*arguments: object) -> str:
+        code, said = call(convert.main, monkeypatch, *arguments), capsys.readouterr()
+        assert code == 0, said.err
+        return said.out
+    return succeed
+
+
+def merge_command(llm: str, out: Path, *more: str) -> tuple:
+    return ("merge", "--vit", STAGE0 / "vit", "--llm", STAGE0 / llm, "--tokenizer", SHIPPED,
+            "--out", out, "--dtype", "float32", *more)
+
+
+@pytest.mark.parametrize("name", ["4b", "8b", "30b-a3b"])
+def test_names_and_shapes_are_the_references(name: str) -> None:
+    with gzip.open(PARITY / f"keys-{name}.json.gz") as file:
+        expected = json.load(file)
+    model, ours = meta_model(PRESETS[name]), {}
+    for parameter, pieces in released_names(model).items():
+        shape = model.get_parameter(parameter).shape
+        ours |= {piece: [shape[0] // len(pieces), *shape[1:]] for piece in pieces}
+    assert ours == expected
+
+
+# ------------------------------------------------------------------------------------------ stage 0
+
+
+@pytest.mark.parametrize("llm", ["llm", "llm-moe"])
+def test_merged_parts_compute_what_they_did(llm: str, tmp_path: Path, run: Callable) -> None:
+    said = run(*merge_command(llm, tmp_path / "merged", "--verify"))
+    assert said.count("largest difference is 0\n") == 2
+    model = LlavaOneVision.from_pretrained(tmp_path / "merged")
+    expected = load_file(STAGE0 / "cases.safetensors")
+    ids = expected["input_ids"]
+    with torch.no_grad():
+        logits = model(ids, torch.tensor([0, len(ids)]))
+        torch.testing.assert_close(logits, expected[llm], atol=1e-5, rtol=0)
+        # the ViT: a picture's patches go in, and its rows come out, by blocks of two by two
+        def blocks(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(0, (2, 2, 2, 2)).transpose(1, 2).flatten(0, 3)
+
+        patches = expected["pixel_values"].unfold(1, 14, 14).unfold(2, 14, 14)  # (3, 4, 4, 14, 14)
+        patches = blocks(patches.flatten(1, 2).transpose(0, 1).flatten(1))
+        found = []
+        model.visual.merger.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+        model.visual(patches, torch.tensor([[1, 4, 4]]))
+    torch.testing.assert_close(found[0], blocks(expected["vit"][1:]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("llm", ["llm", "llm-moe"])
+def test_split_is_the_inverse_of_merge(llm: str, tmp_path: Path, run: Callable) -> None:
+    run(*merge_command(llm, tmp_path / "merged", "--seed", "3"))
+    run("split", tmp_path / "merged", "--out", tmp_path / "parts", "--dtype", "float32")
+    for part, source in (("vit", "vit"), ("llm", llm)):
+        ours = load_file(tmp_path / "parts" / part / "model.safetensors")
+        theirs = load_file(STAGE0 / source / "model.safetensors")
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            if "post_layernorm" not in name:  # the merged model has none
+                assert torch.equal(ours[name], tensor), name
+        config = json.loads((tmp_path / "parts" / part / "config.json").read_text())
+        wanted = json.loads((STAGE0 / source / "config.json").read_text())
+        unimportant = {"image_size", "initializer_factor", "transformers_version", "layer_types",
+                       "max_window_layers", "intermediate_size" if llm == "llm-moe" else "",
+                       "output_router_logits", "router_aux_loss_coef"}
+        for key in wanted.keys() - unimportant & wanted.keys():
+            assert config.get(key, wanted[key]) == wanted[key], key
+    parts = tmp_path / "parts"
+    run("merge", "--vit", parts / "vit", "--llm", parts / "llm", "--tokenizer", parts / "llm",
+        "--out", tmp_path / "again", "--dtype", "float32", "--seed", "3")
+    for file in (tmp_path / "merged").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+# ------------------------------------------------------------------------------- export, side files
+
+
+@pytest.mark.parametrize("source", ["dense", "moe"])
+def test_export_round_trips_bit_for_bit(source: str, tmp_path: Path, run: Callable,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export -> load -> export, and old names -> new -> old, through several files."""
+    config = replace(PRESETS["tiny" if source == "dense" else "tiny-moe"], num_hidden_layers=2)
+    torch.manual_seed(0)
+    model = LlavaOneVision(config).init_weights()
+    monkeypatch.setattr(convert, "SHARD", 2e6)
+    stage = tmp_path / "run" / "instruct"
+    convert.save_checkpoint(model, load_tokenizer(SHIPPED), stage)
+    run("export", tmp_path / "run", "--out", tmp_path / "once")  # a run: its last stage
+    loaded = LlavaOneVision.from_pretrained(tmp_path / "once")
+    convert.save_checkpoint(loaded, load_tokenizer(tmp_path / "once"), tmp_path / "saved")
+    run("export", tmp_path / "saved", "--out", tmp_path / "twice")
+    run("export", tmp_path / "once", "--out", tmp_path / "nested", "--layout", "nested")
+    run("export", tmp_path / "nested", "--out", tmp_path / "back")
+    files = {file.name for file in (tmp_path / "once").iterdir()}
+    assert len([name for name in files if name.startswith("model-0")]) > 1
+    for name in files:
+        for other in ("twice", "back"):
+            assert (tmp_path / other / name).read_bytes() == (
+                tmp_path / "once" / name).read_bytes(), (other, name)
+    index = json.loads((tmp_path / "nested" / "model.safetensors.index.json").read_text())
+    assert {key.split(".layers")[0].split(".blocks")[0] for key in index["weight_map"]} >= {
+        "lm_head.weight", "model.visual", "model.language_model"}
+    assert sorted(index["weight_map"]) == sorted(
+        name for names in nested_layout(released_names(model)).values() for name in names)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter.bfloat16()), name
+    assert "have the same numbers" in run("verify", stage, tmp_path / "nested")
+
+
+def test_exported_tokenizer_files_agree(tmp_path: Path, run: Callable) -> None:
+    """vocab.json with merges.txt cuts words as tokenizer.json does; special tokens keep ids."""
+    run("export", SHIPPED, "--out", tmp_path / "out")
+    whole = load_tokenizer(tmp_path / "out")
+    parts = Tokenizer(models.BPE.from_file(str(tmp_path / "out" / "vocab.json"),
+                                           str(tmp_path / "out" / "merges.txt")))
+    parts.normalizer, parts.pre_tokenizer = whole.normalizer, whole.pre_tokenizer
+    parts.decoder = decoders.ByteLevel()
+    text = "Where is the red circle? 12 caf\u00e9 \u4f60\u597d\n\n top right"
+    assert parts.encode(text).ids == whole.encode(text).ids
+    about = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    for number, token in about["added_tokens_decoder"].items():
+        assert whole.token_to_id(token["content"]) == int(number)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    for target in config["auto_map"].values():
+        repository, _, found = target.partition("--")
+        module, name = found.split(".")
+        assert repository == convert.PUBLISHED and module.endswith("llavaonevision1_5") and name
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [
+        {"type": "image"}, {"type": "image"}, {"type": "text", "text": "Compare."}]},
+     {"role": "assistant", "content": [{"type": "text", "text": "Same.\n"}]},
+     {"role": "user", "content": [{"type": "text", "text": " Sure?"}, {"type": "video"}]}],
+]
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_chat_template_says_what_training_says(messages: list[dict], prompt: bool) -> None:
+    pictures = sum(item["type"] in ("image", "video") for message in messages
+                   for item in message["content"] if not isinstance(message["content"], str))
+    ours = "".join(piece * max(1, repeats)
+                   for piece, repeats, _ in render(messages, [1] * pictures, prompt))
+    for trim in (False, True):  # transformers trims blocks
+        template = jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim).from_string(
+            CHAT_TEMPLATE)
+        theirs = template.render(messages=messages, add_generation_prompt=prompt)
+        assert theirs == (ours if prompt else ours + "\n")  # which nobody learns
+
+
+def test_parts_can_be_loaded_alone() -> None:
+    whole = LlavaOneVision.from_pretrained(PARITY / "dense")
+    text = LlavaOneVision.from_pretrained(PARITY / "dense", part="text")
+    vision = LlavaOneVision.from_pretrained(PARITY / "dense", part="vision")
+    ids, starts = torch.arange(20), torch.tensor([0, 20])
+    patches, grid = torch.randn(24, 588), torch.tensor([[1, 4, 6]])
+    assert torch.equal(text(ids, starts), whole(ids, starts))
+    assert torch.equal(vision.visual(patches, grid), whole.visual(patches, grid))
+    names = {name for model in (text, vision) for name, _ in model.named_parameters()}
+    assert names == {name for name, _ in whole.named_parameters()}
+    holes = torch.full((6,), whole.config.image_token_id)
+    with pytest.raises(ValueError, match="without its ViT"):
+        text(holes, torch.tensor([0, 6]), patches, grid)
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+def change_json(name: str, **changes: object) -> Callable[[Path], None]:
+    """Set entries of a JSON file; a dotted name is of a section; None removes."""
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        for key, value in changes.items():
+            section, _, entry = key.rpartition("__")
+            place = content[section] if section else content
+            place[entry] = value
+            if value is None:
+                del place[entry]
+        (folder / name).write_text(json.dumps(content))
+    return change
+
+
+def change_tensors(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Change the tensors of the first file, the index with them."""
+    def rewrite(folder: Path) -> None:
+        file = sorted(folder.glob("*.safetensors"))[0]
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            content = json.loads(index.read_text())
+            names = {k: v for k, v in content["weight_map"].items() if v != file.name}
+            content["weight_map"] = names | dict.fromkeys(tensors, file.name)
+            index.write_text(json.dumps(content))
+    return rewrite
+
+
+def change_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        file = sorted(folder.glob("*.safetensors"))[0]
+        file.write_bytes(change(file.read_bytes()))
+    return rewrite
+
+
+def replaced(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return change_tensors(lambda t: t.update({name: change(t[name]).contiguous()}))
+
+
+def spoil(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[7] = value
+        return tensor
+    return change
+
+
+def remove(pattern: str) -> Callable[[Path], None]:
+    return lambda folder: [file.unlink() for file in list(folder.glob(pattern))][0]
+
+
+PATCH, FIRST = "visual.patch_embed.proj.weight", "model-00001-of-"
+QKV = "visual.blocks.0.attn.qkv.weight"
+DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {  # what, and what is said
+    "no config": (remove("config.json"), ("config.json",)),
+    "config no JSON": (lambda d: (d / "config.json").write_text("{,"), ("config.json", "JSON")),
+    "config a list": (lambda d: (d / "config.json").write_text("[]"), ("config.json", "object")),
+    "config of Llama": (lambda d: (d / "config.json").write_text('{"hidden_size": 4}'),
+                        ("config.json", "text_config")),
+    "width a word": (change_json("config.json", text_config__hidden_size="wide"),
+                     ("config.json", "hidden_size", "wide")),
+    "width of another size": (change_json("config.json", text_config__hidden_size=64,
+                                          vision_config__text_hidden_size=64),
+                              (".safetensors", "the model needs (", "64", "weight")),
+    "merger for another": (change_json("config.json", vision_config__text_hidden_size=64),
+                           ("64", "48")),
+    "no theta": (change_json("config.json", text_config__rope_theta=None), ("rope_theta",)),
+    "a layer more": (change_json("config.json", text_config__num_hidden_layers=3),
+                     ("model.layers.2.",)),
+    "a layer less": (change_json("config.json", text_config__num_hidden_layers=1),
+                     ("model.layers.1.", ".safetensors")),
+    "a ViT of other depth": (change_json("config.json", vision_config__depth=5),
+                             ("visual.blocks.2",)),
+    "experts, says the config": (change_json(
+        "config.json", text_config__num_experts=4, text_config__num_experts_per_tok=2,
+        text_config__moe_intermediate_size=24), ("mlp.gate.weight",)),
+    "scaled rotation": (change_json("config.json", text_config__rope_scaling={"type": "yarn"}),
+                        ("config.json", "yarn")),
+    "other patches": (change_json("config.json", vision_config__patch_size=16),
+                      ("patch_size", "16")),
+    "a file missing": (remove("model-00001-*"), (FIRST,)),
+    "half a file": (change_bytes(lambda b: b[:len(b) // 2]), (FIRST, "safetensors")),
+    "half a header": (change_bytes(lambda b: b[:60]), (FIRST, "safetensors")),
+    "an empty file": (change_bytes(lambda b: b""), (FIRST, "safetensors")),
+    "a pointer for a file": (change_bytes(lambda b: b"version https://git-lfs.github.com/spec/v1\n"),
+                             (FIRST, "safetensors")),
+    "a header too long": (change_bytes(lambda b: struct.pack("<Q", 1 << 40) + b[8:]),
+                          (FIRST, "safetensors")),
+    "a header no JSON": (change_bytes(lambda b: b[:8] + b"x" + b[9:]), (FIRST, "safetensors")),
+    "index no JSON": (lambda d: (d / "model.safetensors.index.json").write_text("oops"),
+                      ("index.json", "JSON")),
+    "index without map": (change_json("model.safetensors.index.json", weight_map=None),
+                          ("index.json", "weight_map")),
+    "index of more": (change_json("model.safetensors.index.json", **{
+        "weight_map__lm_head.bias": "model-00001-of-00003.safetensors"}),
+                      ("index.json", "lm_head.bias")),
+    "no index": (remove("*.index.json"), ("model.safetensors",)),
+    "pickled": (lambda d: (remove("*.index.json")(d), remove("*.safetensors")(d),
+                           (d / "pytorch_model.bin").write_bytes(b"x")), ("model.safetensors",)),
+    "a tensor missing": (change_tensors(lambda t: t.pop(QKV)), (QKV,)),
+    "a tensor misnamed": (change_tensors(lambda t: t.update({QKV + "s": t.pop(QKV)})), (QKV,)),
+    "a tensor more": (change_tensors(lambda t: t.update({"visual.post_layernorm.weight":
+                                                         torch.ones(32)})),
+                      (FIRST, "visual.post_layernorm.weight")),
+    "a tensor under both names": (change_tensors(lambda t: t.update({
+        f"model.{QKV}": t[QKV].clone()})), (FIRST, QKV)),
+    "a tensor transposed": (replaced(QKV, lambda x: x.T), (FIRST, QKV, "(32, 96)", "(96, 32)")),
+    "a tensor cut": (replaced(PATCH, lambda x: x[:, :, :7]), (FIRST, PATCH, "(32, 3, 7, 14)")),
+    "whole numbers": (replaced(QKV, lambda x: x.long()), (FIRST, QKV, "I64")),
+    "bytes": (replaced(QKV, lambda x: x.to(torch.uint8)), (FIRST, QKV, "U8")),
+    "not a number": (replaced(QKV, spoil(float("nan"))), (FIRST, QKV, "finite")),
+    "infinite": (replaced(PATCH, spoil(float("inf"))), (FIRST, PATCH, "finite")),
+    "no tokenizer": (remove("tokenizer.json"), ("tokenizer.json",)),
+    "a tokenizer for another": (change_json("config.json", image_token_id=99), ("99", "image_pad")),
+}
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merged checkpoint in three files."""
+    folder = tmp_path_factory.mktemp("healthy") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "SHARD", 4e5)
+        assert call(convert.main, patch, *merge_command("llm", folder)) == 0
+    assert len(list(folder.glob("model-*-of-00003.safetensors"))) == 3
+    return folder
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_checkpoints_are_refused(name: str, healthy: Path, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    """By each command: one sentence naming tensor and file, exit code 2, nothing written."""
+    damage, words = DAMAGED[name]
+    shutil.copytree(healthy, tmp_path / "damaged")
+    damage(tmp_path / "damaged")
+    out, damaged = tmp_path / "out", tmp_path / "damaged"
+    commands = [(convert.main, ("verify", damaged))]
+    if "finite" not in words:
+        commands = [(convert.main, ("export", damaged, "--out", out)),
+                    (convert.main, ("split", damaged, "--out", out)),
+                    (sample.main, ("--checkpoint", damaged, "Hello"))]
+        if "tokenizer" not in name:
+            commands.append((convert.main, ("verify", damaged)))
+    for main, arguments in commands:
+        if name == "a tokenizer for another" and arguments[0] == "split":
+            continue
+        code, said = call(main, monkeypatch, *arguments), capsys.readouterr()
+        assert code == 2 and not said.out, (arguments, said)
+        assert said.err.count("\n") == 1 and "Traceback" not in said.err
+        for word in words:
+            assert word in said.err, (arguments[0], word, said.err)
+        assert list(tmp_path.iterdir()) == [damaged]
+
+
+def without(source: str, folder: Path, name: str) -> Path:
+    shutil.copytree(STAGE0 / source, folder / source)
+    change_tensors(lambda tensors: tensors.pop(name))(folder / source)
+    return folder / source
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda d: {"--vit": d}, ("config.json",)),
+    (lambda d: {"--vit": STAGE0 / "llm"}, ("hidden_act is silu",)),
+    (lambda d: {"--vit": without("vit", d, "vision_model.class_pos_emb")},
+     ("class_pos_emb", "vit")),
+    (lambda d: {"--llm": STAGE0 / "vit"}, ("hidden_act is gelu",)),
+    (lambda d: {"--llm": without("llm", d, "model.norm.weight")}, ("model.norm.weight", "llm")),
+    (lambda d: {"--llm": PARITY / "dense"}, ("config.json",)),
+    (lambda d: {"--tokenizer": STAGE0 / "llm"}, ("tokenizer.json",)),
+    (lambda d: {"--out": SHIPPED}, ("is there already", "tiny")),
+])
+def test_merge_refuses(change: Callable, words: tuple[str, ...], tmp_path: Path,
+                       monkeypatch: pytest.MonkeyPatch,
+                       capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {"--vit": STAGE0 / "vit", "--llm": STAGE0 / "llm", "--tokenizer": SHIPPED,
+             "--out": tmp_path / "out"} | change(tmp_path)
+    there = sorted(tmp_path.iterdir())
+    arguments = [word for pair in flags.items() for word in pair]
+    code, said = call(convert.main, monkeypatch, "merge", *arguments), capsys.readouterr()
+    assert code == 2 and said.err.count("\n") == 1, said
+    assert all(word in said.err for word in words), said.err
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_verify_tells_how_far_apart(healthy: Path, tmp_path: Path, run: Callable) -> None:
+    shutil.copytree(healthy, tmp_path / "other")
+    replaced(QKV, lambda x: x + 0.5)(tmp_path / "other")
+    said = run("verify", healthy, tmp_path / "other").splitlines()
+    assert said[-1].endswith(f"differ most in {QKV}, by 0.5")
+    assert said[-2].split() == ["0.5", QKV]
+    with safe_open(healthy / "model-00001-of-00003.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert any("60 tensors" in line and "all finite" in line for line in said)
+
+
+def test_moe_config_round_trip(tmp_path: Path) -> None:
+    for name in ("tiny-moe", "30b-a3b"):
+        (tmp_path / name).mkdir()
+        content = convert.config_json(PRESETS[name], torch.bfloat16)
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+        assert ModelConfig.from_dir(tmp_path / name) == PRESETS[name]
