@@ -2,7 +2,8 @@
 
 In and out: a model and its tokenizer, or a directory with config.json, *.safetensors and
 tokenizer.json.  What a run writes and what was released are read by the same code.
-Called by `train.py` and `sample.py`, and by people; calls `model.py`, which reads the weights.
+Called by `train.py` and `sample.py`, and by people; calls `model.py`, which reads the weights, and
+`data.py` for its kind of command line.
 
 The idea.  A layout says for each parameter of the model which tensors of a directory its rows are:
 
@@ -25,11 +26,12 @@ how far is it from another.
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -41,8 +43,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data import flag_parser
-from model import (LlavaOneVision, ModelConfig, ProgressBar, check_names, decoder_sizes, number,
-                   read_json_object, read_parameter, refuse_others, released_names, tensor_files)
+from model import (LlavaOneVision, ModelConfig, ProgressBar, check_names, decoder_fields, number,
+                   read_json_object, read_parameter, refuse_others, released_names, tensor_files,
+                   whole_numbers)
 from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, VisionConfig
 
 SHARD = 5e9  # bytes of a file of weights at most
@@ -66,9 +69,10 @@ CHAT_TEMPLATE = r"""
 {%- if message.content is string %}{{ message.content }}
 {%- else %}
 {%- for item in message.content %}
-{%- if item.type == 'text' or 'text' in item %}{{ item.text }}
-{%- elif item.type in ('image', 'image_url', 'video') %}
-{{- '<|vision_start|><|' + item.type[:5] + '_pad|><|vision_end|>' }}
+{%- if 'text' in item %}{{ item.text }}
+{%- elif item.type == 'video' or 'video' in item %}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+{%- else %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
 {%- endif %}
 {%- endfor %}
 {%- endif %}
@@ -93,6 +97,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
         "video_token_id": config.video_token_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "text_config": {
             "model_type": "LLaVAOneVision1_5_text",
             "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
@@ -101,6 +106,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
             "intermediate_size": config.intermediate_size,
             "layer_types": ["full_attention"] * config.num_hidden_layers,
             "max_position_embeddings": config.max_position_embeddings,
+            "max_window_layers": config.num_hidden_layers,
             "num_attention_heads": config.num_attention_heads,
             "num_hidden_layers": config.num_hidden_layers,
             "num_key_value_heads": config.num_key_value_heads,
@@ -182,39 +188,41 @@ def split_into_files(sizes: dict[str, int]) -> dict[str, list[str]]:
             for number, names in enumerate(groups, 1)}
 
 
+def new_directory(path: Path) -> Path:
+    """A directory beside `path`, to be renamed to it when it is whole.
+
+    Raises ValueError if `path` is there already, or its parent is not.
+    """
+    if path.exists():
+        raise ValueError(f"{path} is there already")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no directory {path.parent}")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    return partial
+
+
 def write_directory(path: Path, sizes: dict[str, int], tensors: Iterator[tuple[str, Tensor]],
-                    texts: dict[str, str], writes: bool = True) -> None:
+                    texts: dict[str, str]) -> None:
     """Write weights and texts (by file name) to the directory `path`, which must be new.
 
     sizes: bytes of each tensor, in the order in which `tensors` brings them; they are written to
     files of at most SHARD bytes, with an index if there are several, one file in memory at a time.
-    All goes to `path`.partial and is moved into place, so `path` is whole or not there.
-    writes: False on all ranks but the first, which only help to bring the tensors.
-    Raises ValueError if `path` is there already.
+    `path` is whole or not there.
     """
-    files = split_into_files(sizes)
-    partial = path.with_name(path.name + ".partial")
-    if writes:
-        if path.exists():
-            raise ValueError(f"{path} is there already")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped while it wrote
-        partial.mkdir(parents=True)
+    files, partial = split_into_files(sizes), new_directory(path)
     try:
         for file, names in files.items():
-            state = {name: tensor for name, tensor in islice(tensors, len(names)) if writes}
-            if writes:
-                save_file(state, partial / file, metadata={"format": "pt"})
-        if writes:
-            if len(files) > 1:
-                weight_map = {name: file for file, names in files.items() for name in names}
-                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-                texts = {**texts, "model.safetensors.index.json": json.dumps(index, indent=2)}
-            for name, text in texts.items():
-                (partial / name).write_text(text, encoding="utf-8")
-            partial.rename(path)
+            save_file(dict(islice(tensors, len(names))), partial / file, metadata={"format": "pt"})
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            texts = {**texts, "model.safetensors.index.json": json.dumps(index, indent=2)}
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        partial.rename(path)
     finally:
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def pieces_of(tensor: Tensor, names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -230,20 +238,22 @@ def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
     All ranks of a sharded model call this together; the first one writes.
     """
     names = released_names(model)
+    first = not dist.is_initialized() or dist.get_rank() == 0
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in model.named_parameters():
             tensor = parameter.detach().to(dtype)
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()
-            yield from pieces_of(tensor.cpu(), names[name])
+            if first:
+                yield from pieces_of(tensor.cpu(), names[name])
 
-    sizes = {piece: p.numel() * dtype.itemsize // len(names[name])
-             for name, p in model.named_parameters() for piece in names[name]}
-    texts = {"config.json": json.dumps(config_json(model.config, dtype), indent=2),
-             "tokenizer.json": tokenizer.to_str(pretty=True)}
-    write_directory(path, sizes, tensors(), texts,
-                    writes=not dist.is_initialized() or dist.get_rank() == 0)
+    if first:
+        texts = {"config.json": json.dumps(config_json(model.config, dtype), indent=2),
+                 "tokenizer.json": tokenizer.to_str(pretty=True)}
+        write_directory(path, tensor_sizes(model, names, dtype), tensors(), texts)
+    else:
+        list(tensors())  # nothing, but this rank has brought its parts
     if dist.is_initialized():
         dist.barrier()  # nobody reads what is not there yet
 
@@ -302,14 +312,18 @@ def read_tensors(model: LlavaOneVision, source: Layout, tensors: dict[str, tuple
     """Read the parameters that `target` has by `source`, yield them by `target`.
 
     dtype: None keeps that of the files.
+    Raises ValueError naming tensor and file where a number is not finite.
     """
     wanted = {name: p for name, p in model.named_parameters() if name in target}
-    files = (tensors[piece][0] for name in wanted for piece in source[name])
-    bar = ProgressBar("reading", files, sum(p.numel() for p in wanted.values()))
-    for name, parameter in wanted.items():
-        pieces = [tensors[piece] for piece in source[name]]
-        yield from pieces_of(read_parameter(pieces, parameter, dtype, None), target[name])
-        bar.advance(parameter.numel())
+    with ProgressBar("reading", wanted.values()) as bar:
+        for name, parameter in wanted.items():
+            pieces = [tensors[piece] for piece in source[name]]
+            tensor = read_parameter(pieces, parameter, dtype, None)
+            bar.advance(tensor)
+            for (file, key), part in zip(pieces, tensor.chunk(len(pieces))):
+                if not part.isfinite().all():
+                    raise ValueError(f"{file}: {key} is not finite everywhere, as {part.dtype}")
+            yield from pieces_of(tensor, target[name])
 
 
 def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype,
@@ -320,6 +334,8 @@ def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype,
     code: the repository whose modelling code is to be loaded; it has none for mixtures of experts.
     """
     about = config_json(config, dtype)
+    about |= {f"vision_{end}_token_id": tokenizer.token_to_id(f"<|vision_{end}|>")
+              for end in ("start", "end")}
     if not config.num_experts:
         config_class = "configuration_llavaonevision1_5.Llavaonevision1_5Config"
         model_class = "modeling_llavaonevision1_5.LLaVAOneVision1_5_ForConditionalGeneration"
@@ -375,17 +391,18 @@ def stage0_config(vit: Path, llm: Path, tokenizer: Tokenizer) -> ModelConfig:
             raise ValueError(f"{path} is no checkpoint: it has no config.json")
     file = vit / "config.json"
     raw = read_json_object(file)
-    raw = raw.get("vision_config", raw)
     refuse_others(file, raw, {"patch_size": 14, "num_channels": 3, "hidden_act": "gelu"})
-    depth, width, heads, ffn = (int(number(file, raw, key)) for key in (
-        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"))
+    seen = whole_numbers(file, raw, "num_hidden_layers", "hidden_size", "num_attention_heads",
+                         "intermediate_size")
     file = llm / "config.json"
-    sizes = decoder_sizes(file, read_json_object(file))
+    decoder = decoder_fields(file, read_json_object(file))
+    if max(tokenizer.get_vocab().values()) >= decoder["vocab_size"]:
+        raise ValueError(f"the tokenizer has more tokens than the {decoder['vocab_size']} of {llm}")
     return ModelConfig(
-        **sizes, image_token_id=tokenizer.token_to_id("<|image_pad|>"),
+        **decoder, image_token_id=tokenizer.token_to_id("<|image_pad|>"),
         video_token_id=tokenizer.token_to_id("<|video_pad|>"),
-        vision=VisionConfig(depth, width, heads, ffn, int(sizes["hidden_size"]),
-                            raw.get("layer_norm_eps", 1e-5)))
+        vision=VisionConfig(*seen.values(), decoder["hidden_size"],
+                            number(vit / "config.json", raw, "layer_norm_eps")))
 
 
 def fresh_merger(model: LlavaOneVision, seed: int, dtype: torch.dtype,
@@ -404,42 +421,43 @@ def fresh_merger(model: LlavaOneVision, seed: int, dtype: torch.dtype,
 
 def merge(flags: argparse.Namespace) -> Iterator[str]:
     """Stage 0: a ViT and a decoder, each as published, with a random merger between them."""
-    vit, llm, out = Path(flags.vit), Path(flags.llm), Path(flags.out)
+    vit, llm = Path(flags.vit), Path(flags.llm)
     tokenizer = load_tokenizer(Path(flags.tokenizer))
-    model = meta_model(stage0_config(vit, llm, tokenizer))
-    check_tokenizer(Path(flags.tokenizer), tokenizer, model.config)
+    config, tensors = stage0_config(vit, llm, tokenizer), tensor_files(vit) | tensor_files(llm)
+    tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
+    model = meta_model(replace(config, tie_word_embeddings=False))
     released = released_names(model)
     vit_layout, llm_layout = source_layouts(released)
-    tensors = tensor_files(vit) | tensor_files(llm)
-    tied = "lm_head.weight" not in tensors
     if tied:
         llm_layout["lm_head.weight"] = llm_layout["model.embed_tokens.weight"]
     for path, layout in ((vit, vit_layout), (llm, llm_layout)):
-        check_names(path, tensor_files(path), layout, NOT_OURS)
-    target = {name: released[name] for name in vit_layout | llm_layout}
+        check_names(path, tensor_files(path), layout, suffixes=NOT_OURS)
+    source = vit_layout | llm_layout
+    target = {name: released[name] for name in source}
     merger = {name: [name] for name in released if name.startswith("visual.merger.")}
     sizes = tensor_sizes(model, merger, flags.dtype) | tensor_sizes(model, target, flags.dtype)
-    read = read_tensors(model, vit_layout | llm_layout, tensors, target, flags.dtype)
-    write_directory(out, sizes, chain(fresh_merger(model, flags.seed, flags.dtype), read),
+    read = read_tensors(model, source, tensors, target, flags.dtype)
+    write_directory(flags.out, sizes, chain(fresh_merger(model, flags.seed, flags.dtype), read),
                     side_files(model.config, tokenizer, flags.dtype, flags.code))
-    yield (f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, merger from seed "
-           f"{flags.seed}" + (", head copied from the embedding" if tied else ""))
+    yield (f"{flags.out}: {sum(p.numel() for p in model.parameters()):,} parameters, merger from "
+           f"seed {flags.seed}" + (", head copied from the embedding" if tied else ""))
     if flags.verify:
-        for name, path, layout in (("ViT", vit, vit_layout), ("decoder", llm, llm_layout)):
-            found = dict(differences(model, layout, tensors, target, tensor_files(out)))
-            yield (f"{name}: {len(found)} tensors of {path} are in {out}, the largest difference "
-                   f"is {max(found.values()):.3g}")
+        for path, layout in ((vit, vit_layout), (llm, llm_layout)):
+            names = {name: released[name] for name in layout}
+            apart = list(differences(model, layout, tensors, names, tensor_files(flags.out),
+                                     flags.dtype))
+            wrong = [name for name, distance in apart if distance]
+            if wrong:
+                raise ValueError(f"{wrong[0]} of {path} is not in {flags.out} as it was")
+            yield f"{path}: all {len(apart)} tensors are in {flags.out}, equal as {flags.dtype}"
 
 
 def split(flags: argparse.Namespace) -> Iterator[str]:
     """The inverse of `merge`: OUT/vit and OUT/llm, each as published; the merger is left out."""
-    path, out = Path(flags.path), Path(flags.out)
-    model, tensors = whole_checkpoint(path)
-    tokenizer, config = load_tokenizer(path), model.config
+    model, tensors = whole_checkpoint(flags.path)
+    tokenizer, config = load_tokenizer(flags.path), model.config
     released = released_names(model)
     vit_layout, llm_layout = source_layouts(released)
-    if out.exists():
-        raise ValueError(f"{out} is there already")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     if config.tie_word_embeddings or torch.equal(*(
             read_parameter([tensors[name]], model.get_parameter(name), None, None)
@@ -450,24 +468,24 @@ def split(flags: argparse.Namespace) -> Iterator[str]:
     norm = {"vision_model.post_layernorm.weight": torch.ones(width, dtype=flags.dtype),
             "vision_model.post_layernorm.bias": torch.zeros(width, dtype=flags.dtype)}
     norm_sizes = {name: tensor.nbytes for name, tensor in norm.items()}
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = new_directory(flags.out)
     try:
         for name, layout, more, sizes, texts in (
-                ("vit", vit_layout, norm, norm_sizes, {"config.json": vit_json(config)}),
+                ("vit", vit_layout, norm, norm_sizes,
+                 {"config.json": vit_json(config, flags.dtype)}),
                 ("llm", llm_layout, {}, {}, {"config.json": llm_json(config, flags.dtype),
                                              "tokenizer.json": tokenizer.to_str(pretty=True)})):
             read = read_tensors(model, released, tensors, layout, flags.dtype)
             write_directory(partial / name, tensor_sizes(model, layout, flags.dtype) | sizes,
                             chain(read, more.items()), texts)
-        partial.rename(out)
+        partial.rename(flags.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    yield f"{out / 'vit'} and {out / 'llm'}: head " + (
+    yield f"{flags.out / 'vit'} and {flags.out / 'llm'}: head " + (
         "tied to the embedding" if config.tie_word_embeddings else "of its own")
 
 
-def vit_json(config: ModelConfig) -> str:
+def vit_json(config: ModelConfig, dtype: torch.dtype) -> str:
     """`config.json` of the ViT alone, for Hugging Face's MLCDVisionModel."""
     vision = config.vision
     return json.dumps({
@@ -475,7 +493,9 @@ def vit_json(config: ModelConfig) -> str:
         "hidden_size": vision.embed_dim, "num_hidden_layers": vision.depth,
         "num_attention_heads": vision.num_heads, "intermediate_size": vision.intermediate_size,
         "layer_norm_eps": vision.layer_norm_eps, "hidden_act": "gelu", "image_size": 560,
-        "patch_size": 14, "num_channels": 3, "num_key_value_groups": 1}, indent=2)
+        "patch_size": 14, "num_channels": 3, "num_key_value_groups": 1, "attention_dropout": 0.0,
+        "initializer_range": config.initializer_range,
+        "torch_dtype": str(dtype).removeprefix("torch.")}, indent=2)
 
 
 def llm_json(config: ModelConfig, dtype: torch.dtype) -> str:
@@ -493,35 +513,37 @@ def whole_checkpoint(path: Path) -> tuple[LlavaOneVision, dict[str, tuple[Path, 
     Raises ValueError naming what is missing or not its own.
     """
     config, tensors = ModelConfig.from_dir(path), tensor_files(path)
-    model = meta_model(replace(config, tie_word_embeddings="lm_head.weight" not in tensors))
+    tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
+    model = meta_model(replace(config, tie_word_embeddings=tied))
     check_names(path, tensors, released_names(model))
     return model, tensors
 
 
 def export(flags: argparse.Namespace) -> Iterator[str]:
     """A checkpoint, or a run's last, to the released format with all its files."""
-    path, out = Path(flags.path), Path(flags.out)
-    stages = [file for file in path.glob("*/config.json") if file.parent.suffix != ".partial"]
-    if not (path / "config.json").is_file() and stages:
-        path = max(stages, key=lambda file: file.stat().st_mtime).parent
+    path = flags.path
+    for stage in ("align", "mid", "instruct"):
+        if (flags.path / stage / "config.json").is_file():
+            path = flags.path / stage
     model, tensors = whole_checkpoint(path)
     tokenizer, released = load_tokenizer(path), released_names(model)
     check_tokenizer(path, tokenizer, model.config)
     target = nested_layout(released) if flags.layout == "nested" else released
-    write_directory(out, tensor_sizes(model, target, flags.dtype),
+    write_directory(flags.out, tensor_sizes(model, target, flags.dtype),
                     read_tensors(model, released, tensors, target, flags.dtype),
                     side_files(model.config, tokenizer, flags.dtype, flags.code))
-    yield (f"{path} -> {out}: {len(tensors):,} tensors, {flags.layout} names, {flags.dtype}, "
+    yield (f"{path} -> {flags.out}: {len(tensors):,} tensors, {flags.layout} names, {flags.dtype}, "
            + (f"code of {flags.code}" if not model.config.num_experts else
               "no auto_map: there is no published code that reads mixtures of experts"))
 
 
 def differences(model: LlavaOneVision, layout: Layout, tensors: dict[str, tuple[Path, str]],
                 other_layout: Layout, others: dict[str, tuple[Path, str]],
-                ) -> Iterator[tuple[str, float]]:
-    """For each tensor of a layout, how far the numbers of two directories are apart at most."""
-    pairs = zip(read_tensors(model, layout, tensors, layout, None),
-                read_tensors(model, other_layout, others, layout, None))
+                dtype: torch.dtype | None = None) -> Iterator[tuple[str, float]]:
+    """For each tensor of a layout, how far the numbers of two directories are apart at most, both
+    read as `dtype`."""
+    pairs = zip(read_tensors(model, layout, tensors, layout, dtype),
+                read_tensors(model, other_layout, others, layout, dtype))
     for (name, a), (_, b) in pairs:
         blocks = zip(a.split(4096), b.split(4096))
         yield name, max(float((x.double() - y.double()).abs().max()) for x, y in blocks)
@@ -529,32 +551,38 @@ def differences(model: LlavaOneVision, layout: Layout, tensors: dict[str, tuple[
 
 def verify(flags: argparse.Namespace) -> Iterator[str]:
     """Is a directory whole: names, shapes, types, finite numbers; hashes; distance to another."""
-    path = Path(flags.path)
-    model, tensors = whole_checkpoint(path)
-    layout, kinds = released_names(model), Counter()
-    for name, tensor in read_tensors(model, layout, tensors, layout, None):
-        wrong = tensor.numel() - int(tensor.isfinite().sum())
-        if wrong:
-            file, key = tensors[name]
-            raise ValueError(f"{file}: {wrong} numbers of {key} are not finite")
-        kinds[str(tensor.dtype).removeprefix("torch.")] += 1
-    for file in sorted(file for file in path.iterdir() if file.is_file()):
+    model, tensors = whole_checkpoint(flags.path)
+    layout = released_names(model)
+    kinds = Counter(str(tensor.dtype).removeprefix("torch.") for _, tensor in
+                    read_tensors(model, layout, tensors, layout, None))
+    for file in sorted(file for file in flags.path.iterdir() if file.is_file()):
         with open(file, "rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         yield f"{digest}  {file.stat().st_size:>14,}  {file.name}"
-    yield (f"{path} is whole: {len(tensors):,} tensors, "
+    yield (f"the weights of {flags.path} are whole: {len(tensors):,} tensors, "
            f"{sum(p.numel() for p in model.parameters()):,} parameters, all finite, "
            + ", ".join(f"{count:,} of {kind}" for kind, count in kinds.items()))
+    absent = [name for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
+                                "preprocessor_config.json") if not (flags.path / name).is_file()]
+    if absent:
+        yield f"not there: {', '.join(absent)}"
     if flags.other:
-        other_model, others = whole_checkpoint(Path(flags.other))
-        if other_model.config != model.config:
-            raise ValueError(f"{flags.other} is of another model than {path}: their config.json "
-                             "differ")
+        other_model, others = whole_checkpoint(flags.other)
+        ours, theirs = ({name: tuple(p.shape) for name, p in m.named_parameters()}
+                        for m in (model, other_model))
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(f"{name} has shape {ours.get(name)} in {flags.path}, "
+                                 f"{theirs.get(name)} in {flags.other}")
+        for entry in fields(ModelConfig):
+            ours, theirs = (getattr(m.config, entry.name) for m in (model, other_model))
+            if ours != theirs:
+                yield f"config.json: {entry.name} is {ours} and {theirs}"
         apart = dict(differences(model, layout, tensors, layout, others))
         yield from (f"{distance:12.4g}  {name}" for name, distance in apart.items() if distance)
         farthest = max(apart, key=apart.get)
-        yield (f"{path} and {flags.other} differ most in {farthest}, by {apart[farthest]:.4g}"
-               if apart[farthest] else f"{path} and {flags.other} have the same numbers")
+        yield (f"{flags.path} and {flags.other} differ most in {farthest}, by {apart[farthest]:.4g}"
+               if apart[farthest] else f"{flags.path} and {flags.other} have the same numbers")
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
@@ -576,11 +604,13 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
             sub.add_argument("--verify", action="store_true",
                              help="compare the parts with their sources afterwards")
         else:
-            sub.add_argument("path", metavar="RUN" if command is export else "DIR")
+            sub.add_argument("path", type=Path, metavar="RUN" if command is export else "DIR")
         if command is verify:
-            sub.add_argument("other", metavar="DIR2", nargs="?", help="how far is this one")
+            sub.add_argument("other", type=Path, metavar="DIR2", nargs="?",
+                             help="tell how far this one is from it")
             continue
-        sub.add_argument("--out", required=True, metavar="DIR", help="to be written, must be new")
+        sub.add_argument("--out", type=lambda name: Path(os.path.abspath(name)), required=True,
+                         metavar="DIR", help="to be written, must be new")
         sub.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
         if command is export:
             sub.add_argument("--layout", default="released", choices=["released", "nested"],

@@ -27,6 +27,7 @@ matrices that a token passes.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -78,6 +79,8 @@ class ModelConfig:
     def from_dir(cls, path: str | Path) -> "ModelConfig":
         """Read a released `config.json`, as transformers 4 or 5 writes it.
 
+        tie_word_embeddings is true unless the file says false: published ones often say nothing,
+        and then the head is tied if there is none.
         Raises ValueError naming the file and what it lacks.
         """
         file = Path(path) / "config.json"
@@ -88,20 +91,29 @@ class ModelConfig:
         if not isinstance(text, dict) or not isinstance(vision, dict):
             raise ValueError(f"{file} lacks text_config or vision_config")
 
-        sizes = {key: number(file, vision, key) for key in (
-            "depth", "embed_dim", "num_heads", "intermediate_size", "text_hidden_size",
-            "layer_norm_eps")}
-        ids = {key: number(file, raw, key) for key in ("image_token_id", "video_token_id")}
         refuse_others(file, vision, {"patch_size": 14, "spatial_merge_size": 2,
                                      "temporal_patch_size": 1})
-        return cls(**decoder_sizes(file, text), **ids, vision=VisionConfig(**sizes))
+        ids = {key: int(number(file, raw, key)) for key in ("image_token_id", "video_token_id")}
+        seen = whole_numbers(file, vision, "depth", "embed_dim", "num_heads", "intermediate_size",
+                             "text_hidden_size")
+        return cls(**decoder_fields(file, text), **ids, vision=VisionConfig(
+            **seen, layer_norm_eps=number(file, vision, "layer_norm_eps")))
 
 
 def number(file: Path, section: dict, key: str) -> float:
-    """A number of a configuration file.  Raises ValueError if it is none."""
-    if not isinstance(section.get(key), (int, float)):
-        raise ValueError(f"{file}: {key} is {section.get(key)!r}, not a number")
-    return section[key]
+    """A positive number of a configuration file.  Raises ValueError if it is none."""
+    value = section.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{file}: {key} is {value!r}, not a positive number")
+    return value
+
+
+def whole_numbers(file: Path, section: dict, *keys: str) -> dict[str, int]:
+    """Positive whole numbers of a configuration file, by name.  Raises ValueError."""
+    for key in keys:
+        if number(file, section, key) % 1:
+            raise ValueError(f"{file}: {key} is {section[key]}, not a whole number")
+    return {key: int(section[key]) for key in keys}
 
 
 def refuse_others(file: Path, section: dict, supported: dict[str, Any]) -> None:
@@ -111,23 +123,34 @@ def refuse_others(file: Path, section: dict, supported: dict[str, Any]) -> None:
             raise ValueError(f"{file}: {key} is {section[key]}, only {value} is supported")
 
 
-def decoder_sizes(file: Path, text: dict) -> dict[str, Any]:
-    """The decoder's fields of a ModelConfig, from a `text_config` or Qwen3's own `config.json`."""
+def decoder_fields(file: Path, text: dict) -> dict[str, Any]:
+    """The decoder's fields of a ModelConfig, from a `text_config` or Qwen3's own `config.json`.
+
+    Raises ValueError naming the file and what it lacks.
+    """
     rope = text.get("rope_parameters") or text  # transformers 5 nests the base
     scaling = text.get("rope_scaling") or rope
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+        raise ValueError(f"{file}: rope_parameters or rope_scaling is no object")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
         raise ValueError(f"{file}: rotary scaling {kind!r} is not supported")
-    keys = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps",
-            "max_position_embeddings", "initializer_range"]
+    refuse_others(file, text, {"attention_bias": False, "hidden_act": "silu",
+                               "use_sliding_window": False})
+    fields = whole_numbers(
+        file, text, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")
+    fields |= {key: number(file, text, key) for key in ("rms_norm_eps", "initializer_range")}
     if text.get("num_experts"):
-        keys += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
         refuse_others(file, text, {"decoder_sparse_step": 1, "mlp_only_layers": [],
                                    "norm_topk_prob": True})
-    refuse_others(file, text, {"attention_bias": False, "hidden_act": "silu"})
-    return {"rope_theta": number(file, rope, "rope_theta"),
-            **{key: number(file, text, key) for key in keys}}
+        fields |= whole_numbers(file, text, "num_experts", "num_experts_per_tok",
+                                "moe_intermediate_size")
+        if fields["num_experts_per_tok"] > fields["num_experts"]:
+            raise ValueError(f"{file}: num_experts_per_tok is {fields['num_experts_per_tok']}, of "
+                             f"{fields['num_experts']} experts")
+    return {**fields, "rope_theta": number(file, rope, "rope_theta"),
+            "tie_word_embeddings": text.get("tie_word_embeddings") is not False}
 
 
 def qwen3(layers: int, hidden: int, ffn: int, heads: int, theta: float) -> ModelConfig:
@@ -335,10 +358,11 @@ class Experts(nn.Module):
         counts = counts.view(self.group.size(), -1)  # (ranks, X / ranks)
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)
-        sent, received = counts.sum(1).tolist(), arriving.sum(1).tolist()
+        sent, received = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()  # waits for the GPU
         x = Exchange.apply(x, received, sent, self.group)  # by rank it is from, then by expert
         expert = torch.arange(arriving.numel(), device=x.device) % arriving.shape[1]
-        order = expert.repeat_interleave(arriving.flatten()).argsort(stable=True)
+        expert = expert.repeat_interleave(arriving.flatten(), output_size=len(x))
+        order = expert.argsort(stable=True)
         y = self.products(x[order], arriving.sum(0))
         return Exchange.apply(y[order.argsort()], sent, received, self.group)
 
@@ -374,7 +398,8 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(config)
         self.balance_weight = 0.0
         self.row_group: dist.ProcessGroup | None = None  # ranks that have tokens of the same row
-        self.routed: Tensor | int = 0  # (X + 2,): tokens by expert, balance, forward passes
+        # (X + 2,): tokens by expert, balance, forward passes; all of them twice if recomputed
+        self.routed: Tensor | int = 0
 
     @torch.compiler.disable  # the number of rows for each expert is data
     def forward(self, x: Tensor) -> Tensor:
@@ -514,7 +539,6 @@ class LlavaOneVision(nn.Module):
             if isinstance(module, Experts):
                 for parameter in module.parameters():
                     nn.init.normal_(parameter, std=self.config.initializer_range)
-                module.down_proj *= self.config.num_experts_per_tok  # each counts for 1 / K
         nn.init.normal_(self.visual.patch_embed.proj.weight, std=0.5)
         nn.init.normal_(self.visual.class_embedding, std=self.config.vision.embed_dim**-0.5)
         nn.init.normal_(self.visual.class_pos_emb)
@@ -534,8 +558,8 @@ class LlavaOneVision(nn.Module):
         if rows != 4 * cells or shared_row is None and len(holes) != cells:
             raise ValueError(f"{len(holes)} image or video tokens in the text and {rows} patches, "
                              f"but the grids of the pictures have {cells} visual tokens")
-        if cells and self.visual is None:
-            raise ValueError("the model was loaded without its ViT, but the text has pictures")
+        if self.visual is None and (cells or always_see):
+            raise ValueError("the model was loaded without its ViT, which this needs")
         if always_see and not cells:
             patches, grid_thw = x.new_zeros(4, 588), input_ids.new_tensor([[1, 2, 2]])
         if cells or always_see:
@@ -608,7 +632,8 @@ class LlavaOneVision(nn.Module):
         """Load a released checkpoint: a directory of safetensors, one file or many with an index.
 
         Both key layouts are read (`visual.*`, `model.*` and `model.visual.*`,
-        `model.language_model.*`).  The head is tied to the embedding only when the files have none.
+        `model.language_model.*`).  The head is tied to the embedding only when the files have none
+        and config.json does not say that it should have one.
         dtype and device default to those of the files and the CPU.
         prepare: called with the model while it is on the meta device; if it shards parameters
         (`fully_shard`), only this rank's slices of them are read.
@@ -618,9 +643,9 @@ class LlavaOneVision(nn.Module):
         """
         config = ModelConfig.from_dir(path)
         tensors = tensor_files(Path(path))
-        config = replace(config, tie_word_embeddings="lm_head.weight" not in tensors)
+        tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(replace(config, tie_word_embeddings=tied))
         if part == "vision":
             model.model = model.lm_head = None
         elif part == "text":
@@ -633,17 +658,15 @@ class LlavaOneVision(nn.Module):
         foreign = {"vision": ("model.", "lm_head."), "text": ("visual.",)}.get(part, ())
         check_names(path, tensors, names, foreign)
         state: dict[str, Tensor] = {}
-        bar = ProgressBar("reading", (file for file, _ in tensors.values()),
-                          sum(p.numel() for p in parameters.values()))
-        for name, parameter in parameters.items():
-            pieces = [tensors[piece] for piece in names[name]]
-            state[name] = read_parameter(pieces, parameter, dtype, device)
-            bar.advance(parameter.numel())
-        tied = config.tie_word_embeddings and part != "vision"
-        if tied:
+        with ProgressBar("reading", parameters.values()) as bar:
+            for name, parameter in parameters.items():
+                pieces = [tensors[piece] for piece in names[name]]
+                state[name] = read_parameter(pieces, parameter, dtype, device)
+                bar.advance(state[name])
+        if tied and part != "vision":
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
-        if tied:
+        if tied and part != "vision":
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
 
@@ -652,25 +675,30 @@ class LlavaOneVision(nn.Module):
 
 
 class ProgressBar:
-    """A line with a bar and MB/s, drawn again and again where standard error is a terminal.
+    """A line with a bar and MB/s on standard error, if that is a terminal; erased at the end."""
 
-    files: what is read; total: how much `advance` will be told in all, in numbers or bytes.
-    """
-
-    def __init__(self, doing: str, files: Iterable[Path], total: float) -> None:
-        self.doing, self.total, self.done = doing, total, 0.0
-        self.megabytes = sum(file.stat().st_size for file in set(files)) / 1e6
-        self.started = time.monotonic()
+    def __init__(self, doing: str, parameters: Iterable[Tensor]) -> None:
+        self.doing, self.total = doing, sum(parameter.numel() for parameter in parameters)
+        self.numbers, self.megabytes, self.started = 0, 0.0, time.monotonic()
         self.shown = sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
 
-    def advance(self, count: float) -> None:
-        self.done += count
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self.shown:
-            share = self.done / self.total
-            speed = share * self.megabytes / (time.monotonic() - self.started)
-            line = (f"{self.doing} [{'#' * int(30 * share):30}] {share * self.megabytes:,.0f} of "
-                    f"{self.megabytes:,.0f} MB, {speed:,.0f} MB/s")
-            print("\r\033[K" + (line if share < 1 else ""), end="", file=sys.stderr, flush=True)
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def advance(self, parameter: Tensor) -> None:
+        """A parameter was read, or this rank's part of it."""
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        self.numbers, self.megabytes = self.numbers + parameter.numel(), (
+            self.megabytes + local.nbytes / 1e6)
+        if self.shown:
+            speed = self.megabytes / (time.monotonic() - self.started)
+            bar = "#" * (30 * self.numbers // self.total)
+            print(f"\r\033[K{self.doing} [{bar:30}] {self.megabytes:,.0f} MB, {speed:,.0f} MB/s",
+                  end="", file=sys.stderr, flush=True)
 
 
 def released_names(model: LlavaOneVision) -> dict[str, list[str]]:
@@ -685,15 +713,16 @@ def released_names(model: LlavaOneVision) -> dict[str, list[str]]:
 
 
 def check_names(path: str | Path, tensors: dict[str, tuple[Path, str]],
-                names: dict[str, list[str]], others: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless a directory has the tensors named, and else only such as begin with
-    or end in one of `others`."""
+                names: dict[str, list[str]], prefixes: tuple[str, ...] = (),
+                suffixes: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless a directory has the tensors named, and no others but such as begin or
+    end so."""
     known = dict.fromkeys(name for pieces in names.values() for name in pieces)
     for name in known:
         if name not in tensors:
             raise ValueError(f"{path} lacks the tensor {name}")
     for name, (file, key) in tensors.items():
-        if name not in known and not name.startswith(others) and not name.endswith(others):
+        if not (name in known or name.startswith(prefixes) or name.endswith(suffixes)):
             raise ValueError(f"{file} has a tensor {key} that the model does not have")
 
 
@@ -768,8 +797,11 @@ def tensor_files(path: Path) -> dict[str, tuple[Path, str]]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map")
+        if not isinstance(weight_map, dict) or not all(
+                isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map of file names")
+        if (path / "model.safetensors").exists() and "model.safetensors" not in weight_map.values():
+            raise ValueError(f"{path} has a model.safetensors beside the files of its index")
         files = sorted({path / name for name in weight_map.values()})
     else:
         weight_map, files = {}, [path / "model.safetensors"]
@@ -781,6 +813,8 @@ def tensor_files(path: Path) -> dict[str, tuple[Path, str]]:
             name = canonical_name(key)
             if name in found:
                 raise ValueError(f"{file}: {key} is also in {found[name][0]}")
+            if weight_map and key not in weight_map:
+                raise ValueError(f"{file}: {key} is not in {index.name}")
             found[name] = (file, key)
     for key, name in weight_map.items():
         if found.get(canonical_name(key), (None,))[0] != path / name:

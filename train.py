@@ -38,14 +38,14 @@ A mixture of experts adds `--expert-balance` times the mean over layers and rows
 Ranks.  Parameters, gradients and AdamW's moments are sharded over all ranks (FSDP2), or over groups
 of them that hold a copy each (`--replicas`): masters and reductions in fp32, products in `--dtype`.
 With `--context-parallel C`, C neighbours share each row: data.share_row deals its tokens and
-pictures, model.SharedRow gathers keys and values.  With `--expert-parallel E`, E neighbours hold
-different experts, whole ones while a layer computes, and tokens travel to them and back
-(model.Experts), where otherwise all experts of a layer would be gathered on every rank.  Every rank knows the sums over all ranks without
-asking, for each reads the whole stream of records (data.PackedRows): data and runs are on a disk
-that all machines see.
+pictures, model.SharedRow gathers keys and values.  With `--expert-parallel E`, E neighbours have
+different experts and tokens travel to them and back (model.Experts), where otherwise every rank
+would gather all experts of a layer.  Every rank knows the sums over all ranks without asking, for
+each reads the whole stream of records (data.PackedRows): data and runs are on a disk that all
+machines see.
 
-Accounting.  FLOPs of a row's forward pass, with N weights in the matrices of a part that
-a token passes (of experts K / X):
+Accounting.  FLOPs of a row's forward pass, with N weights in the matrices of a part that a token
+passes (of experts K / X):
 
     decoder   2 N T + 4 layers H E sum over samples of L (L + 1) / 2
     ViT       2 N P + 4 layers D sum over frames of L^2,  merger  2 N P / 4,  head  2 C V labels
@@ -114,6 +114,7 @@ class Recipe:
     warmup: float = 0.002  # share of the steps
     vision_lr: float = 1.0  # factor on the learning rate of the ViT
     merger_lr: float = 1.0  # factor on that of the merger
+    expert_lr: float = 1.0  # factor on that of experts
     clip: float = 1.0  # largest gradient norm
     max_pixels: int = MAX_PIXELS  # largest area of a picture
     recompute: str = "layer"  # what the backward pass computes again, one of RECOMPUTE
@@ -215,6 +216,8 @@ class TrainConfig:
         if experts % self.expert_parallel:
             raise ValueError(f"--expert-parallel {self.expert_parallel} does not divide the "
                              f"{experts} experts of {self.model}")
+        if self.expert_parallel > 1 and self.recompute == "selective":
+            raise ValueError("--expert-parallel goes with --recompute none or layer, not selective")
         if self.mfu > 1:
             raise ValueError(f"--mfu is a share of 1, not {self.mfu}")
         if 0 < self.max_pixels < MIN_PIXELS:
@@ -262,8 +265,8 @@ class Ranks:
         return self.count // self.context
 
 
-def mixtures(model: LlavaOneVision) -> list[MixtureOfExperts]:
-    """The mixtures of experts of a model, one of each layer, if it has any."""
+def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
+    """The mixtures of experts of a model, one of each layer, if it has any; or of a layer."""
     return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
 
@@ -326,13 +329,13 @@ def join_ranks(ranks: Ranks) -> Ranks:
 
 def shard_experts(model: LlavaOneVision, policy: MixedPrecisionPolicy, ranks: Ranks) -> None:
     """Give each rank of an expert group its own experts, and shard these over the groups."""
-    group, others = ranks.expert_mesh["expert"], ranks.expert_mesh.mesh_dim_names[:-1]
+    sharing, others = ranks.expert_mesh["expert"], ranks.expert_mesh.mesh_dim_names[:-1]
     for mixture in mixtures(model):
         experts = mixture.experts
         for name, parameter in list(experts.named_parameters()):
-            part = distribute_tensor(parameter.detach(), group, [Shard(0)])
+            part = distribute_tensor(parameter.detach(), sharing, [Shard(0)])
             experts.register_parameter(name, nn.Parameter(part))
-        experts.group = group.get_group()
+        experts.group = sharing.get_group()
         fully_shard(experts, mesh=ranks.expert_mesh[others], mp_policy=policy)
 
 
@@ -365,7 +368,8 @@ def shard(model: LlavaOneVision, recompute: str, compiled: bool, ranks: Ranks) -
     for module in (model, model.lm_head):
         register_fsdp_forward_method(module, "loss")
     for unit, following in zip(units, units[1:]):
-        unit.set_modules_to_forward_prefetch([following])
+        inside = [mixture.experts for mixture in mixtures(following) if ranks.experts > 1]
+        unit.set_modules_to_forward_prefetch([following, *inside])
     for module in model.modules():
         if isinstance(module, FSDPModule):  # gradients are summed over the ranks, not averaged
             module.set_gradient_divide_factor(1.0)
@@ -389,26 +393,27 @@ def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) ->
 
 def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over the stage's parts; freezes the others.  Vectors (norms, biases) do not decay."""
-    factors = {"vision": recipe.vision_lr, "merger": recipe.merger_lr, "decoder": 1.0}
-    groups: dict[tuple[str, bool, bool], list[Tensor]] = {}
+    factors = {"vision": recipe.vision_lr, "merger": recipe.merger_lr, "decoder": 1.0,
+               "experts": recipe.expert_lr}
+    groups: dict[tuple[str, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in recipe.trainable)
         if parameter.requires_grad:
-            expert = ".experts." in name  # which may be sharded in another way
-            groups.setdefault((part_of(name), parameter.dim() > 1, expert), []).append(parameter)
+            part = "experts" if ".experts." in name else part_of(name)
+            groups.setdefault((part, parameter.dim() > 1), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "lr_factor": factors[part],
           "weight_decay": recipe.weight_decay if matrix else 0.0}
-         for (part, matrix, _), parameters in groups.items()],
+         for (part, matrix), parameters in groups.items()],
         lr=recipe.lr, betas=(0.9, recipe.beta2), eps=recipe.eps, fused=True)
 
 
 def set_balance(model: LlavaOneVision, recipe: Recipe, weight: float) -> None:
     """Add `weight` times the balance of experts, the mean over layers and rows, to the loss of a
     step; but not where routers are frozen."""
-    for mixture in mixtures(model):
-        trained = "decoder" in recipe.trainable
-        mixture.balance_weight = weight * trained / (len(mixtures(model)) * recipe.rows)
+    layers, trained = mixtures(model), "decoder" in recipe.trainable
+    for layer in layers:
+        layer.balance_weight = weight * trained / (len(layers) * recipe.rows)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -610,7 +615,7 @@ def log_step(log: Log, name: str, step: int, recipe: Recipe, seen: Counter, seco
         ("samples_per_second", seen["samples"] / seconds, ""),
         ("images_per_second", seen["images"] / seconds, "{:,.0f} images/s"),
         ("padding", padding, "pad {:.1%}"), ("wait", seen["waited"] / seconds, "wait {:.0%}"),
-        ("balance", seen["balance"] / steps, ""),
+        ("rank_balance", seen["balance"] / steps, ""),
         ("mfu", seen["model_flops"] / seconds / peak, "MFU {:.0%}"),
         ("hfu", seen["hardware_flops"] / seconds / peak, "HFU {:.0%}"),
         ("memory_gib", peak_memory(device) / 2**30, "{:.1f} GiB"),  # of the first rank
@@ -884,8 +889,9 @@ def run(config: TrainConfig) -> Path:
     log = Log(out, ranks.rank == 0, config.tensorboard)
     log.line(f"{config.model}: {sum(parameters_by_part(model.config).values()):,} parameters on "
              f"{ranks.count} x {ranks.device.type} ({ranks.replicas} copies, rows shared by "
-             f"{ranks.context}), {ranks.dtype}, torch {torch.__version__}, "
-             f"{torch.get_num_threads()} threads -> {out}", config=asdict(config))
+             f"{ranks.context}, experts by {ranks.experts}), {ranks.dtype}, torch "
+             f"{torch.__version__}, {torch.get_num_threads()} threads -> {out}",
+             config=asdict(config))
     for name, recipe in recipes.items():
         model = model or load_stage(start, recipe, config, ranks)
         train_stage(name, model, tokenizer, recipe, config, ranks, log)

@@ -100,7 +100,7 @@ def test_torchrun(tmp_path: Path) -> None:
     for line in steps:
         assert 0 < line["mfu"] < line["hfu"] < 1 and 0 <= line["padding"] < 0.1
         assert {"loss", "lr", "norm", "tokens_per_second", "labels_per_second", "wait",
-                "images_per_second", "memory_gib", "seconds_left", "balance"} <= line.keys()
+                "images_per_second", "memory_gib", "seconds_left", "rank_balance"} <= line.keys()
     alone = command(tmp_path, "train.py", *flags[4:6], "--log-every", "1", "--stage", "align",
                     "--questions", "0", "--dtype", "bfloat16", "--out", "alone")
     assert alone.returncode == 0, alone.stderr

@@ -162,10 +162,10 @@ LARGER = replace(SMALL_MOE, hidden_size=512, moe_intermediate_size=512, num_hidd
                  vision=VisionConfig(4, 256, 4, 1024, 512))
 
 
-def load_sharded(path: Path) -> dict:
+def load_sharded(path: Path, flags: dict) -> dict:
     """Peak memory of loading over what was there, size of this rank's part, and a fingerprint."""
     convert.SHARD = 20e6
-    ranks = join_ranks(find_ranks(TrainConfig(model="tiny-moe", replicas=2, expert_parallel=2)))
+    ranks = join_ranks(find_ranks(TrainConfig(model="tiny-moe", **flags)))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = resident("VmRSS")
@@ -182,7 +182,9 @@ def load_sharded(path: Path) -> dict:
     return {"peak": peak, "shard": sum(part.nbytes for part in parts), "sums": whole}
 
 
-def test_ranks_read_their_slices_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("flags", [{"replicas": 2}, {"expert_parallel": 2}])
+def test_ranks_read_their_slices_alone(flags: dict, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak under 1.5 times the shard and one tensor; several files in, the same bits out."""
     torch.manual_seed(0)
     model = LlavaOneVision(LARGER).init_weights().bfloat16()
@@ -190,8 +192,9 @@ def test_ranks_read_their_slices_alone(tmp_path: Path, monkeypatch: pytest.Monke
     save_checkpoint(model, load_tokenizer(SHIPPED), tmp_path / "run")
     assert len(list((tmp_path / "run").glob("model-*.safetensors"))) > 3
     largest = max(4 * p.numel() for p in model.parameters())
-    for found in in_ranks(4, load_sharded, tmp_path / "run"):
-        assert found["shard"] < 4 * sum(p.numel() for p in model.parameters()) / 2 * 1.01
+    shards = 4 // flags.get("replicas", 1)
+    for found in in_ranks(4, load_sharded, tmp_path / "run", flags):
+        assert found["shard"] < 4 * sum(p.numel() for p in model.parameters()) / shards * 1.01
         assert found["peak"] < 1.5 * found["shard"] + largest, (found["peak"], found["shard"])
         for name, parameter in model.named_parameters():
             assert found["sums"][name] == parameter.double().sum(), name
@@ -204,12 +207,14 @@ def test_ranks_read_their_slices_alone(tmp_path: Path, monkeypatch: pytest.Monke
 def test_bfloat16_and_compiled_layers(records_file: Path, alone: Callable[..., dict]) -> None:
     """Both with everything else: sharded, a shared row, layers recomputed but for attention."""
     flags = [{"context_parallel": 2, "dtype": "bfloat16"},
-             {"context_parallel": 2, "compile": True, "recompute": "selective"}]
-    ((low, _), (compiled, _)), _ = in_ranks(2, train_all, flags, records_file, 4)
-    expected = alone()
-    torch.testing.assert_close(low["losses"], expected["losses"][:4], rtol=0.01, atol=0)
+             {**EXPERTS, "expert_parallel": 2, "compile": True, "recompute": "layer"},
+             {**EXPERTS, "context_parallel": 2, "compile": True, "recompute": "selective"}]
+    ((low, _), *compiled), _ = in_ranks(2, train_all, flags, records_file, 4)
+    torch.testing.assert_close(low["losses"], alone()["losses"][:4], rtol=0.01, atol=0)
     assert all(weight.dtype == torch.float32 for weight in low["weights"].values())
-    torch.testing.assert_close(compiled["losses"], expected["losses"][:4], rtol=1e-5, atol=0)
+    expected = alone(**EXPERTS)["losses"][:4]
+    for found, _ in compiled:
+        torch.testing.assert_close(found["losses"], expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("recompute, calls", [("none", 1), ("selective", 1), ("layer", 2)])

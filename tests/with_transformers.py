@@ -88,6 +88,7 @@ def main() -> None:
                             convert.load_tokenizer(Path(folder) / "out"), generation_prompt=True)])
         assert theirs["input_ids"][0].tolist() == ours.input_ids.tolist()
         apart = (theirs["pixel_values"] - ours.patches).abs().max()
+        assert apart < 1e-6
         print(f"transformers {transformers.__version__}: {len(ours.input_ids)} token ids equal, "
               f"pixels differ by at most {apart:.2g}")
         expected = load_file(STAGE0 / "cases.safetensors")
@@ -101,9 +102,10 @@ def main() -> None:
             with torch.no_grad():
                 seen = vit(pixel_values=expected["pixel_values"][None]).last_hidden_state[0]
                 logits = decoder(input_ids=expected["input_ids"][None]).logits[0]
+            apart = [(seen - expected["vit"]).abs().max(), (logits - expected[llm]).abs().max()]
+            assert max(apart) < 1e-5
             print(f"{type(decoder).__name__}: outputs of the parts differ by at most "
-                  f"{(seen - expected['vit']).abs().max():.2g} and "
-                  f"{(logits - expected[llm]).abs().max():.2g}")
+                  f"{apart[0]:.2g} and {apart[1]:.2g}")
 
 
 if __name__ == "__main__":
