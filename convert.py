@@ -326,10 +326,41 @@ def read_tensors(model: LlavaOneVision, source: Layout, tensors: dict[str, tuple
             yield from pieces_of(tensor, target[name])
 
 
+def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
+    """The files that Hugging Face's Qwen2Tokenizer is read from, by name, of a tokenizer.json.
+
+    max_length: tokens of a text at most.  Raises ValueError for a tokenizer of another kind.
+    """
+    model = json.loads(tokenizer.to_str())["model"]
+    if model["type"] != "BPE":
+        raise ValueError(f"tokenizer.json is of the kind {model['type']}, only BPE can be exported")
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    added = {number: {"content": token.content, "special": token.special, "lstrip": token.lstrip,
+                      "rstrip": token.rstrip, "normalized": token.normalized,
+                      "single_word": token.single_word}
+             for number, token in tokenizer.get_added_tokens_decoder().items()}
+    roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": [
+        token["content"] for token in added.values()
+        if token["special"] and token["content"] != "<|endoftext|>"]}
+    objects = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "Qwen2Tokenizer", "processor_class": "Qwen2_5_VLProcessor",
+            **roles, "added_tokens_decoder": added, "chat_template": CHAT_TEMPLATE,
+            "bos_token": None, "unk_token": None, "add_bos_token": False, "errors": "replace",
+            "add_prefix_space": False, "clean_up_tokenization_spaces": False,
+            "split_special_tokens": False, "model_max_length": max_length},
+        "special_tokens_map.json": roles,
+        "added_tokens.json": {token["content"]: number for number, token in added.items()},
+        "vocab.json": model["vocab"]}
+    return {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE,
+            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+            **{name: json.dumps(content, indent=2, ensure_ascii=False)
+               for name, content in objects.items()}}
+
+
 def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype,
                code: str = PUBLISHED) -> dict[str, str]:
-    """All files but the weights that Hugging Face's loaders want, by name: configuration,
-    generation, tokenizer, chat template and picture processor.
+    """All files but the weights that Hugging Face's loaders want, by name.
 
     code: the repository whose modelling code is to be loaded; it has none for mixtures of experts.
     """
@@ -342,15 +373,8 @@ def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype,
         about["auto_map"] = {name: f"{code}--{found}" for name, found in (
             ("AutoConfig", config_class), ("AutoModel", model_class),
             ("AutoModelForCausalLM", model_class))}
-    added = {number: {"content": token.content, "special": token.special, "lstrip": token.lstrip,
-                      "rstrip": token.rstrip, "normalized": token.normalized,
-                      "single_word": token.single_word}
-             for number, token in tokenizer.get_added_tokens_decoder().items()}
-    special = [token["content"] for token in added.values() if token["special"]]
-    roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-             "additional_special_tokens": [t for t in special if t != "<|endoftext|>"]}
     end, stop = (tokenizer.token_to_id(f"<|{name}|>") for name in ("endoftext", "im_end"))
-    bpe = json.loads(tokenizer.to_str())["model"]
+    words = {"bos_token_id": end, "eos_token_id": [stop, end], "pad_token_id": end}
     pictures = {
         "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True,
         "image_mean": [round(x, 8) for x in CLIP_MEAN.tolist()], "resample": 3,
@@ -359,26 +383,10 @@ def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype,
         "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}, "patch_size": 14,
         "merge_size": 2, "temporal_patch_size": 1, "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor"}
-    objects = {
-        "config.json": about,
-        "generation_config.json": {"bos_token_id": end, "eos_token_id": [stop, end],
-                                   "pad_token_id": end},
-        "tokenizer_config.json": {
-            "tokenizer_class": "Qwen2Tokenizer", "processor_class": "Qwen2_5_VLProcessor",
-            **roles, "added_tokens_decoder": added, "chat_template": CHAT_TEMPLATE,
-            "bos_token": None, "unk_token": None, "add_bos_token": False, "errors": "replace",
-            "add_prefix_space": False, "clean_up_tokenization_spaces": False,
-            "split_special_tokens": False, "model_max_length": config.max_position_embeddings},
-        "special_tokens_map.json": roles,
-        "added_tokens.json": {token["content"]: number for number, token in added.items()},
-        "vocab.json": bpe["vocab"],
-        "preprocessor_config.json": pictures,
-    }
-    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"])
-    return {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE,
-            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-            **{name: json.dumps(content, indent=2, ensure_ascii=False)
-               for name, content in objects.items()}}
+    return {**tokenizer_files(tokenizer, config.max_position_embeddings),
+            "config.json": json.dumps(about, indent=2),
+            "generation_config.json": json.dumps(words, indent=2),
+            "preprocessor_config.json": json.dumps(pictures, indent=2)}
 
 
 # ---------------------------------------------------------------------------------------- commands

@@ -170,7 +170,7 @@ PRESETS: dict[str, ModelConfig] = {
     "14b": qwen3(40, 5120, 17408, 40, 1e6),
     "32b": qwen3(64, 5120, 25600, 64, 1e6),
 }
-PRESETS["tiny-moe"] = replace(PRESETS["tiny"], num_experts=8, num_experts_per_tok=2,
+PRESETS["tiny-moe"] = replace(PRESETS["tiny"], num_experts=4, num_experts_per_tok=2,
                               moe_intermediate_size=224)  # of which a token passes 448, as in tiny
 PRESETS["30b-a3b"] = replace(qwen3(48, 2048, 6144, 32, 1e7), num_key_value_heads=4,
                              num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
@@ -355,7 +355,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         if self.group is None:
             return self.products(x, counts)
-        counts = counts.view(self.group.size(), -1)  # (ranks, X / ranks)
+        counts = counts.view(self.group.size(), -1)  # a row for each rank, of its experts
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)
         sent, received = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()  # waits for the GPU

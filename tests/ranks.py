@@ -1,14 +1,46 @@
-"""Processes that can join as ranks, for tests and measurements on one machine."""
+"""Processes with everything imported already: ranks that can join, and commands that start fast."""
 
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).parent.parent
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train", "sample", "torch.distributed.tensor", "torch._dynamo"])
+
+
+def run_script(folder: Path, arguments: list[str], environment: dict[str, str]) -> None:
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(folder.with_name(f"{folder.name}.{name}"), os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+    os.environ |= environment
+    sys.argv = arguments
+    runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+
+
+def fast_command(folder: Path, *arguments: str | Path,
+                 **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command as `python SCRIPT ARGUMENTS`, three seconds faster."""
+    process = CONTEXT.Process(target=run_script, args=(folder, list(map(str, arguments)),
+                                                       environment))
+    process.start()
+    process.join(120)
+    process.kill()
+    files = [folder.with_name(f"{folder.name}.{name}") for name in ("stdout", "stderr")]
+    texts = [file.read_text() for file in files]
+    for file in files:
+        file.unlink()
+    return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
 
 def child(function: Callable, rank: int, count: int, port: int, folder: str,
@@ -22,13 +54,11 @@ def child(function: Callable, rank: int, count: int, port: int, folder: str,
 
 def in_ranks(count: int, function: Callable, *arguments: object, timeout: float = 300) -> list:
     """What the function returns in each of `count` processes, which torchrun might have started."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch.distributed.tensor", "torch._dynamo"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=child, args=(function, rank, count, port, folder,
+        processes = [CONTEXT.Process(target=child, args=(function, rank, count, port, folder,
                                                          arguments)) for rank in range(count)]
         for process in processes:
             process.start()

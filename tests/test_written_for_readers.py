@@ -31,15 +31,15 @@ def test_shape_comments_hold_in_a_forward_pass() -> None:
     """Every commented assignment or return has the shape its comment says, and runs."""
     config = replace(PRESETS["tiny"], hidden_size=96, num_attention_heads=6, num_key_value_heads=3,
                      vision=VisionConfig(2, 64, 4, 128, 96))
-    net = LlavaOneVision(config).init_weights()
+    mixture = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    nets = [LlavaOneVision(replace(config, image_token_id=12, **more)).init_weights()
+            for more in ({}, mixture)]
     grid = torch.tensor([[1, 4, 6], [1, 2, 2]])
-    image_id, cells = config.image_token_id % 1000, [6, 1]
-    net.config = config = replace(config, image_token_id=image_id)
-    ids = torch.cat([torch.tensor([1, 2, *[image_id] * n, 3]) for n in cells])
+    ids = torch.cat([torch.tensor([1, 2, *[12] * n, 3]) for n in (6, 1)])
     cu_seqlens = torch.tensor([0, 9, 13])
     common = {"P": 28, "I": 2, "S": 2, "M": 7, "T": 13, "C": 96, "V": 1024}
     symbols = {vision_module.__file__: {**common, "D": 64, "H": 4, "E": 16},
-               model_module.__file__: {**common, "H": 6, "G": 3, "E": 32}}
+               model_module.__file__: {**common, "H": 6, "G": 3, "E": 32, "X": 5, "K": 2}}
     comments = {name: shape_comments(Path(name)) for name in symbols}
     checked: set[tuple[str, int]] = set()
 
@@ -47,7 +47,7 @@ def test_shape_comments_hold_in_a_forward_pass() -> None:
         target, text = comments[name][number]
         value = returned if target == "return" else frame.f_locals[target.removesuffix(" =")]
         known = {**frame.f_locals, **symbols[name]}
-        wanted = [eval(re.sub(r"(\d) ([A-Z])", r"\1*\2", d), {}, known)
+        wanted = [eval(re.sub(r"(\w) ([A-Z])", r"\1*\2", d), {}, known)
                   for d in text.split(",") if d.strip()]
         assert list(value.shape) == wanted, (name, number, text, value.shape)
         checked.add((name, number))
@@ -68,8 +68,9 @@ def test_shape_comments_hold_in_a_forward_pass() -> None:
     try:
         with torch.no_grad():
             vision_module.image_to_patches(Image.new("RGB", (60, 80)))
-            net(ids, cu_seqlens, torch.randn(28, 588), grid, packed_positions(cu_seqlens))
-            list(net.generate(ids, cu_seqlens, torch.randn(28, 588), grid, max_new_tokens=1))
+            for net in nets:
+                net(ids, cu_seqlens, torch.randn(28, 588), grid, packed_positions(cu_seqlens))
+                list(net.generate(ids, cu_seqlens, torch.randn(28, 588), grid, max_new_tokens=1))
     finally:
         sys.settrace(None)
     missed = {(name, n) for name, lines in comments.items() for n in lines} - checked
