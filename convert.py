@@ -30,9 +30,9 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -172,22 +172,6 @@ def load_checkpoint(
     return LlavaOneVision.from_pretrained(path, dtype, device, prepare), tokenizer
 
 
-def split_into_files(sizes: dict[str, int]) -> dict[str, list[str]]:
-    """The tensors of each file, by its published name: together at most SHARD bytes, or one."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if filled + size > SHARD and groups[-1]:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{number:05}-of-{len(groups):05}.safetensors": names
-            for number, names in enumerate(groups, 1)}
-
-
 def new_directory(path: Path) -> Path:
     """A directory beside `path`, to be renamed to it when it is whole.
 
@@ -202,22 +186,38 @@ def new_directory(path: Path) -> Path:
     return partial
 
 
-def write_directory(path: Path, sizes: dict[str, int], tensors: Iterator[tuple[str, Tensor]],
+def write_directory(path: Path, tensors: Iterable[tuple[str, Tensor]],
                     texts: dict[str, str]) -> None:
     """Write weights and texts (by file name) to the directory `path`, which must be new.
 
-    sizes: bytes of each tensor, in the order in which `tensors` brings them; they are written to
-    files of at most SHARD bytes, with an index if there are several, one file in memory at a time.
-    `path` is whole or not there.
+    Weights go to files of at most SHARD bytes or one tensor, with an index if there are several;
+    one file's are in memory at a time.  `path` is whole or not there.
     """
-    files, partial = split_into_files(sizes), new_directory(path)
+    partial = new_directory(path)
+    groups: list[dict[str, int]] = []  # bytes of the tensors of each file
+
+    def write(group: dict[str, Tensor]) -> None:
+        groups.append({name: tensor.nbytes for name, tensor in group.items()})
+        save_file(group, partial / str(len(groups)), metadata={"format": "pt"})
+
     try:
-        for file, names in files.items():
-            save_file(dict(islice(tensors, len(names))), partial / file, metadata={"format": "pt"})
-        if len(files) > 1:
-            weight_map = {name: file for file, names in files.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        group: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            if group and sum(t.nbytes for t in group.values()) + tensor.nbytes > SHARD:
+                write(group)
+                group = {}
+            group[name] = tensor
+        write(group)
+        files = ["model.safetensors"]
+        if len(groups) > 1:
+            files = [f"model-{number:05}-of-{len(groups):05}.safetensors"
+                     for number in range(1, len(groups) + 1)]
+            weight_map = {name: file for file, names in zip(files, groups) for name in names}
+            size = sum(sum(names.values()) for names in groups)
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             texts = {**texts, "model.safetensors.index.json": json.dumps(index, indent=2)}
+        for number, file in enumerate(files, 1):
+            (partial / str(number)).rename(partial / file)
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         partial.rename(path)
@@ -251,7 +251,7 @@ def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
     if first:
         texts = {"config.json": json.dumps(config_json(model.config, dtype), indent=2),
                  "tokenizer.json": tokenizer.to_str(pretty=True)}
-        write_directory(path, tensor_sizes(model, names, dtype), tensors(), texts)
+        write_directory(path, tensors(), texts)
     else:
         list(tensors())  # nothing, but this rank has brought its parts
     if dist.is_initialized():
@@ -298,13 +298,6 @@ def meta_model(config: ModelConfig) -> LlavaOneVision:
     """A model without numbers, for its parameters' names and shapes."""
     with torch.device("meta"):
         return LlavaOneVision(config)
-
-
-def tensor_sizes(model: LlavaOneVision, layout: Layout, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each tensor of a layout, in the order in which parameters come."""
-    return {piece: parameter.numel() * dtype.itemsize // len(layout[name])
-            for name, parameter in model.named_parameters() if name in layout
-            for piece in layout[name]}
 
 
 def read_tensors(model: LlavaOneVision, source: Layout, tensors: dict[str, tuple[Path, str]],
@@ -442,10 +435,8 @@ def merge(flags: argparse.Namespace) -> Iterator[str]:
         check_names(path, tensor_files(path), layout, suffixes=NOT_OURS)
     source = vit_layout | llm_layout
     target = {name: released[name] for name in source}
-    merger = {name: [name] for name in released if name.startswith("visual.merger.")}
-    sizes = tensor_sizes(model, merger, flags.dtype) | tensor_sizes(model, target, flags.dtype)
     read = read_tensors(model, source, tensors, target, flags.dtype)
-    write_directory(flags.out, sizes, chain(fresh_merger(model, flags.seed, flags.dtype), read),
+    write_directory(flags.out, chain(fresh_merger(model, flags.seed, flags.dtype), read),
                     side_files(model.config, tokenizer, flags.dtype, flags.code))
     yield (f"{flags.out}: {sum(p.numel() for p in model.parameters()):,} parameters, merger from "
            f"seed {flags.seed}" + (", head copied from the embedding" if tied else ""))
@@ -475,17 +466,14 @@ def split(flags: argparse.Namespace) -> Iterator[str]:
     width = model.config.vision.embed_dim  # what Hugging Face's class has behind the last layer
     norm = {"vision_model.post_layernorm.weight": torch.ones(width, dtype=flags.dtype),
             "vision_model.post_layernorm.bias": torch.zeros(width, dtype=flags.dtype)}
-    norm_sizes = {name: tensor.nbytes for name, tensor in norm.items()}
     partial = new_directory(flags.out)
     try:
-        for name, layout, more, sizes, texts in (
-                ("vit", vit_layout, norm, norm_sizes,
-                 {"config.json": vit_json(config, flags.dtype)}),
-                ("llm", llm_layout, {}, {}, {"config.json": llm_json(config, flags.dtype),
-                                             "tokenizer.json": tokenizer.to_str(pretty=True)})):
+        for name, layout, more, texts in (
+                ("vit", vit_layout, norm, {"config.json": vit_json(config, flags.dtype)}),
+                ("llm", llm_layout, {}, {"config.json": llm_json(config, flags.dtype),
+                                         "tokenizer.json": tokenizer.to_str(pretty=True)})):
             read = read_tensors(model, released, tensors, layout, flags.dtype)
-            write_directory(partial / name, tensor_sizes(model, layout, flags.dtype) | sizes,
-                            chain(read, more.items()), texts)
+            write_directory(partial / name, chain(read, more.items()), texts)
         partial.rename(flags.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -537,8 +525,7 @@ def export(flags: argparse.Namespace) -> Iterator[str]:
     tokenizer, released = load_tokenizer(path), released_names(model)
     check_tokenizer(path, tokenizer, model.config)
     target = nested_layout(released) if flags.layout == "nested" else released
-    write_directory(flags.out, tensor_sizes(model, target, flags.dtype),
-                    read_tensors(model, released, tensors, target, flags.dtype),
+    write_directory(flags.out, read_tensors(model, released, tensors, target, flags.dtype),
                     side_files(model.config, tokenizer, flags.dtype, flags.code))
     yield (f"{path} -> {flags.out}: {len(tensors):,} tensors, {flags.layout} names, {flags.dtype}, "
            + (f"code of {flags.code}" if not model.config.num_experts else

@@ -133,7 +133,7 @@ FULL = {name: replace(QUICK[name], steps=steps, rows=rows, seq_length=8192, max_
 # From random weights everything is faster and shorter, and `align` has nothing to align to yet.
 # Captions come first: all of their words are learnt, so they teach the ViT to see several times as
 # fast as short answers do; then they stay mixed among the questions, or reading is forgotten.
-# Experts, which see half of the tokens each, learn at half the rate: at the whole one they end worse.
+# Experts see half of the tokens each and learn at half the rate: at the whole one they end worse.
 TINY = {
     "align": Recipe(MERGER, "captions", 20, 1, 1024, 1e-3, 1e-4, 0.0, 0.95, 1e-8, 0.1,
                     recompute="none"),

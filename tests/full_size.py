@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from convert import meta_model, side_files, tensor_sizes, write_directory  # noqa: E402
+from convert import meta_model, side_files, write_directory  # noqa: E402
 from data import SPECIAL_TOKENS  # noqa: E402
 from model import PRESETS, ModelConfig, released_names  # noqa: E402
 
@@ -51,8 +51,7 @@ def make(config: ModelConfig, path: Path) -> None:
                     tensor.normal_(std=0.02, generator=generator)
                 yield piece, tensor
 
-    write_directory(path, tensor_sizes(model, layout, torch.bfloat16), tensors(),
-                    side_files(config, wide_tokenizer(), torch.bfloat16))
+    write_directory(path, tensors(), side_files(config, wide_tokenizer(), torch.bfloat16))
 
 
 def measured(what: str, command: list[str]) -> float:

@@ -56,7 +56,7 @@ def that_fit(config: ModelConfig, seq_length: int, ranks: Ranks, recompute: str)
     for layers in range(config.num_hidden_layers, 0, -1):
         recipe = replace(QUICK["mid"], seq_length=seq_length, recompute=recompute)
         needed = memory_by_part(replace(config, num_hidden_layers=layers), recipe, ranks.count,
-                                ranks.context)
+                                ranks.context, ranks.experts)
         if sum(needed.values()) < 0.9 * memory_of_rank(ranks.device):
             return layers
     raise ValueError("not even one layer fits")
