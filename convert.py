@@ -45,7 +45,7 @@ from torch.distributed.tensor import DTensor
 from data import flag_parser
 from model import (LlavaOneVision, ModelConfig, ProgressBar, check_names, decoder_fields, number,
                    read_json_object, read_parameter, refuse_others, released_names, tensor_files,
-                   whole_numbers)
+                   whole_numbers, with_head)
 from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, VisionConfig
 
 SHARD = 5e9  # bytes of a file of weights at most
@@ -422,11 +422,11 @@ def fresh_merger(model: LlavaOneVision, seed: int, dtype: torch.dtype,
 
 def merge(flags: argparse.Namespace) -> Iterator[str]:
     """Stage 0: a ViT and a decoder, each as published, with a random merger between them."""
-    vit, llm = Path(flags.vit), Path(flags.llm)
-    tokenizer = load_tokenizer(Path(flags.tokenizer))
+    vit, llm, tokenizer = flags.vit, flags.llm, load_tokenizer(flags.tokenizer)
     config, tensors = stage0_config(vit, llm, tokenizer), tensor_files(vit) | tensor_files(llm)
-    tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
-    model = meta_model(replace(config, tie_word_embeddings=False))
+    config = with_head(config, tensors)
+    tied = config.tie_word_embeddings
+    model = meta_model(replace(config, tie_word_embeddings=False))  # the released ones have a head
     released = released_names(model)
     vit_layout, llm_layout = source_layouts(released)
     if tied:
@@ -509,8 +509,7 @@ def whole_checkpoint(path: Path) -> tuple[LlavaOneVision, dict[str, tuple[Path, 
     Raises ValueError naming what is missing or not its own.
     """
     config, tensors = ModelConfig.from_dir(path), tensor_files(path)
-    tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
-    model = meta_model(replace(config, tie_word_embeddings=tied))
+    model = meta_model(with_head(config, tensors))
     check_names(path, tensors, released_names(model))
     return model, tensors
 
@@ -562,30 +561,39 @@ def verify(flags: argparse.Namespace) -> Iterator[str]:
     if absent:
         yield f"not there: {', '.join(absent)}"
     if flags.other:
-        other_model, others = whole_checkpoint(flags.other)
-        ours, theirs = ({name: tuple(p.shape) for name, p in m.named_parameters()}
-                        for m in (model, other_model))
-        for name in ours | theirs:
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(f"{name} has shape {ours.get(name)} in {flags.path}, "
-                                 f"{theirs.get(name)} in {flags.other}")
-        for entry in fields(ModelConfig):
-            ours, theirs = (getattr(m.config, entry.name) for m in (model, other_model))
-            if ours != theirs:
-                yield f"config.json: {entry.name} is {ours} and {theirs}"
-        apart = dict(differences(model, layout, tensors, layout, others))
-        yield from (f"{distance:12.4g}  {name}" for name, distance in apart.items() if distance)
-        farthest = max(apart, key=apart.get)
-        yield (f"{flags.path} and {flags.other} differ most in {farthest}, by {apart[farthest]:.4g}"
-               if apart[farthest] else f"{flags.path} and {flags.other} have the same numbers")
+        yield from compare(flags.path, flags.other)
+
+
+def compare(path: Path, other: Path) -> Iterator[str]:
+    """How far two directories are apart: settings that differ, then the largest difference of each
+    tensor that does.  Raises ValueError if their tensors are not the same ones."""
+    (model, tensors), (other_model, others) = whole_checkpoint(path), whole_checkpoint(other)
+    shapes, other_shapes = ({name: tuple(p.shape) for name, p in m.named_parameters()}
+                            for m in (model, other_model))
+    for name in shapes | other_shapes:
+        if shapes.get(name) != other_shapes.get(name):
+            raise ValueError(f"{name} has shape {shapes.get(name)} in {path}, "
+                             f"{other_shapes.get(name)} in {other}")
+    for entry in fields(ModelConfig):
+        ours, theirs = (getattr(m.config, entry.name) for m in (model, other_model))
+        if ours != theirs:
+            yield f"config.json: {entry.name} is {ours} and {theirs}"
+    layout = released_names(model)
+    apart = dict(differences(model, layout, tensors, layout, others))
+    yield from (f"{distance:12.4g}  {name}" for name, distance in apart.items() if distance)
+    farthest = max(apart, key=apart.get)
+    yield (f"{path} and {other} differ most in {farthest}, by {apart[farthest]:.4g}"
+           if apart[farthest] else f"{path} and {other} have the same numbers")
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """The command line; `run` is the command, a function of what this returns."""
     parser = flag_parser("Convert and check checkpoint directories.")
     commands = parser.add_subparsers(
         dest="command", required=True,
         parser_class=lambda prog, description: flag_parser(description))
     for command in (merge, split, export, verify):
+        # what goes in
         what = command.__doc__.splitlines()[0]
         sub = commands.add_parser(command.__name__, help=what, description=what)
         sub.prog = f"convert.py {command.__name__}"
@@ -594,7 +602,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
             for name, what in (("vit", "the ViT's checkpoint, rice-vit-large-patch14-560"),
                                ("llm", "the decoder's, a Qwen3 of any size"),
                                ("tokenizer", "directory with the tokenizer.json to use")):
-                sub.add_argument(f"--{name}", required=True, metavar="DIR", help=what)
+                sub.add_argument(f"--{name}", type=Path, required=True, metavar="DIR", help=what)
             sub.add_argument("--seed", type=int, default=0, help="of the merger's weights")
             sub.add_argument("--verify", action="store_true",
                              help="compare the parts with their sources afterwards")
@@ -604,6 +612,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
             sub.add_argument("other", type=Path, metavar="DIR2", nargs="?",
                              help="tell how far this one is from it")
             continue
+        # what comes out
         sub.add_argument("--out", type=lambda name: Path(os.path.abspath(name)), required=True,
                          metavar="DIR", help="to be written, must be new")
         sub.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])

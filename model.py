@@ -641,11 +641,10 @@ class LlavaOneVision(nn.Module):
         Raises ValueError naming the tensor and the file if one is missing, unknown, misshapen or
         not of floating point.
         """
-        config = ModelConfig.from_dir(path)
-        tensors = tensor_files(Path(path))
-        tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
+        config, tensors = ModelConfig.from_dir(path), tensor_files(Path(path))
+        config = with_head(config, tensors)
         with torch.device("meta"):
-            model = cls(replace(config, tie_word_embeddings=tied))
+            model = cls(config)
         if part == "vision":
             model.model = model.lm_head = None
         elif part == "text":
@@ -663,10 +662,10 @@ class LlavaOneVision(nn.Module):
                 pieces = [tensors[piece] for piece in names[name]]
                 state[name] = read_parameter(pieces, parameter, dtype, device)
                 bar.advance(state[name])
-        if tied and part != "vision":
+        if config.tie_word_embeddings and part != "vision":
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
-        if tied and part != "vision":
+        if config.tie_word_embeddings and part != "vision":
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
 
@@ -710,6 +709,13 @@ def released_names(model: LlavaOneVision) -> dict[str, list[str]]:
         return [f"{stem}.experts.{e}.{matrix}.weight" for e in range(model.config.num_experts)]
 
     return {name: names(name) for name, _ in model.named_parameters()}
+
+
+def with_head(config: ModelConfig, tensors: dict[str, tuple[Path, str]]) -> ModelConfig:
+    """The configuration of files that have these tensors: a head that may be tied is, if it is not
+    among them."""
+    tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
+    return replace(config, tie_word_embeddings=tied)
 
 
 def check_names(path: str | Path, tensors: dict[str, tuple[Path, str]],
