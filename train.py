@@ -33,7 +33,7 @@ the full run were not published: these show 558 thousand, 85 and 22 million samp
 each, once.  `--recipe tiny` is for the tiny preset.
 
 A mixture of experts adds `--expert-balance` times the mean over layers and rows of their balance
-(model.MixtureOfExperts) to the loss.
+(model.MixtureOfExperts) to the loss; the log's loss is without it.
 
 Ranks.  Parameters, gradients and AdamW's moments are sharded over all ranks (FSDP2), or over groups
 of them that hold a copy each (`--replicas`): masters and reductions in fp32, products in `--dtype`.
