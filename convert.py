@@ -31,6 +31,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
@@ -42,11 +43,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from data import flag_parser
-from model import (LlavaOneVision, ModelConfig, ProgressBar, check_names, decoder_fields, number,
-                   read_json_object, read_parameter, refuse_others, released_names, tensor_files,
-                   whole_numbers, with_head)
-from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, VisionConfig
+from data import flag_parser, refuse_in_one_sentence
+from model import (LlavaOneVision, ModelConfig, ProgressBar, check_names, decoder_fields,
+                   find_checkpoint, init_linear, meta_model, number, read_json_object,
+                   read_parameter, refuse_others, released_names, tensor_files, whole_numbers,
+                   with_head)
+from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, Merger, VisionConfig
 
 SHARD = 5e9  # bytes of a file of weights at most
 PUBLISHED = "lmms-lab/LLaVA-OneVision-1.5-8B-Instruct"  # whose modelling code config.json points at
@@ -172,8 +174,9 @@ def load_checkpoint(
     return LlavaOneVision.from_pretrained(path, dtype, device, prepare), tokenizer
 
 
-def new_directory(path: Path) -> Path:
-    """A directory beside `path`, to be renamed to it when it is whole.
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to write to, which becomes `path` if all goes well, and else is removed.
 
     Raises ValueError if `path` is there already, or its parent is not.
     """
@@ -183,7 +186,11 @@ def new_directory(path: Path) -> Path:
         raise ValueError(f"there is no directory {path.parent}")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.mkdir()
-    return partial
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_directory(path: Path, tensors: Iterable[tuple[str, Tensor]],
@@ -193,14 +200,13 @@ def write_directory(path: Path, tensors: Iterable[tuple[str, Tensor]],
     Weights go to files of at most SHARD bytes or one tensor, with an index if there are several;
     one file's are in memory at a time.  `path` is whole or not there.
     """
-    partial = new_directory(path)
     groups: list[dict[str, int]] = []  # bytes of the tensors of each file
 
     def write(group: dict[str, Tensor]) -> None:
         groups.append({name: tensor.nbytes for name, tensor in group.items()})
         save_file(group, partial / str(len(groups)), metadata={"format": "pt"})
 
-    try:
+    with new_directory(path) as partial:
         group: dict[str, Tensor] = {}
         for name, tensor in tensors:
             if group and sum(t.nbytes for t in group.values()) + tensor.nbytes > SHARD:
@@ -220,9 +226,6 @@ def write_directory(path: Path, tensors: Iterable[tuple[str, Tensor]],
             (partial / str(number)).rename(partial / file)
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def pieces_of(tensor: Tensor, names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -294,12 +297,6 @@ def source_layouts(layout: Layout) -> tuple[Layout, Layout]:
     return vit, {name: pieces for name, pieces in layout.items() if not name.startswith("visual.")}
 
 
-def meta_model(config: ModelConfig) -> LlavaOneVision:
-    """A model without numbers, for its parameters' names and shapes."""
-    with torch.device("meta"):
-        return LlavaOneVision(config)
-
-
 def read_tensors(model: LlavaOneVision, source: Layout, tensors: dict[str, tuple[Path, str]],
                  target: Layout, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Read the parameters that `target` has by `source`, yield them by `target`.
@@ -308,7 +305,7 @@ def read_tensors(model: LlavaOneVision, source: Layout, tensors: dict[str, tuple
     Raises ValueError naming tensor and file where a number is not finite.
     """
     wanted = {name: p for name, p in model.named_parameters() if name in target}
-    with ProgressBar("reading", wanted.values()) as bar:
+    with ProgressBar(wanted.values()) as bar:
         for name, parameter in wanted.items():
             pieces = [tensors[piece] for piece in source[name]]
             tensor = read_parameter(pieces, parameter, dtype, None)
@@ -395,6 +392,7 @@ def stage0_config(vit: Path, llm: Path, tokenizer: Tokenizer) -> ModelConfig:
     refuse_others(file, raw, {"patch_size": 14, "num_channels": 3, "hidden_act": "gelu"})
     seen = whole_numbers(file, raw, "num_hidden_layers", "hidden_size", "num_attention_heads",
                          "intermediate_size")
+    eps = number(file, raw, "layer_norm_eps")
     file = llm / "config.json"
     decoder = decoder_fields(file, read_json_object(file))
     if max(tokenizer.get_vocab().values()) >= decoder["vocab_size"]:
@@ -402,37 +400,33 @@ def stage0_config(vit: Path, llm: Path, tokenizer: Tokenizer) -> ModelConfig:
     return ModelConfig(
         **decoder, image_token_id=tokenizer.token_to_id("<|image_pad|>"),
         video_token_id=tokenizer.token_to_id("<|video_pad|>"),
-        vision=VisionConfig(*seen.values(), decoder["hidden_size"],
-                            number(vit / "config.json", raw, "layer_norm_eps")))
+        vision=VisionConfig(*seen.values(), decoder["hidden_size"], eps))
 
 
 def fresh_merger(model: LlavaOneVision, seed: int, dtype: torch.dtype,
                  ) -> Iterator[tuple[str, Tensor]]:
-    """The merger's tensors as LlavaOneVision.init_weights has them: linear weights normal."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if name.startswith("visual.merger."):
-            tensor = torch.zeros(parameter.shape)
-            if parameter.dim() > 1:
-                tensor.normal_(std=model.config.initializer_range, generator=generator)
-            elif name.endswith("weight"):  # of the norm
-                tensor.fill_(1)
-            yield name, tensor.to(dtype)
+    """The merger's tensors, as LlavaOneVision.init_weights has them."""
+    merger, generator = Merger(model.config.vision), torch.Generator().manual_seed(seed)
+    for module in merger.modules():
+        init_linear(module, model.config.initializer_range, generator)
+    for name, parameter in merger.named_parameters():
+        yield f"visual.merger.{name}", parameter.detach().to(dtype)
 
 
 def merge(flags: argparse.Namespace) -> Iterator[str]:
     """Stage 0: a ViT and a decoder, each as published, with a random merger between them."""
-    vit, llm, tokenizer = flags.vit, flags.llm, load_tokenizer(flags.tokenizer)
-    config, tensors = stage0_config(vit, llm, tokenizer), tensor_files(vit) | tensor_files(llm)
-    config = with_head(config, tensors)
-    tied = config.tie_word_embeddings
+    tokenizer = load_tokenizer(flags.tokenizer)
+    config = stage0_config(flags.vit, flags.llm, tokenizer)
+    vit_tensors, llm_tensors = tensor_files(flags.vit), tensor_files(flags.llm)
+    tensors = vit_tensors | llm_tensors
+    tied = with_head(config, tensors).tie_word_embeddings
     model = meta_model(replace(config, tie_word_embeddings=False))  # the released ones have a head
     released = released_names(model)
     vit_layout, llm_layout = source_layouts(released)
     if tied:
         llm_layout["lm_head.weight"] = llm_layout["model.embed_tokens.weight"]
-    for path, layout in ((vit, vit_layout), (llm, llm_layout)):
-        check_names(path, tensor_files(path), layout, suffixes=NOT_OURS)
+    check_names(flags.vit, vit_tensors, vit_layout, suffixes=NOT_OURS)
+    check_names(flags.llm, llm_tensors, llm_layout, suffixes=NOT_OURS)
     source = vit_layout | llm_layout
     target = {name: released[name] for name in source}
     read = read_tensors(model, source, tensors, target, flags.dtype)
@@ -441,10 +435,9 @@ def merge(flags: argparse.Namespace) -> Iterator[str]:
     yield (f"{flags.out}: {sum(p.numel() for p in model.parameters()):,} parameters, merger from "
            f"seed {flags.seed}" + (", head copied from the embedding" if tied else ""))
     if flags.verify:
-        for path, layout in ((vit, vit_layout), (llm, llm_layout)):
-            names = {name: released[name] for name in layout}
-            apart = list(differences(model, layout, tensors, names, tensor_files(flags.out),
-                                     flags.dtype))
+        merged = tensor_files(flags.out)
+        for path, layout in ((flags.vit, vit_layout), (flags.llm, llm_layout)):
+            apart = list(differences(model, layout, tensors, released, merged, flags.dtype))
             wrong = [name for name, distance in apart if distance]
             if wrong:
                 raise ValueError(f"{wrong[0]} of {path} is not in {flags.out} as it was")
@@ -453,7 +446,7 @@ def merge(flags: argparse.Namespace) -> Iterator[str]:
 
 def split(flags: argparse.Namespace) -> Iterator[str]:
     """The inverse of `merge`: OUT/vit and OUT/llm, each as published; the merger is left out."""
-    model, tensors = whole_checkpoint(flags.path)
+    model, tensors = find_checkpoint(flags.path)
     tokenizer, config = load_tokenizer(flags.path), model.config
     released = released_names(model)
     vit_layout, llm_layout = source_layouts(released)
@@ -466,17 +459,13 @@ def split(flags: argparse.Namespace) -> Iterator[str]:
     width = model.config.vision.embed_dim  # what Hugging Face's class has behind the last layer
     norm = {"vision_model.post_layernorm.weight": torch.ones(width, dtype=flags.dtype),
             "vision_model.post_layernorm.bias": torch.zeros(width, dtype=flags.dtype)}
-    partial = new_directory(flags.out)
-    try:
+    with new_directory(flags.out) as partial:
         for name, layout, more, texts in (
                 ("vit", vit_layout, norm, {"config.json": vit_json(config, flags.dtype)}),
                 ("llm", llm_layout, {}, {"config.json": llm_json(config, flags.dtype),
                                          "tokenizer.json": tokenizer.to_str(pretty=True)})):
             read = read_tensors(model, released, tensors, layout, flags.dtype)
             write_directory(partial / name, chain(read, more.items()), texts)
-        partial.rename(flags.out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     yield f"{flags.out / 'vit'} and {flags.out / 'llm'}: head " + (
         "tied to the embedding" if config.tie_word_embeddings else "of its own")
 
@@ -503,24 +492,13 @@ def llm_json(config: ModelConfig, dtype: torch.dtype) -> str:
                        "torch_dtype": about["torch_dtype"]}, indent=2)
 
 
-def whole_checkpoint(path: Path) -> tuple[LlavaOneVision, dict[str, tuple[Path, str]]]:
-    """The model that a directory is of, without numbers, and where its tensors are.
-
-    Raises ValueError naming what is missing or not its own.
-    """
-    config, tensors = ModelConfig.from_dir(path), tensor_files(path)
-    model = meta_model(with_head(config, tensors))
-    check_names(path, tensors, released_names(model))
-    return model, tensors
-
-
 def export(flags: argparse.Namespace) -> Iterator[str]:
     """A checkpoint, or a run's last, to the released format with all its files."""
     path = flags.path
     for stage in ("align", "mid", "instruct"):
         if (flags.path / stage / "config.json").is_file():
             path = flags.path / stage
-    model, tensors = whole_checkpoint(path)
+    model, tensors = find_checkpoint(path)
     tokenizer, released = load_tokenizer(path), released_names(model)
     check_tokenizer(path, tokenizer, model.config)
     target = nested_layout(released) if flags.layout == "nested" else released
@@ -545,7 +523,7 @@ def differences(model: LlavaOneVision, layout: Layout, tensors: dict[str, tuple[
 
 def verify(flags: argparse.Namespace) -> Iterator[str]:
     """Is a directory whole: names, shapes, types, finite numbers; hashes; distance to another."""
-    model, tensors = whole_checkpoint(flags.path)
+    model, tensors = find_checkpoint(flags.path)
     layout = released_names(model)
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for _, tensor in
                     read_tensors(model, layout, tensors, layout, None))
@@ -567,7 +545,7 @@ def verify(flags: argparse.Namespace) -> Iterator[str]:
 def compare(path: Path, other: Path) -> Iterator[str]:
     """How far two directories are apart: settings that differ, then the largest difference of each
     tensor that does.  Raises ValueError if their tensors are not the same ones."""
-    (model, tensors), (other_model, others) = whole_checkpoint(path), whole_checkpoint(other)
+    (model, tensors), (other_model, others) = find_checkpoint(path), find_checkpoint(other)
     shapes, other_shapes = ({name: tuple(p.shape) for name, p in m.named_parameters()}
                             for m in (model, other_model))
     for name in shapes | other_shapes:
@@ -628,16 +606,14 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     return flags
 
 
+def run() -> None:
+    flags = parse_flags(sys.argv[1:])
+    for line in flags.run(flags):
+        print(line, flush=True)
+
+
 def main() -> None:
-    try:
-        flags = parse_flags(sys.argv[1:])
-        for line in flags.run(flags):
-            print(line, flush=True)
-    except (ValueError, OSError) as error:
-        print(f"convert.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    refuse_in_one_sentence("convert.py", run)
 
 
 if __name__ == "__main__":

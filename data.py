@@ -874,6 +874,17 @@ def flag_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_in_one_sentence(script: str, work: Callable[[], None]) -> None:
+    """Do a command's work; what a user caused becomes one line on standard error, exit code 2."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def choose_device(name: str) -> torch.device:
     """The device of that name, or a GPU if there is one.  Raises ValueError if it is not there."""
     if not name:
@@ -885,22 +896,23 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def main() -> None:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of that name, or what products are best computed in on the device."""
+    return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
+
+
+def run() -> None:
     parser = flag_parser("Look at training data.")
     parser.add_argument("command", choices=["inspect"])
     parser.add_argument("--data", default="questions", help="captions, questions or a data file")
     parser.add_argument("--count", type=int, default=4, help="records to print")
     parser.add_argument("--seq-length", type=int, default=1024, help="tokens in a row")
     parser.add_argument("--save", default="", help="directory for the records' pictures")
-    try:
-        flags = parser.parse_args()
-        if flags.count < 0 or flags.seq_length < 1:
-            raise ValueError("--count must not be negative, --seq-length must be positive")
-        inspect(flags.data, flags.count, flags.seq_length, flags.save)
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    flags = parser.parse_args()
+    if flags.count < 0 or flags.seq_length < 1:
+        raise ValueError("--count must not be negative, --seq-length must be positive")
+    inspect(flags.data, flags.count, flags.seq_length, flags.save)
 
 
 if __name__ == "__main__":
-    main()
+    refuse_in_one_sentence("data.py", run)

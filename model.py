@@ -509,6 +509,14 @@ def sample_tokens(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return order.gather(-1, torch.multinomial(probabilities, 1))[:, 0]
 
 
+def init_linear(module: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
+    """Fresh weights if it is a linear layer or an embedding: normal, biases zero."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std, generator=generator)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
 class LlavaOneVision(nn.Module):
     """RICE-ViT, merger, Qwen3 and head.  Source: LLaVA-OneVision-1.5 (arXiv 2509.23661)."""
 
@@ -532,10 +540,7 @@ class LlavaOneVision(nn.Module):
         relative steps small, which it needs, since the 588 numbers of a patch move together.
         """
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+            init_linear(module, self.config.initializer_range)
             if isinstance(module, Experts):
                 for parameter in module.parameters():
                     nn.init.normal_(parameter, std=self.config.initializer_range)
@@ -641,33 +646,29 @@ class LlavaOneVision(nn.Module):
         Raises ValueError naming the tensor and the file if one is missing, unknown, misshapen or
         not of floating point.
         """
-        config, tensors = ModelConfig.from_dir(path), tensor_files(Path(path))
-        config = with_head(config, tensors)
-        with torch.device("meta"):
-            model = cls(config)
-        if part == "vision":
-            model.model = model.lm_head = None
-        elif part == "text":
-            model.visual = None
-        elif part:
-            raise ValueError(f"there is no part {part!r} of a model, only vision and text")
+        model, tensors = find_checkpoint(Path(path), part)
         if prepare is not None:
             prepare(model)
         parameters, names = dict(model.named_parameters()), released_names(model)
-        foreign = {"vision": ("model.", "lm_head."), "text": ("visual.",)}.get(part, ())
-        check_names(path, tensors, names, foreign)
         state: dict[str, Tensor] = {}
-        with ProgressBar("reading", parameters.values()) as bar:
+        with ProgressBar(parameters.values()) as bar:
             for name, parameter in parameters.items():
                 pieces = [tensors[piece] for piece in names[name]]
                 state[name] = read_parameter(pieces, parameter, dtype, device)
                 bar.advance(state[name])
-        if config.tie_word_embeddings and part != "vision":
+        tied = model.config.tie_word_embeddings and part != "vision"
+        if tied:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
-        if config.tie_word_embeddings and part != "vision":
+        if tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
+
+
+def meta_model(config: ModelConfig) -> LlavaOneVision:
+    """A model without numbers, for its parameters' names and shapes."""
+    with torch.device("meta"):
+        return LlavaOneVision(config)
 
 
 # --------------------------------------------------------------------------- checkpoints, as read
@@ -676,8 +677,8 @@ class LlavaOneVision(nn.Module):
 class ProgressBar:
     """A line with a bar and MB/s on standard error, if that is a terminal; erased at the end."""
 
-    def __init__(self, doing: str, parameters: Iterable[Tensor]) -> None:
-        self.doing, self.total = doing, sum(parameter.numel() for parameter in parameters)
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.total = sum(parameter.numel() for parameter in parameters)
         self.numbers, self.megabytes, self.started = 0, 0.0, time.monotonic()
         self.shown = sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
 
@@ -691,12 +692,12 @@ class ProgressBar:
     def advance(self, parameter: Tensor) -> None:
         """A parameter was read, or this rank's part of it."""
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        self.numbers, self.megabytes = self.numbers + parameter.numel(), (
-            self.megabytes + local.nbytes / 1e6)
+        self.numbers += parameter.numel()
+        self.megabytes += local.nbytes / 1e6
         if self.shown:
             speed = self.megabytes / (time.monotonic() - self.started)
             bar = "#" * (30 * self.numbers // self.total)
-            print(f"\r\033[K{self.doing} [{bar:30}] {self.megabytes:,.0f} MB, {speed:,.0f} MB/s",
+            print(f"\r\033[Kreading [{bar:30}] {self.megabytes:,.0f} MB, {speed:,.0f} MB/s",
                   end="", file=sys.stderr, flush=True)
 
 
@@ -718,7 +719,7 @@ def with_head(config: ModelConfig, tensors: dict[str, tuple[Path, str]]) -> Mode
     return replace(config, tie_word_embeddings=tied)
 
 
-def check_names(path: str | Path, tensors: dict[str, tuple[Path, str]],
+def check_names(path: Path, tensors: dict[str, tuple[Path, str]],
                 names: dict[str, list[str]], prefixes: tuple[str, ...] = (),
                 suffixes: tuple[str, ...] = ()) -> None:
     """Raise ValueError unless a directory has the tensors named, and no others but such as begin or
@@ -730,6 +731,26 @@ def check_names(path: str | Path, tensors: dict[str, tuple[Path, str]],
     for name, (file, key) in tensors.items():
         if not (name in known or name.startswith(prefixes) or name.endswith(suffixes)):
             raise ValueError(f"{file} has a tensor {key} that the model does not have")
+
+
+def find_checkpoint(path: Path, part: str = "",
+                    ) -> tuple[LlavaOneVision, dict[str, tuple[Path, str]]]:
+    """The model that a directory is of, on the meta device, and where its tensors are.
+
+    part: "vision" or "text" makes the other side None.  Raises ValueError naming what is missing or
+    not the model's.
+    """
+    config, tensors = ModelConfig.from_dir(path), tensor_files(path)
+    model, others = meta_model(with_head(config, tensors)), ()
+    if part == "vision":
+        model.model = model.lm_head = None
+        others = "model.", "lm_head."
+    elif part == "text":
+        model.visual, others = None, ("visual.",)
+    elif part:
+        raise ValueError(f"there is no part {part!r} of a model, only vision and text")
+    check_names(path, tensors, released_names(model), prefixes=others)
+    return model, tensors
 
 
 def open_tensors(file: Path) -> Any:
@@ -752,9 +773,9 @@ def read_parameter(pieces: list[tuple[Path, str]], like: Tensor, dtype: torch.dt
         chunk, = like.__create_chunk_list__()  # what distributed checkpoints ask it, too
         begin, end = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]  # shards are of rows
     rows = len(like) // len(pieces)  # of a piece
-    wanted = range(begin // rows, max(begin // rows + 1, -(-end // rows)))
+    wanted = range(begin // rows, -(-end // rows)) if begin < end else range(1)
     read, reader, opened = [], None, None
-    for number in wanted if begin < end else (0,):
+    for number in wanted:
         file, key = pieces[number]
         if file != opened:
             reader, opened = open_tensors(file), file
@@ -841,8 +862,7 @@ def part_of(name: str) -> str:
 def parameters_by_part(config: ModelConfig, matrices: bool = False) -> dict[str, int]:
     """Parameters of each part; or only those in the matrices that a token or patch passes: of
     experts K / X, and neither embedding, of which it takes a row, nor head, which labels reach."""
-    with torch.device("meta"):
-        model = LlavaOneVision(config)
+    model = meta_model(config)
     count = dict.fromkeys(("class token", "vision", "merger", "decoder"), 0)
     for name, parameter in model.named_parameters():
         if not matrices or parameter.dim() > 1 and name not in ("model.embed_tokens.weight",

@@ -32,7 +32,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from convert import load_checkpoint, newest_checkpoint
-from data import Batch, choose_device, encode, flag_parser, pack
+from data import (Batch, choose_device, choose_dtype, encode, flag_parser, pack,
+                  refuse_in_one_sentence)
 from model import LlavaOneVision
 from vision import MAX_PIXELS, MIN_PIXELS, open_image
 
@@ -127,8 +128,7 @@ def run(flags: argparse.Namespace) -> None:
     checkpoint, whose = ((Path(flags.checkpoint), "as told") if flags.checkpoint
                          else newest_checkpoint())
     device = choose_device(flags.device)
-    dtype = flags.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    model, tokenizer = load_checkpoint(checkpoint, getattr(torch, dtype), device)
+    model, tokenizer = load_checkpoint(checkpoint, choose_dtype(flags.dtype, device), device)
     batch = build_prompt(images, prompt, tokenizer, flags.max_pixels)
     room = model.config.max_position_embeddings - len(batch.input_ids)
     if room < 1:
@@ -148,13 +148,7 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    try:
-        run(parse_flags(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    refuse_in_one_sentence("sample.py", lambda: run(parse_flags(sys.argv[1:])))
 
 
 if __name__ == "__main__":

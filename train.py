@@ -90,10 +90,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from convert import load_checkpoint, load_tokenizer, save_checkpoint
-from data import (Batch, PackedRows, Step, choose_device, default_texts, encode, flag_parser,
-                  held_out_questions, pack, records, train_tokenizer)
+from data import (Batch, PackedRows, Step, choose_device, choose_dtype, default_texts, encode,
+                  flag_parser, held_out_questions, pack, records, train_tokenizer)
 from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, MixtureOfExperts, ModelConfig, SharedRow,
-                   parameters_by_part, part_of)
+                   meta_model, parameters_by_part, part_of)
 from vision import MAX_PIXELS, MIN_PIXELS
 
 
@@ -294,8 +294,7 @@ def find_ranks(config: TrainConfig) -> Ranks:
             raise ValueError(f"there is no GPU for rank {rank}: the machine has "
                              f"{torch.cuda.device_count()}")
         torch.cuda.set_device(device)
-    dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    return Ranks(device, getattr(torch, dtype), rank, count, config.context_parallel,
+    return Ranks(device, choose_dtype(config.dtype, device), rank, count, config.context_parallel,
                  config.replicas, config.expert_parallel)
 
 
@@ -669,8 +668,7 @@ def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int, context: in
     total, trained = sum(parts.values()), sum(parts[part] for part in recipe.trainable)
     tokens = recipe.seq_length / context
     patches = 4 * VISUAL_SHARE * tokens
-    with torch.device("meta"):
-        model = LlavaOneVision(config).to(torch.bfloat16)
+    model = meta_model(config).to(torch.bfloat16)
     layer, block = model.model.layers[0], model.visual.blocks[0]
     layer.requires_grad_("decoder" in recipe.trainable)
     kept, whole = saved_bytes(layer, config.hidden_size, config.num_attention_heads,

@@ -21,9 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from convert import meta_model, side_files, write_directory  # noqa: E402
+from convert import side_files, write_directory  # noqa: E402
 from data import SPECIAL_TOKENS  # noqa: E402
-from model import PRESETS, ModelConfig, released_names  # noqa: E402
+from model import PRESETS, ModelConfig, meta_model, released_names  # noqa: E402
 
 
 def wide_tokenizer() -> Tokenizer:

@@ -132,7 +132,7 @@ def test_training_refusals(tmp_path: Path, arguments: list[str], ranks: int, mes
     """Before any work, in one sentence of the first rank alone."""
     for rank in {0, ranks - 1}:
         done = fast_command(tmp_path, "train.py", *arguments, RANK=str(rank), LOCAL_RANK=str(rank),
-                       WORLD_SIZE=str(ranks))
+                            WORLD_SIZE=str(ranks))
         assert done.returncode == 2, done.stdout + done.stderr
         assert done.stderr.count("\n") == (rank == 0) and (message in done.stderr or rank)
         assert not list(tmp_path.iterdir())

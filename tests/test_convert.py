@@ -22,9 +22,9 @@ from tokenizers import Tokenizer, decoders, models
 
 import convert
 import sample
-from convert import CHAT_TEMPLATE, load_tokenizer, meta_model, nested_layout
+from convert import CHAT_TEMPLATE, load_tokenizer, nested_layout
 from data import render
-from model import PRESETS, LlavaOneVision, ModelConfig, released_names
+from model import PRESETS, LlavaOneVision, ModelConfig, meta_model, released_names
 
 ROOT = Path(__file__).parent.parent
 PARITY, SHIPPED = ROOT / "tests" / "parity", ROOT / "assets" / "tiny"
@@ -276,16 +276,11 @@ def replaced(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Calla
     return change_tensors(lambda t: t.update({name: change(t[name]).contiguous()}))
 
 
-def spoil(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+def spoil(value: float, place: int = 7) -> Callable[[torch.Tensor], torch.Tensor]:
     def change(tensor: torch.Tensor) -> torch.Tensor:
-        tensor.view(-1)[7] = value
+        tensor.view(-1)[place] = value
         return tensor
     return change
-
-
-def spoil_last(tensor: torch.Tensor) -> torch.Tensor:
-    tensor.view(-1)[-1] = float("nan")
-    return tensor
 
 
 def remove(pattern: str) -> Callable[[Path], None]:
@@ -374,7 +369,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {  # what
     "bytes": (replaced(QKV, lambda x: x.to(torch.uint8)), (FIRST, QKV, "U8")),
     "not a number": (replaced(QKV, spoil(float("nan"))), (FIRST, QKV, "finite")),
     "infinite": (replaced(PATCH, spoil(float("inf"))), (FIRST, PATCH, "finite")),
-    "a number the last": (replaced(QKV, lambda x: spoil_last(x)), (FIRST, QKV, "finite")),
+    "a number the last": (replaced(QKV, spoil(float("nan"), -1)), (FIRST, QKV, "finite")),
     "no tokenizer": (remove("tokenizer.json"), ("tokenizer.json",)),
     "a tokenizer for another": (change_json("config.json", image_token_id=99), ("99", "image_pad")),
 }

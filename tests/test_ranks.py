@@ -1,4 +1,4 @@
-"""Any number of ranks computes what one process computes: FSDP, copies, context parallelism."""
+"""Any number of ranks computes what one does: FSDP, copies, shared rows, experts apart."""
 
 import gc
 import json
