@@ -40,14 +40,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from data import flag_parser, refuse_in_one_sentence
-from model import (LlavaOneVision, ModelConfig, ProgressBar, check_names, decoder_fields,
-                   find_checkpoint, init_linear, meta_model, number, read_json_object,
-                   read_parameter, refuse_others, released_names, tensor_files, whole_numbers,
-                   with_head)
+from fp8_kernel import BLOCK, Fp8Linear, convert_to_fp8, quantize_fp8
+from model import (SCALES, LlavaOneVision, ModelConfig, ProgressBar, Stored, check_names,
+                   decoder_fields, find_checkpoint, init_linear, meta_model, number,
+                   read_json_object, read_parameter, refuse_others, released_names, tensor_files,
+                   whole_numbers, with_head)
 from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, Merger, VisionConfig
 
 SHARD = 5e9  # bytes of a file of weights at most
@@ -297,7 +298,7 @@ def source_layouts(layout: Layout) -> tuple[Layout, Layout]:
     return vit, {name: pieces for name, pieces in layout.items() if not name.startswith("visual.")}
 
 
-def read_tensors(model: LlavaOneVision, source: Layout, tensors: dict[str, tuple[Path, str]],
+def read_tensors(model: LlavaOneVision, source: Layout, tensors: dict[str, Stored],
                  target: Layout, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Read the parameters that `target` has by `source`, yield them by `target`.
 
@@ -310,7 +311,7 @@ def read_tensors(model: LlavaOneVision, source: Layout, tensors: dict[str, tuple
             pieces = [tensors[piece] for piece in source[name]]
             tensor = read_parameter(pieces, parameter, dtype, None)
             bar.advance(tensor)
-            for (file, key), part in zip(pieces, tensor.chunk(len(pieces))):
+            for (file, key, _), part in zip(pieces, tensor.chunk(len(pieces))):
                 if not part.isfinite().all():
                     raise ValueError(f"{file}: {key} is not finite everywhere, as {part.dtype}")
             yield from pieces_of(tensor, target[name])
@@ -348,13 +349,14 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
                for name, content in objects.items()}}
 
 
-def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype,
-               code: str = PUBLISHED) -> dict[str, str]:
+def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype, code: str = PUBLISHED,
+               **more: object) -> dict[str, str]:
     """All files but the weights that Hugging Face's loaders want, by name.
 
     code: the repository whose modelling code is to be loaded; it has none for mixtures of experts.
+    more: goes to config.json.
     """
-    about = config_json(config, dtype)
+    about = config_json(config, dtype) | more
     about |= {f"vision_{end}_token_id": tokenizer.token_to_id(f"<|vision_{end}|>")
               for end in ("start", "end")}
     if not config.num_experts:
@@ -492,6 +494,19 @@ def llm_json(config: ModelConfig, dtype: torch.dtype) -> str:
                        "torch_dtype": about["torch_dtype"]}, indent=2)
 
 
+def to_fp8(tensors: Iterable[tuple[str, Tensor]], names: set[str],
+           dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Those named in e4m3, each followed by the scales of its squares; the others as dtype."""
+    for name, tensor in tensors:
+        if name in names:
+            values, scales = quantize_fp8(tensor.float(), square=True)[0]
+            yield from ((name, values), (name + SCALES, scales))
+        elif not (converted := tensor.to(dtype)).isfinite().all():
+            raise ValueError(f"{name} is not finite everywhere, as {dtype}")
+        else:
+            yield name, converted
+
+
 def export(flags: argparse.Namespace) -> Iterator[str]:
     """A checkpoint, or a run's last, to the released format with all its files."""
     path = flags.path
@@ -501,16 +516,31 @@ def export(flags: argparse.Namespace) -> Iterator[str]:
     model, tensors = find_checkpoint(path)
     tokenizer, released = load_tokenizer(path), released_names(model)
     check_tokenizer(path, tokenizer, model.config)
-    target = nested_layout(released) if flags.layout == "nested" else released
-    write_directory(flags.out, read_tensors(model, released, tensors, target, flags.dtype),
-                    side_files(model.config, tokenizer, flags.dtype, flags.code))
+    target, more = nested_layout(released) if flags.layout == "nested" else released, {}
+    found = read_tensors(model, released, tensors, target, None if flags.fp8 else flags.dtype)
+    if flags.fp8:
+        convert_to_fp8(model)
+        linear = {name: module for name, module in model.named_modules()
+                  if isinstance(module, nn.Linear)}
+        in_fp8 = {piece for name, module in linear.items() if isinstance(module, Fp8Linear)
+                  for piece in target[f"{name}.weight"]}
+        found = to_fp8(found, in_fp8, flags.dtype)
+        more["quantization_config"] = {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": [
+                piece.removesuffix(".weight") for name in linear  # a tied head is in no file
+                for piece in target.get(f"{name}.weight", [f"{name}.weight"])
+                if piece not in in_fp8]}
+    write_directory(flags.out, found,
+                    side_files(model.config, tokenizer, flags.dtype, flags.code, **more))
     yield (f"{path} -> {flags.out}: {len(tensors):,} tensors, {flags.layout} names, {flags.dtype}, "
+           + (f"{len(in_fp8):,} matrices in FP8, " if flags.fp8 else "")
            + (f"code of {flags.code}" if not model.config.num_experts else
               "no auto_map: there is no published code that reads mixtures of experts"))
 
 
-def differences(model: LlavaOneVision, layout: Layout, tensors: dict[str, tuple[Path, str]],
-                other_layout: Layout, others: dict[str, tuple[Path, str]],
+def differences(model: LlavaOneVision, layout: Layout, tensors: dict[str, Stored],
+                other_layout: Layout, others: dict[str, Stored],
                 dtype: torch.dtype | None = None) -> Iterator[tuple[str, float]]:
     """For each tensor of a layout, how far the numbers of two directories are apart at most, both
     read as `dtype`."""
@@ -525,7 +555,8 @@ def verify(flags: argparse.Namespace) -> Iterator[str]:
     """Is a directory whole: names, shapes, types, finite numbers; hashes; distance to another."""
     model, tensors = find_checkpoint(flags.path)
     layout = released_names(model)
-    kinds = Counter(str(tensor.dtype).removeprefix("torch.") for _, tensor in
+    kinds = Counter("FP8 with scales" if tensors[name].scales else
+                    str(tensor.dtype).removeprefix("torch.") for name, tensor in
                     read_tensors(model, layout, tensors, layout, None))
     for file in sorted(file for file in flags.path.iterdir() if file.is_file()):
         with open(file, "rb") as content:
@@ -595,6 +626,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
                          metavar="DIR", help="to be written, must be new")
         sub.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
         if command is export:
+            sub.add_argument("--fp8", action="store_true",
+                             help="the decoder's large matrices in FP8, to be served")
             sub.add_argument("--layout", default="released", choices=["released", "nested"],
                              help="names visual.* or model.visual.*, as in the README")
         if command in (merge, export):

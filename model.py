@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,8 @@ from torch.utils.checkpoint import checkpoint
 from attention_kernel import flash_attn_varlen_func, segment_ids
 from vision import RiceViT, VisionConfig, apply_rope
 
+SCALES = "_scale_inv"  # behind the name of a weight in FP8, in that of its scales
+SQUARE = 128  # rows and columns of such a weight that share a scale
 LOSS_CHUNK = 1024  # rows of logits alive at once: 1024 x 151,936 fp32 = 0.6 GB
 
 
@@ -91,6 +93,11 @@ class ModelConfig:
         if not isinstance(text, dict) or not isinstance(vision, dict):
             raise ValueError(f"{file} lacks text_config or vision_config")
 
+        quantized = raw.get("quantization_config") or {}
+        if not isinstance(quantized, dict):
+            raise ValueError(f"{file}: quantization_config is no object")
+        refuse_others(file, quantized, {"quant_method": "fp8", "fmt": "e4m3",
+                                        "weight_block_size": [SQUARE, SQUARE]})
         refuse_others(file, vision, {"patch_size": 14, "spatial_merge_size": 2,
                                      "temporal_patch_size": 1})
         ids = {key: int(number(file, raw, key)) for key in ("image_token_id", "video_token_id")}
@@ -160,18 +167,18 @@ def qwen3(layers: int, hidden: int, ffn: int, heads: int, theta: float) -> Model
 
 
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(160, 448, 4, 5, 5, 1e4, head_dim=32, vocab_size=1024,
+    "tiny": ModelConfig(256, 384, 3, 8, 8, 1e4, head_dim=32, vocab_size=1024,
                         max_position_embeddings=4096, initializer_range=0.06,
                         image_token_id=12, video_token_id=13,
-                        vision=VisionConfig(4, 128, 4, 512, 160)),
+                        vision=VisionConfig(4, 128, 4, 512, 256)),
     "2b": qwen3(28, 2048, 6144, 16, 1e6),
     "4b": qwen3(36, 2560, 9728, 32, 5e6),
     "8b": qwen3(36, 4096, 12288, 32, 1e6),
     "14b": qwen3(40, 5120, 17408, 40, 1e6),
     "32b": qwen3(64, 5120, 25600, 64, 1e6),
 }
-PRESETS["tiny-moe"] = replace(PRESETS["tiny"], num_experts=4, num_experts_per_tok=2,
-                              moe_intermediate_size=224)  # of which a token passes 448, as in tiny
+PRESETS["tiny-moe"] = replace(PRESETS["tiny"], num_experts=8, num_experts_per_tok=3,
+                              moe_intermediate_size=128)  # of which a token passes 384, as in tiny
 PRESETS["30b-a3b"] = replace(qwen3(48, 2048, 6144, 32, 1e7), num_key_value_heads=4,
                              num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
 
@@ -302,12 +309,21 @@ class SwiGlu(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def grouped_linear(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-    """Rows (N, C) times a matrix for each group of them, (X, F, C); counts: (X,) rows of each."""
-    if x.device.type == "cpu":
-        groups = zip(x.split(counts.tolist()), weights.unbind())
-        return torch.cat([F.linear(rows, weight) for rows, weight in groups])
-    return F.grouped_mm(x, weights.transpose(-2, -1), offs=counts.cumsum(0).int())
+class GroupedLinear(nn.Linear):
+    """X matrices (F, C), one above the other, each for the rows that belong to it."""
+
+    def __init__(self, matrices: int, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, matrices * out_features, bias=False)
+        self.matrices = matrices
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Rows (R, C) sorted by matrix -> (R, F); counts: (X,) rows of each that is at hand."""
+        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        weights = weight.unflatten(0, (len(counts), -1))
+        if x.device.type == "cpu":
+            groups = zip(x.split(counts.tolist()), weights.unbind())
+            return torch.cat([F.linear(rows, matrix) for rows, matrix in groups])
+        return F.grouped_mm(x, weights.transpose(-2, -1), offs=counts.cumsum(0).int())
 
 
 class Exchange(torch.autograd.Function):
@@ -330,27 +346,22 @@ class Exchange(torch.autograd.Function):
 class Experts(nn.Module):
     """X gated MLPs, each for the rows routed to it.
 
-    A parameter has the matrices of all experts, one above the other: so any number of ranks can
-    share its rows evenly.  With expert parallelism (`group` set, by `train.shard`) a rank of the
+    A weight has the matrices of all experts, one above the other: so any number of ranks can share
+    its rows evenly.  With expert parallelism (`group` set, by `train.shard`) a rank of the
     group holds X / ranks whole experts, and rows travel to their experts and back.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        rows = config.num_experts * config.moe_intermediate_size
-        self.gate_proj = nn.Parameter(torch.empty(rows, config.hidden_size))
-        self.up_proj = nn.Parameter(torch.empty(rows, config.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts * config.hidden_size,
-                                                  config.moe_intermediate_size))
+        sizes = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_proj, self.up_proj = GroupedLinear(*sizes), GroupedLinear(*sizes)
+        self.down_proj = GroupedLinear(sizes[0], sizes[2], sizes[1])
         self.group: dist.ProcessGroup | None = None
 
     def products(self, x: Tensor, counts: Tensor) -> Tensor:
-        """The experts at hand, on rows (N, C) sorted by them, of which they get counts (X,)."""
-        parameters = (self.gate_proj, self.up_proj, self.down_proj)
-        gate, up, down = ((w.to_local() if isinstance(w, DTensor) else w)
-                          .unflatten(0, (len(counts), -1)) for w in parameters)
-        h = F.silu(grouped_linear(x, gate, counts)) * grouped_linear(x, up, counts)
-        return grouped_linear(h, down, counts)
+        """The experts at hand, on rows (R, C) sorted by them, of which they get counts (X,)."""
+        h = F.silu(self.gate_proj(x, counts)) * self.up_proj(x, counts)
+        return self.down_proj(h, counts)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         if self.group is None:
@@ -541,9 +552,6 @@ class LlavaOneVision(nn.Module):
         """
         for module in self.modules():
             init_linear(module, self.config.initializer_range)
-            if isinstance(module, Experts):
-                for parameter in module.parameters():
-                    nn.init.normal_(parameter, std=self.config.initializer_range)
         nn.init.normal_(self.visual.patch_embed.proj.weight, std=0.5)
         nn.init.normal_(self.visual.class_embedding, std=self.config.vision.embed_dim**-0.5)
         nn.init.normal_(self.visual.class_pos_emb)
@@ -637,7 +645,8 @@ class LlavaOneVision(nn.Module):
         """Load a released checkpoint: a directory of safetensors, one file or many with an index.
 
         Both key layouts are read (`visual.*`, `model.*` and `model.visual.*`,
-        `model.language_model.*`).  The head is tied to the embedding only when the files have none
+        `model.language_model.*`), and matrices in FP8 with `weight_scale_inv` beside them, which
+        become bfloat16.  The head is tied to the embedding only when the files have none
         and config.json does not say that it should have one.
         dtype and device default to those of the files and the CPU.
         prepare: called with the model while it is on the meta device; if it shards parameters
@@ -707,19 +716,27 @@ def released_names(model: LlavaOneVision) -> dict[str, list[str]]:
         stem, stacked, matrix = name.partition(".experts.")
         if not stacked:
             return [name]
-        return [f"{stem}.experts.{e}.{matrix}.weight" for e in range(model.config.num_experts)]
+        return [f"{stem}.experts.{e}.{matrix}" for e in range(model.config.num_experts)]
 
     return {name: names(name) for name, _ in model.named_parameters()}
 
 
-def with_head(config: ModelConfig, tensors: dict[str, tuple[Path, str]]) -> ModelConfig:
+class Stored(NamedTuple):
+    """Where a tensor of a checkpoint is."""
+
+    file: Path
+    key: str  # the file's name for it
+    scales: "Stored | None" = None  # of squares of 128 x 128, if it is in FP8
+
+
+def with_head(config: ModelConfig, tensors: dict[str, Stored]) -> ModelConfig:
     """The configuration of files that have these tensors: a head that may be tied is, if it is not
     among them."""
     tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
     return replace(config, tie_word_embeddings=tied)
 
 
-def check_names(path: Path, tensors: dict[str, tuple[Path, str]],
+def check_names(path: Path, tensors: dict[str, Stored],
                 names: dict[str, list[str]], prefixes: tuple[str, ...] = (),
                 suffixes: tuple[str, ...] = ()) -> None:
     """Raise ValueError unless a directory has the tensors named, and no others but such as begin or
@@ -728,13 +745,13 @@ def check_names(path: Path, tensors: dict[str, tuple[Path, str]],
     for name in known:
         if name not in tensors:
             raise ValueError(f"{path} lacks the tensor {name}")
-    for name, (file, key) in tensors.items():
+    for name, (file, key, _) in tensors.items():
         if not (name in known or name.startswith(prefixes) or name.endswith(suffixes)):
             raise ValueError(f"{file} has a tensor {key} that the model does not have")
 
 
 def find_checkpoint(path: Path, part: str = "",
-                    ) -> tuple[LlavaOneVision, dict[str, tuple[Path, str]]]:
+                    ) -> tuple[LlavaOneVision, dict[str, Stored]]:
     """The model that a directory is of, on the meta device, and where its tensors are.
 
     part: "vision" or "text" makes the other side None.  Raises ValueError naming what is missing or
@@ -761,9 +778,9 @@ def open_tensors(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
 
 
-def read_parameter(pieces: list[tuple[Path, str]], like: Tensor, dtype: torch.dtype | None,
+def read_parameter(pieces: list[Stored], like: Tensor, dtype: torch.dtype | None,
                    device: str | torch.device | None) -> Tensor:
-    """A parameter whose rows are those of one or more tensors, given as (file, key), in turn.
+    """A parameter whose rows are those of one or more tensors, in turn.
 
     Distributed like `like`: then this rank reads its own rows alone.  They are copied from the
     mapped file, which is opened for each parameter, so that its pages do not stay.
@@ -776,24 +793,43 @@ def read_parameter(pieces: list[tuple[Path, str]], like: Tensor, dtype: torch.dt
     wanted = range(begin // rows, -(-end // rows)) if begin < end else range(1)
     read, reader, opened = [], None, None
     for number in wanted:
-        file, key = pieces[number]
+        file, key, scales = pieces[number]
         if file != opened:
             reader, opened = open_tensors(file), file
         stored = reader.get_slice(key)
         if (shape := tuple(stored.get_shape())) != (rows, *like.shape[1:]):
             raise ValueError(f"{file}: {key} has shape {shape}, "
                              f"the model needs {(rows, *like.shape[1:])}")
-        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"{file}: {key} has numbers of type {stored.get_dtype()}, "
-                             "the model needs floating point")
+        kinds = ("F64", "F32", "F16", "BF16") if scales is None else ("F8_E4M3",)
+        if stored.get_dtype() not in kinds:
+            raise ValueError(f"{file}: {key} has numbers of type {stored.get_dtype()}, the model "
+                             + ("needs floating point" if scales is None else "has scales for FP8"))
         first = number * rows
-        part = stored[max(begin - first, 0):max(min(end - first, rows), 0)]
+        part = stored[(top := max(begin - first, 0)):max(min(end - first, rows), 0)]
+        if scales is not None:
+            part = from_fp8(part, top, stored.get_shape(), scales).to(dtype or torch.bfloat16)
         read.append(part.to(device=device, dtype=dtype, copy=len(wanted) == 1))
     local = read[0] if len(read) == 1 else torch.cat(read)
     if not isinstance(like, DTensor):
         return local
     return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape,
                               stride=like.stride())
+
+
+def from_fp8(part: Tensor, top: int, shape: list[int], scales: Stored) -> Tensor:
+    """Rows of a matrix in e4m3 from the row `top` on, times the scales of their squares: float32.
+
+    Raises ValueError naming the scales if they are not those of a matrix of this shape.
+    """
+    reader = open_tensors(scales.file).get_slice(scales.key)
+    squares = [-(-size // SQUARE) for size in shape]
+    kind = reader.get_dtype()
+    if len(shape) != 2 or reader.get_shape() != squares or kind not in ("F32", "BF16"):
+        raise ValueError(f"{scales.file}: {scales.key} is of type {kind} and shape "
+                         f"{reader.get_shape()}, an FP8 matrix of {shape} needs F32 and {squares}")
+    rows = torch.arange(top, top + len(part)) // SQUARE
+    factors = reader[:].float()[rows].repeat_interleave(SQUARE, 1)[:, :shape[1]]
+    return part.float() * factors
 
 
 def read_json_object(file: Path) -> dict:
@@ -815,8 +851,8 @@ def canonical_name(key: str) -> str:
     return key
 
 
-def tensor_files(path: Path) -> dict[str, tuple[Path, str]]:
-    """Where each tensor of a checkpoint directory is: our name -> (file, the file's name for it).
+def tensor_files(path: Path) -> dict[str, Stored]:
+    """Where each tensor of a checkpoint directory is, by our name for it; its scales with it.
 
     Raises ValueError for a directory without weights, an unreadable file, an index that names a
     tensor its file does not have, or a tensor that is there twice.
@@ -832,7 +868,7 @@ def tensor_files(path: Path) -> dict[str, tuple[Path, str]]:
         files = sorted({path / name for name in weight_map.values()})
     else:
         weight_map, files = {}, [path / "model.safetensors"]
-    found: dict[str, tuple[Path, str]] = {}
+    found: dict[str, Stored] = {}
     for file in files:
         if not file.is_file():
             raise ValueError(f"{path} has no {file.name}")
@@ -842,10 +878,13 @@ def tensor_files(path: Path) -> dict[str, tuple[Path, str]]:
                 raise ValueError(f"{file}: {key} is also in {found[name][0]}")
             if weight_map and key not in weight_map:
                 raise ValueError(f"{file}: {key} is not in {index.name}")
-            found[name] = (file, key)
+            found[name] = Stored(file, key)
     for key, name in weight_map.items():
         if found.get(canonical_name(key), (None,))[0] != path / name:
             raise ValueError(f"{index} places {key} in {name}, which does not have it")
+    for name in [name for name in found if name.endswith(SCALES)]:
+        if (weight := name.removesuffix(SCALES)) in found:
+            found[weight] = found[weight]._replace(scales=found.pop(name))
     return found
 
 

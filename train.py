@@ -51,7 +51,8 @@ passes (of experts K / X):
     ViT       2 N P + 4 layers D sum over frames of L^2,  merger  2 N P / 4,  head  2 C V labels
 
 A backward pass costs twice that, or once where the weights are frozen and gradients pass through.
-MFU counts these against the hardware's matrix rate; HFU counts what is computed again, too.
+MFU counts these against the hardware's matrix rate, in bf16 even where --fp8 computes some products
+at twice that; HFU counts what is computed again, too.
 
 Shapes: T tokens in a packed row, L of a sample or frame, P patches, C and D width of decoder and
 ViT, H heads, E head width, V vocabulary.
@@ -92,6 +93,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from convert import load_checkpoint, load_tokenizer, save_checkpoint
 from data import (Batch, PackedRows, Step, choose_device, choose_dtype, default_texts, encode,
                   flag_parser, held_out_questions, pack, records, train_tokenizer)
+from fp8_kernel import Fp8Linear, check_device, convert_to_fp8, quantize_weights
 from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, MixtureOfExperts, ModelConfig, SharedRow,
                    meta_model, parameters_by_part, part_of)
 from vision import MAX_PIXELS, MIN_PIXELS
@@ -190,6 +192,7 @@ class TrainConfig:
     recompute: str = ""  # in the backward pass: none, selective (all but attention), layer
     compile: bool = False  # compile layers
     dtype: str = ""  # of products, float32 or bfloat16; default bfloat16 on a GPU
+    fp8: bool = False  # the decoder's large matrices in 8 bits (GPU of sm_89 or newer, or a CPU)
     seed: int = 0  # of weights and data
     workers: int = 1  # processes that prepare rows, for each rank
     log_every: int = 50  # steps
@@ -219,6 +222,8 @@ class TrainConfig:
                              f"{experts} experts of {self.model}")
         if self.expert_parallel > 1 and self.recompute == "selective":
             raise ValueError("--expert-parallel goes with --recompute none or layer, not selective")
+        if self.plan and self.fp8 and self.gpu in ("a100", "a800"):
+            raise ValueError(f"--fp8: the {self.gpu} has no FP8; name another with --gpu")
         if self.mfu > 1:
             raise ValueError(f"--mfu is a share of 1, not {self.mfu}")
         if 0 < self.max_pixels < MIN_PIXELS:
@@ -332,9 +337,9 @@ def shard_experts(model: LlavaOneVision, policy: MixedPrecisionPolicy, ranks: Ra
     sharing, others = ranks.expert_mesh["expert"], ranks.expert_mesh.mesh_dim_names[:-1]
     for mixture in mixtures(model):
         experts = mixture.experts
-        for name, parameter in list(experts.named_parameters()):
-            part = distribute_tensor(parameter.detach(), sharing, [Shard(0)])
-            experts.register_parameter(name, nn.Parameter(part))
+        for layer in experts.children():
+            part = distribute_tensor(layer.weight.detach(), sharing, [Shard(0)])
+            layer.weight = nn.Parameter(part)
         experts.group = sharing.get_group()
         fully_shard(experts, mesh=ranks.expert_mesh[others], mp_policy=policy)
 
@@ -378,13 +383,18 @@ def shard(model: LlavaOneVision, recompute: str, compiled: bool, ranks: Ranks) -
 
 def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) -> LlavaOneVision:
     """The model that a stage starts with, sharded; a fresh one without `start`."""
+    def prepare(model: LlavaOneVision) -> None:
+        if config.fp8:
+            convert_to_fp8(model)
+        shard(model, recipe.recompute, config.compile, ranks)
+
     if start:
-        return load_checkpoint(
-            start, torch.float32, ranks.device,
-            lambda model: shard(model, recipe.recompute, config.compile, ranks))[0]
-    torch.manual_seed(config.seed)
-    model = LlavaOneVision(PRESETS[config.model]).init_weights().to(ranks.device)
-    shard(model, recipe.recompute, config.compile, ranks)
+        model, _ = load_checkpoint(start, torch.float32, ranks.device, prepare)
+    else:
+        torch.manual_seed(config.seed)
+        model = LlavaOneVision(PRESETS[config.model]).init_weights().to(ranks.device)
+        prepare(model)
+    quantize_weights(model)
     return model
 
 
@@ -392,7 +402,10 @@ def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) ->
 
 
 def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over the stage's parts; freezes the others.  Vectors (norms, biases) do not decay."""
+    """AdamW over the stage's parts; freezes the others.  Vectors (norms, biases) do not decay.
+
+    After each step it quantises the weights of FP8 layers anew.
+    """
     factors = {"vision": recipe.vision_lr, "merger": recipe.merger_lr, "decoder": 1.0,
                "experts": recipe.expert_lr}
     groups: dict[tuple[str, bool], list[Tensor]] = {}
@@ -401,11 +414,14 @@ def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
         if parameter.requires_grad:
             part = "experts" if ".experts." in name else part_of(name)
             groups.setdefault((part, parameter.dim() > 1), []).append(parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [{"params": parameters, "lr_factor": factors[part],
           "weight_decay": recipe.weight_decay if matrix else 0.0}
          for (part, matrix), parameters in groups.items()],
         lr=recipe.lr, betas=(0.9, recipe.beta2), eps=recipe.eps, fused=True)
+    if "decoder" in recipe.trainable:
+        optimizer.register_step_post_hook(lambda *_: quantize_weights(model))
+    return optimizer
 
 
 def set_balance(model: LlavaOneVision, recipe: Recipe, weight: float) -> None:
@@ -643,6 +659,8 @@ def saved_bytes(layer: nn.Module, width: int, heads: int, head_dim: int,
     x = torch.empty(rows, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
     angles = torch.empty(rows, 1, head_dim // 2, device="meta")
     known = {p.untyped_storage()._cdata for p in layer.parameters()}
+    known |= {part.untyped_storage()._cdata for module in layer.modules()
+              if isinstance(module, Fp8Linear) for part in (module.values, module.scales)}
     saved = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -659,8 +677,8 @@ def saved_bytes(layer: nn.Module, width: int, heads: int, head_dim: int,
 
 
 def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int, context: int,
-                   experts: int) -> dict[str, float]:
-    """Bytes of a rank at its fullest, about, with products in bf16.
+                   experts: int, fp8: bool) -> dict[str, float]:
+    """Bytes of a rank at its fullest, about, with products in bf16 and those of `fp8` in 8 bits.
 
     Not counted: what the allocator loses, buffers of the communication, the CUDA context.
     """
@@ -671,6 +689,12 @@ def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int, context: in
     model = meta_model(config).to(torch.bfloat16)
     layer, block = model.model.layers[0], model.visual.blocks[0]
     layer.requires_grad_("decoder" in recipe.trainable)
+    if fp8:
+        convert_to_fp8(layer)
+        quantize_weights(layer)
+    in_fp8 = {name: module.weight.numel() for name, module in layer.named_modules()
+              if isinstance(module, Fp8Linear)}
+    gathered_fp8 = {name: n / (experts if ".experts." in name else 1) for name, n in in_fp8.items()}
     kept, whole = saved_bytes(layer, config.hidden_size, config.num_attention_heads,
                               config.head_dim, recompute)
     gathered = 4 * (context - 1) * config.num_key_value_heads * config.head_dim  # keys, values
@@ -682,7 +706,10 @@ def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int, context: in
     head = config.hidden_size * config.vocab_size
     return {"masters, fp32": 4 * total / shards, "gradients, fp32": 4 * trained / shards,
             "AdamW's moments": 8 * trained / shards,
-            "gathered weights, bf16": 2 * (2 * layer_size + parts["merger"] + head),
+            **({"weights in FP8": sum(in_fp8.values()) * config.num_hidden_layers / shards}
+               if fp8 else {}),
+            "gathered weights": 2 * (2 * layer_size + parts["merger"] + head) + 2 * (
+                max(gathered_fp8.values(), default=0) - sum(gathered_fp8.values())),
             "gradients, not yet reduced": 6 * max(layer_size, head),
             "activations": kept * config.num_hidden_layers * tokens + seen * vision.depth * patches
             + (recompute != "none") * max(whole * tokens, seen_whole * patches),
@@ -727,7 +754,7 @@ def plan(config: TrainConfig) -> Iterator[str]:
     yield f"parameters: {', '.join(f'{name} {n:,}' for name, n in parts.items())}"
     yield f"  together {sum(parts.values()):,}"
     memory = memory_by_part(model, recipe, config.gpus // config.replicas, config.context_parallel,
-                            config.expert_parallel)
+                            config.expert_parallel, config.fp8)
     memory["together"] = sum(memory.values())
     yield (f"memory of a GPU, rows of {recipe.seq_length:,} tokens over {config.context_parallel}"
            + (":" if memory["together"] < capacity else " (it does NOT fit):"))
@@ -846,6 +873,9 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str) -> Tokenizer:
     Raises ValueError.
     """
     preset = PRESETS[config.model]
+    if config.fp8:
+        check_device(ranks.device)
+        convert_to_fp8(meta_model(preset))
     if start:
         found = ModelConfig.from_dir(start)
         if any(getattr(found, name) != getattr(preset, name) for name in
@@ -861,7 +891,7 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str) -> Tokenizer:
             raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
         memory = memory_by_part(preset, recipe, ranks.count // ranks.replicas, ranks.context,
-                                ranks.experts)
+                                ranks.experts, config.fp8)
         needed, there = sum(memory.values()) / 2**30, memory_of_rank(ranks.device) / 2**30
         if needed > there:
             raise ValueError(
@@ -888,8 +918,9 @@ def run(config: TrainConfig) -> Path:
     log = Log(out, ranks.rank == 0, config.tensorboard)
     log.line(f"{config.model}: {sum(parameters_by_part(model.config).values()):,} parameters on "
              f"{ranks.count} x {ranks.device.type} ({ranks.replicas} copies, rows shared by "
-             f"{ranks.context}, experts by {ranks.experts}), {ranks.dtype}, torch "
-             f"{torch.__version__}, {torch.get_num_threads()} threads -> {out}",
+             f"{ranks.context}, experts by {ranks.experts}), {ranks.dtype}"
+             f"{', FP8' if config.fp8 else ''}, torch {torch.__version__}, "
+             f"{torch.get_num_threads()} threads -> {out}",
              config=asdict(config))
     for name, recipe in recipes.items():
         model = model or load_stage(start, recipe, config, ranks)

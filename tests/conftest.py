@@ -46,6 +46,7 @@ def interpret_faithfully() -> None:
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     import attention_kernel  # noqa: F401
+    import fp8_kernel  # noqa: F401
     interpret_faithfully()
     del os.environ["TRITON_INTERPRET"]
 

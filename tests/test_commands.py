@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from ranks import fast_command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from model import LlavaOneVision
+from model import PRESETS, LlavaOneVision, meta_model
 from train import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +109,26 @@ def test_torchrun(tmp_path: Path) -> None:
     assert losses == pytest.approx([line["loss"] for line in steps[:2]], rel=0.01)
 
 
+def test_an_fp8_run_writes_ordinary_checkpoints(tmp_path: Path) -> None:
+    """As a plain run's; exported in FP8 it can be trained on; broken weights are refused."""
+    flags = ["--fp8", "--questions", "0", "--out"]
+    done = command(tmp_path, "train.py", "--dtype", "bfloat16", "--steps", "2", *flags, "run")
+    assert done.returncode == 0 and "torch.bfloat16, FP8" in done.stdout, done.stderr
+    tensors = load_file(tmp_path / "run" / "instruct" / "model.safetensors")
+    assert tensors.keys() == meta_model(PRESETS["tiny"]).state_dict().keys()
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    done = command(tmp_path, "convert.py", "export", "run", "--fp8", "--out", "served")
+    assert done.returncode == 0 and "21 matrices in FP8" in done.stdout, done.stderr
+    start = ["--stage", "instruct", "--steps", "1", "--start"]
+    done = command(tmp_path, "train.py", *start, "served", *flags, "more")
+    assert done.returncode == 0, done.stderr
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, tmp_path / "run" / "instruct" / "model.safetensors")
+    done = command(tmp_path, "train.py", *start, "run/instruct", *flags, "broken")
+    assert done.returncode == 2 and not (tmp_path / "broken").exists()
+    assert done.stderr == "train.py: the weights of model.layers.1.mlp.down_proj are not finite\n"
+
+
 @pytest.mark.parametrize("arguments, ranks, message", [
     (["--context-parallel", "3"], 4, "--context-parallel 3 does not divide the number of ranks, 4"),
     (["--replicas", "3"], 4, "--replicas 3 does not divide the number of ranks, 4"),
@@ -123,6 +143,7 @@ def test_torchrun(tmp_path: Path) -> None:
     (["--stage", "mid"], 1, "stage mid starts from what stage align wrote"),
     (["--stage", "instruct", "--out", "odd"], 1, "there is no odd/mid"),
     (["--plan", "--gpu", "x100"], 1, "'x100'"),
+    (["--plan", "--fp8"], 1, "the a100 has no FP8"),
     (["--device", "cuda:1"], 1, "'cuda:1'"),
     (["--plan", "--gpus", "6", "--replicas", "4"], 1, "does not divide the number of ranks, 6"),
     pytest.param(["--tensorboard"], 1, "pip install tensorboard", marks=pytest.mark.skipif(

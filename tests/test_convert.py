@@ -7,8 +7,10 @@ them, with its outputs (fp32, CPU): see its README.txt.
 
 import gzip
 import json
+import re
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,9 @@ import convert
 import sample
 from convert import CHAT_TEMPLATE, load_tokenizer, nested_layout
 from data import render
-from model import PRESETS, LlavaOneVision, ModelConfig, meta_model, released_names
+from fp8_kernel import quantize_fp8
+from model import (PRESETS, LlavaOneVision, ModelConfig, Stored, from_fp8, meta_model,
+                   read_parameter, released_names)
 
 ROOT = Path(__file__).parent.parent
 PARITY, SHIPPED = ROOT / "tests" / "parity", ROOT / "assets" / "tiny"
@@ -253,6 +257,14 @@ def forget(folder: Path, name: str) -> None:
     content = json.loads(index.read_text())
     del content["weight_map"][name]
     index.write_text(json.dumps(content))
+
+
+def alter(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change a tensor of a directory with an index."""
+    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())[
+        "weight_map"][name]
+    tensors = load_file(file)
+    save_file({**tensors, name: change(tensors[name])}, file)
 
 
 def drop(folder: Path, name: str) -> None:
@@ -485,3 +497,135 @@ def test_moe_config_round_trip(tmp_path: Path) -> None:
         content = convert.config_json(PRESETS[name], torch.bfloat16)
         (tmp_path / name / "config.json").write_text(json.dumps(content))
         assert ModelConfig.from_dir(tmp_path / name) == PRESETS[name]
+
+
+# -------------------------------------------------------------------------------------------- FP8
+
+
+@pytest.fixture(scope="module")
+def in_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fresh dense and mixed models of two layers, exported in FP8, in several files each."""
+    folder = tmp_path_factory.mktemp("fp8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "SHARD", 2e6)
+        for name in ("tiny", "tiny-moe"):
+            torch.manual_seed(0)
+            model = LlavaOneVision(replace(PRESETS[name], num_hidden_layers=2)).init_weights()
+            convert.save_checkpoint(model, load_tokenizer(SHIPPED), folder / f"{name}-plain")
+            for out, layout in ((name, "released"), (f"{name}-nested", "nested")):
+                assert call(convert.main, patch, "export", folder / f"{name}-plain", "--fp8",
+                            "--layout", layout, "--out", folder / out) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
+def test_fp8_export_has_block_scaled_matrices(name: str, in_fp8: Path, run: Callable) -> None:
+    """weight and weight_scale_inv of the decoder's matrices; loading multiplies them; both layouts
+    say the same, and the plain checkpoint is off by a sixteenth at most."""
+    plain, loaded, nested = (LlavaOneVision.from_pretrained(in_fp8 / directory)
+                             for directory in (f"{name}-plain", name, f"{name}-nested"))
+    tensors = {}
+    for file in sorted((in_fp8 / name).glob("*.safetensors")):
+        tensors |= load_file(file)
+    about = json.loads((in_fp8 / name / "config.json").read_text())["quantization_config"]
+    assert about["weight_block_size"] == [128, 128] and about["quant_method"] == "fp8"
+    scaled = {key.removesuffix("_scale_inv") for key in tensors if key.endswith("_scale_inv")}
+    kept = {f"{key}.weight" for key in about["modules_to_not_convert"]}
+    assert kept == {f"{module}.weight" for module, layer in plain.named_modules() if isinstance(
+        layer, torch.nn.Linear) and not re.search(r"model\.layers.*_proj$", module)}
+    assert len(scaled) == 2 * (7 if name == "tiny" else 4 + 3 * 8) and not scaled & kept
+    for parameter, pieces in released_names(plain).items():
+        ours, exact = loaded.get_parameter(parameter), plain.get_parameter(parameter)
+        assert torch.equal(ours, nested.get_parameter(parameter)) and ours.dtype == torch.bfloat16
+        for piece, weight, true in zip(pieces, ours.chunk(len(pieces)), exact.chunk(len(pieces))):
+            if piece not in scaled:
+                assert torch.equal(tensors[piece], weight) and torch.equal(weight, true)
+                continue
+            stored, scales = tensors[piece], tensors[f"{piece}_scale_inv"]
+            assert stored.dtype == torch.float8_e4m3fn and scales.dtype == torch.float32
+            expected = quantize_fp8(true.detach(), square=True)[0]
+            assert torch.equal(stored.float(), expected.values.float())
+            assert torch.equal(scales, expected.scales)
+            whole = stored.float() * torch.kron(scales, torch.ones(128, 128))
+            assert torch.equal(whole.bfloat16(), weight)
+            slack = 2**-10 * torch.kron(scales, torch.ones(128, 128))
+            assert ((weight - true).abs() <= true.abs() * (2**-4 + 2**-8) + slack).all()
+    said = run("verify", in_fp8 / name, in_fp8 / f"{name}-nested")
+    assert f"{len(scaled):,} of FP8 with scales" in said and "have the same numbers" in said
+
+
+def test_fp8_of_any_shape_is_read_from_any_row() -> None:
+    """Squares may end outside of the matrix; a rank's rows may begin within one."""
+    values = torch.randn(300, 200).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 2)
+    whole = values.float() * torch.kron(scales, torch.ones(128, 128))[:300, :200]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.safetensors"
+        save_file({"w": values, "w_scale_inv": scales}, file)
+        stored = Stored(file, "w", Stored(file, "w_scale_inv"))
+        for begin, end in ((0, 300), (0, 128), (37, 38), (100, 299), (256, 300)):
+            found = from_fp8(values[begin:end], begin, [300, 200], stored.scales)
+            assert torch.equal(found, whole[begin:end])
+        like = torch.empty(300, 200, device="meta")
+        for dtype in (torch.float32, torch.bfloat16, None):
+            read = read_parameter([stored], like, dtype, None)
+            assert torch.equal(read, whole.to(dtype or torch.bfloat16))
+            assert read.dtype == (dtype or torch.bfloat16)
+
+
+O_PROJ = "model.layers.0.self_attn.o_proj.weight"
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda d: drop(d, f"{O_PROJ}_scale_inv"), (O_PROJ, "F8_E4M3", "floating point")),
+    (lambda d: drop(d, O_PROJ), ("lacks the tensor", O_PROJ)),
+    (lambda d: alter(d, f"{O_PROJ}_scale_inv", lambda x: x[:1].contiguous()),
+     (f"{O_PROJ}_scale_inv", "[1, 2]", "[2, 2]")),
+    (lambda d: alter(d, f"{O_PROJ}_scale_inv", lambda x: x.to(torch.int32)), ("I32", "F32")),
+    (lambda d: alter(d, O_PROJ, lambda x: x.bfloat16()), (O_PROJ, "BF16", "scales")),
+    (lambda d: alter(d, f"{O_PROJ}_scale_inv", spoil(torch.nan, 1)), (O_PROJ, "not finite")),
+    (change_json("config.json", quantization_config__quant_method="awq"),
+     ("config.json", "quant_method", "awq")),
+    (change_json("config.json", quantization_config__weight_block_size=[64, 64]),
+     ("config.json", "weight_block_size", "[64, 64]")),
+    (change_json("config.json", quantization_config=[1]), ("quantization_config is no object",)),
+])
+def test_damaged_fp8_is_refused(damage: Callable, words: tuple[str, ...], in_fp8: Path,
+                                tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(in_fp8 / "tiny", tmp_path / "damaged")
+    damage(tmp_path / "damaged")
+    for arguments in (("export", tmp_path / "damaged", "--out", tmp_path / "out"),
+                      ("verify", tmp_path / "damaged")):
+        code, said = call(convert.main, monkeypatch, *arguments), capsys.readouterr()
+        assert code == 2 and said.err.count("\n") == 1, said.err
+        for word in words:
+            assert word in said.err, (arguments[0], word, said.err)
+        assert list(tmp_path.iterdir()) == [tmp_path / "damaged"]
+
+
+def test_fp8_export_of_a_tied_head_and_of_what_float16_cannot_hold(
+        tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(PRESETS["tiny"], num_hidden_layers=1, tie_word_embeddings=True)
+    model = LlavaOneVision(config).init_weights()
+    convert.save_checkpoint(model, load_tokenizer(SHIPPED), tmp_path / "run")
+    run("export", tmp_path / "run", "--fp8", "--out", tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "lm_head" in about["modules_to_not_convert"]
+    read = LlavaOneVision.from_pretrained(tmp_path / "out")
+    assert torch.equal(read.lm_head.weight, model.lm_head.weight.bfloat16())
+    model.model.norm.weight.data[3] = 1e6
+    convert.save_checkpoint(model, load_tokenizer(SHIPPED), tmp_path / "large")
+    code = call(convert.main, monkeypatch, "export", tmp_path / "large", "--fp8", "--dtype",
+                "float16", "--out", tmp_path / "low")
+    assert code == 2 and "model.norm.weight is not finite everywhere, as torch.float16" in (
+        capsys.readouterr().err) and not (tmp_path / "low").exists()
+
+
+def test_fp8_export_refuses_narrow_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    code = call(convert.main, monkeypatch, "export", SHIPPED, "--fp8", "--out", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert code == 2 and "q_proj maps 160 to 160 numbers; FP8 takes multiples of 128" in said
+    assert not list(tmp_path.iterdir())

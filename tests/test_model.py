@@ -14,7 +14,7 @@ from torch import Tensor
 
 import model as model_module
 from conftest import DEVICE
-from model import (PRESETS, KVCache, LlavaOneVision, MixtureOfExperts, ModelConfig,
+from model import (PRESETS, GroupedLinear, KVCache, LlavaOneVision, MixtureOfExperts, ModelConfig,
                    sample_tokens)
 from train import Ranks, shard
 from vision import VisionConfig, patch_positions
@@ -239,7 +239,7 @@ def random_mixture(seed: int) -> tuple[MixtureOfExperts, Tensor]:
 
 def by_definition(mixture: MixtureOfExperts, x: Tensor) -> Tensor:
     """Token by token, expert by expert."""
-    gates, ups, downs = (parameter.chunk(mixture.gate.out_features) for parameter in (
+    gates, ups, downs = (layer.weight.chunk(mixture.gate.out_features) for layer in (
         mixture.experts.gate_proj, mixture.experts.up_proj, mixture.experts.down_proj))
     rows = [x[:0]]
     for row in x:
@@ -268,15 +268,18 @@ def test_loop_over_experts_equals_the_grouped_product(seed: int) -> None:
     """The CPU's way and the GPU's: some groups are empty, at times all.  In bfloat16 on a GPU."""
     torch.manual_seed(seed)
     counts = torch.randint(0, 8, (6,)) * torch.randint(0, 2, (6,)) * (seed > 0)
-    x, weights = torch.randn(int(counts.sum()), 32), torch.randn(6, 16, 32)
+    x, layer = torch.randn(int(counts.sum()), 32), GroupedLinear(6, 32, 16)
+    weights = layer.weight.detach().unflatten(0, (6, 16))
     direction, found = torch.randn(len(x), 16), []
     native = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     for device, dtype in (("cpu", torch.float32), (DEVICE, native)):
         ours, theirs = (t.to(device, dtype).requires_grad_() for t in (x, weights))
         offsets = counts.cumsum(0).int().to(device)
-        y = (model_module.grouped_linear(ours, theirs, counts) if not found else
+        y = (layer(ours, counts) if not found else
              F.grouped_mm(ours, theirs.transpose(-2, -1), offs=offsets))
-        gradients = torch.autograd.grad(y, (ours, theirs), direction.to(y))
+        gradients = list(torch.autograd.grad(y, (ours, theirs if found else layer.weight),
+                                             direction.to(y)))
+        gradients[1] = gradients[1].view(6, 16, 32)
         found.append([t.detach().float().cpu() for t in (y, *gradients)])
     for loop, grouped in zip(*found):
         torch.testing.assert_close(grouped, loop, atol=1e-5 if DEVICE == "cpu" else 0.1, rtol=0.02)

@@ -125,7 +125,7 @@ def test_loss_and_gradients(kind: str) -> None:
         stem, of_expert, rest = name.partition(".experts.")
         if of_expert:  # they are stacked here
             number, matrix, _ = rest.split(".")
-            stacked = model.get_parameter(f"{stem}.experts.{matrix}").grad
+            stacked = model.get_parameter(f"{stem}.experts.{matrix}.weight").grad
             gradient = stacked.chunk(model.config.num_experts)[int(number)]
         else:
             gradient = model.get_parameter(name).grad

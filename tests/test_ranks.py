@@ -23,6 +23,7 @@ import attention_kernel
 import convert
 from convert import load_tokenizer, save_checkpoint
 from data import PackedRows, Sample, default_records, pack
+from fp8_kernel import convert_to_fp8, quantize_weights
 from model import PRESETS, LlavaOneVision, parameters_by_part
 from train import (TINY, Ranks, TrainConfig, backward, find_ranks, forward_flops, join_ranks,
                    make_optimizer, routing, row_cost, set_balance, shard, train_step,
@@ -34,6 +35,8 @@ SMALL = replace(PRESETS["tiny"], hidden_size=64, intermediate_size=128, num_hidd
                 num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                 vision=VisionConfig(2, 64, 2, 128, 64))
 SMALL_MOE = replace(SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+IN_128 = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "head_dim": 64,
+          "moe_intermediate_size": 128, "vision": VisionConfig(2, 64, 2, 128, 128)}  # for FP8
 RECIPE = replace(TINY["instruct"], eps=1e-5)
 
 
@@ -61,8 +64,14 @@ def train(flags: dict, data: Path, steps: int) -> dict:
     config = TrainConfig(**{"rows": 4, "seq_length": 640} | flags)
     ranks = join_ranks(find_ranks(config))
     torch.manual_seed(0)
-    model = LlavaOneVision(SMALL_MOE if config.model == "tiny-moe" else SMALL).init_weights()
+    size = SMALL_MOE if config.model == "tiny-moe" else SMALL
+    if config.fp8:
+        size = replace(size, **IN_128)
+    model = LlavaOneVision(size).init_weights()
+    if config.fp8:
+        convert_to_fp8(model)
     shard(model, config.recompute or "none", config.compile, ranks)
+    quantize_weights(model)
     optimizer = make_optimizer(model, RECIPE)
     set_balance(model, replace(RECIPE, rows=config.rows), config.expert_balance)
     stream = iter(PackedRows(
@@ -215,6 +224,36 @@ def test_bfloat16_and_compiled_layers(records_file: Path, alone: Callable[..., d
     expected = alone(**EXPERTS)["losses"][:4]
     for found, _ in compiled:
         torch.testing.assert_close(found["losses"], expected, rtol=1e-5, atol=0)
+
+
+FP8_LAYOUTS = {  # two rows for each rank or group, and steps of 3 micro-batches of 3
+    3: [{"rows": 9}, {**EXPERTS, "recompute": "layer"}],
+    4: [{"replicas": 2, "recompute": "selective"}, {**EXPERTS, "expert_parallel": 2},
+        {"dtype": "bfloat16", "recompute": "layer", "compile": True, "context_parallel": 2}]}
+
+
+@pytest.mark.parametrize("count", FP8_LAYOUTS)
+def test_fp8_on_ranks_equals_one_process(count: int, records_file: Path) -> None:
+    """Shards end within squares of 128; losses of 3 steps, gradients of the first.
+
+    Ranks quantise the same weights and rows, so these are equal to rounding; but where experts meet
+    the rows of several ranks, blocks of the weight gradient are of other rows.
+    """
+    layouts = [{"rows": 2 * count, "fp8": True, **flags} for flags in FP8_LAYOUTS[count]]
+    found = in_ranks(count, train_all, layouts, records_file, 3)[0]
+    for flags, (first, again) in zip(layouts, found):
+        expected = train({k: v for k, v in flags.items() if k in ("fp8", "rows", *EXPERTS)},
+                         records_file, 3)
+        low, mixed = "dtype" in flags, "expert_parallel" in flags
+        torch.testing.assert_close(first["losses"], expected["losses"], rtol=1e-2 if low else 1e-3,
+                                   atol=0)
+        assert again["losses"] == first["losses"][:2]
+        if low:
+            continue
+        assert first["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-5)
+        for name, gradient in expected["gradients"].items():
+            error = (first["gradients"][name] - gradient).norm() / gradient.norm()
+            assert error < (0.05 if mixed else 1e-4), (flags, name, error)
 
 
 @pytest.mark.parametrize("recompute, calls", [("none", 1), ("selective", 1), ("layer", 2)])

@@ -1,9 +1,9 @@
 """Training speed of a released size with random weights: tokens/s, MFU, HFU, memory.
 
-Run `python tests/train_speed.py` on a GPU: prints a table over --recompute and --compile for the 4b
-on rows of 8,192 tokens, as many of its decoder layers as --layers says (default: all that fit).
-`torchrun --nproc-per-node N tests/train_speed.py` does the same on N of them.  `--model tiny
---seq-length 1024 --dtype float32` tries it on a CPU.
+Run `python tests/train_speed.py` on a GPU: prints a table over --recompute, --compile and --fp8 for
+the 4b on rows of 8,192 tokens, as many of its decoder layers as --layers says (default: all that
+fit).  `torchrun --nproc-per-node N tests/train_speed.py` does the same on N of them.
+`--model tiny --seq-length 1024 --dtype float32` tries it on a CPU.
 """
 
 import gc
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from data import PackedRows, Sample, Step, flag_parser
+from fp8_kernel import check_device, convert_to_fp8, quantize_weights
 from model import PRESETS, LlavaOneVision, ModelConfig
 from train import (QUICK, RECOMPUTE, Ranks, TrainConfig, find_ranks, join_ranks, make_optimizer,
                    matrix_rate, memory_by_part, memory_of_rank, peak_memory, row_cost, shard,
@@ -56,14 +57,14 @@ def that_fit(config: ModelConfig, seq_length: int, ranks: Ranks, recompute: str)
     for layers in range(config.num_hidden_layers, 0, -1):
         recipe = replace(QUICK["mid"], seq_length=seq_length, recompute=recompute)
         needed = memory_by_part(replace(config, num_hidden_layers=layers), recipe, ranks.count,
-                                ranks.context, ranks.experts)
+                                ranks.context, ranks.experts, fp8=True)
         if sum(needed.values()) < 0.9 * memory_of_rank(ranks.device):
             return layers
     raise ValueError("not even one layer fits")
 
 
 def measure(config: ModelConfig, seq_length: int, rows: int, recompute: str, compiled: bool,
-            ranks: Ranks, steps: int, rate: float) -> str:
+            fp8: bool, ranks: Ranks, steps: int, rate: float) -> str:
     """A line of the table: medians over the steps after three to warm up."""
     torch._dynamo.reset()
     gc.collect()  # hooks tie the last model into cycles
@@ -71,7 +72,10 @@ def measure(config: ModelConfig, seq_length: int, rows: int, recompute: str, com
     with torch.device(ranks.device):
         torch.manual_seed(0)
         model = LlavaOneVision(config).init_weights()
+    if fp8:
+        convert_to_fp8(model)
     shard(model, recompute, compiled, ranks)
+    quantize_weights(model)
     optimizer = make_optimizer(model, QUICK["mid"])
     step = random_step(config, seq_length, rows * ranks.data_ranks, ranks, recompute)
     if ranks.device.type == "cuda":
@@ -85,8 +89,8 @@ def measure(config: ModelConfig, seq_length: int, rows: int, recompute: str, com
     mfu, hfu = (step.sums[f"{kind}_flops"] / (rate * ranks.count * median)
                 for kind in ("model", "hardware"))
     return (f"| {config.num_hidden_layers} | {recompute} | {'yes' if compiled else 'no'} "
-            f"| {step.sums['tokens'] / median:,.0f} | {mfu:.1%} | {hfu:.1%} "
-            f"| {peak_memory(ranks.device) / 2**30:.1f} |")
+            f"| {'yes' if fp8 else 'no'} | {step.sums['tokens'] / median:,.0f} "
+            f"| {mfu:.1%} | {hfu:.1%} | {peak_memory(ranks.device) / 2**30:.1f} |")
 
 
 def main() -> None:
@@ -106,13 +110,19 @@ def main() -> None:
     rate, source = matrix_rate(ranks)
     say(f"{flags.model}, rows of {flags.seq_length:,} tokens, {ranks.dtype}, {ranks.count} x "
         f"{name}, torch {torch.__version__}; MFU of {rate / 1e12:.3g} TFLOP/s ({source})\n")
-    say("| decoder layers | recompute | compile | tokens/s | MFU | HFU | GiB |")
-    say("|---|---|---|---|---|---|---|")
-    for recompute, compiled in itertools.product(RECOMPUTE, (False, True)):
+    say("| decoder layers | recompute | compile | FP8 | tokens/s | MFU | HFU | GiB |")
+    say("|---|---|---|---|---|---|---|---|")
+    numbers = [False, True]
+    try:
+        check_device(ranks.device)
+    except ValueError as error:
+        say(error)
+        numbers.remove(True)
+    for recompute, compiled, fp8 in itertools.product(RECOMPUTE, (False, True), numbers):
         preset = PRESETS[flags.model]
         layers = flags.layers or that_fit(preset, flags.seq_length, ranks, recompute)
         say(measure(replace(preset, num_hidden_layers=layers), flags.seq_length, flags.rows,
-                    recompute, compiled, ranks, flags.steps, rate))
+                    recompute, compiled, fp8, ranks, flags.steps, rate))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,0 +1,390 @@
+"""FP8: kernels against their twins in PyTorch, layers against float64, refusals, and what compiles.
+
+Each kernel runs in Triton's interpreter on a CPU, natively on a GPU with FP8.
+"""
+
+import copy
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from torch import Tensor, nn
+
+import fp8_kernel
+from fp8_kernel import (BLOCK, Fp8Linear, Groups, Quantized, convert_to_fp8, fp8_matmul, matmul_op,
+                        quantize_fp8, quantize_op, quantize_reference, quantize_weights,
+                        transpose_op)
+from model import PRESETS, GroupedLinear, LlavaOneVision, SwiGlu
+from train import TINY, Ranks, make_optimizer, shard
+
+ROUNDING = 2**-4  # relative error of a number in e4m3 at most, in its normal range
+
+
+def twin(call: Callable, *arguments: object) -> object:
+    """The same on the CPU without kernels, whatever the switch says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8_kernel, "uses_kernels", lambda x: False)
+        moved = [x.cpu() if isinstance(x, Tensor) else x for x in arguments]
+        return call(*moved)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bits, but any NaN equal to any other."""
+    bits = {1: torch.uint8, 4: torch.int32}[a.element_size()]
+    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+    nan = a.float().isnan() & b.float().isnan()
+    return a.dtype == b.dtype and a.shape == b.shape and bool(
+        ((a.view(bits) == b.view(bits)) | nan).all())
+
+
+def wild_matrix(seed: int) -> Tensor:
+    """1 to 300 rows, 128 to 512 columns, magnitudes over many orders, outliers, blocks of zeros."""
+    torch.manual_seed(seed)
+    rows = int(torch.randint(1, 301, ()))
+    columns = BLOCK * int(torch.randint(1, 5, ()))
+    x = torch.randn(rows, columns) * torch.exp(4 * torch.randn(rows, 1))
+    x[torch.rand(x.shape) < 0.01] *= 1000
+    x[:, :BLOCK][torch.rand(rows) < 0.2] = 0
+    return x.to([torch.float32, torch.bfloat16][seed % 2]).to(DEVICE)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_quantising_equals_its_twin_bit_for_bit(seed: int, kernels: None) -> None:
+    """Values and scales, by rows with the transposed copy, and by squares."""
+    x = wild_matrix(seed)
+    if seed % 3 == 0:
+        x[len(x) // 2, 5], x[-1, -1] = torch.inf, torch.nan
+    for square in (False, True):
+        ours, theirs = (call(quantize_op, x, square, not square) for call in (
+            lambda f, *a: f(*a), twin))
+        assert len(ours) == len(theirs) == (2 if square else 4)
+        assert all(same(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_products_equal_their_twin(seed: int, kernels: None,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """b by squares and by rows, ragged shapes, with tensor descriptors and without."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(fp8_kernel, "has_copy_engine", lambda x: seed % 2 == 0)
+    a = wild_matrix(seed)
+    b = torch.randn(int(torch.randint(1, 400, ())), a.shape[1]).to(a)
+    left = quantize_fp8(a)[0]
+    for right in (quantize_fp8(b)[0], quantize_fp8(b, square=True)[0]):
+        ours = fp8_matmul(left, right, torch.float32).cpu()
+        theirs = twin(matmul_op, *left, *right, None, torch.float32)
+        size = (left.dequantize().abs() @ right.dequantize().abs().T).cpu()  # of the summands
+        assert ours.shape == (len(a), len(b))
+        assert ((ours - theirs).abs() <= 2e-6 * size).all()
+        low = fp8_matmul(left, right, torch.bfloat16).cpu()
+        assert low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.float(), theirs, rtol=2**-7, atol=2e-6 * float(size.max()))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_products_of_groups_equal_one_by_one(seed: int, kernels: None,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three products of experts, some without rows, against a product for each."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(fp8_kernel, "has_copy_engine", lambda x: seed % 2 == 0)
+    torch.manual_seed(seed)
+    counts = torch.randint(0, 200, (5,)) * torch.randint(0, 2, (5,)) * (seed > 0)
+    rows, n, k = int(counts.sum()), 256, 128
+    x, w, dy = torch.randn(rows, k), torch.randn(5 * n, k), torch.randn(rows, n)
+    groups = Groups.of(counts, rows)
+    assert groups.room % BLOCK == 0 and groups.room >= int(groups.starts[-1]) * BLOCK
+    x_rows, x_columns = quantize_fp8(groups.spread(x), transposed=True)
+    dy_rows, dy_columns = quantize_fp8(groups.spread(dy), transposed=True)
+    weights = quantize_fp8(w, square=True)[0]
+    turned = Quantized(transpose_op(weights.values, 5), weights.scales.view(5, n // BLOCK, 1)
+                       .transpose(1, 2).reshape(5, n // BLOCK))
+    y = fp8_matmul(x_rows, weights, torch.float32, groups.starts)[groups.places]
+    dx = fp8_matmul(dy_rows, turned, torch.float32, groups.starts)[groups.places]
+    dw = fp8_matmul(dy_columns, x_columns, torch.float32, groups.starts)
+    whole = weights.dequantize().chunk(5)
+    for expert, (xs, dys) in enumerate(zip(x.split(counts.tolist()), dy.split(counts.tolist()))):
+        start = int(counts[:expert].sum())
+        part = slice(start, start + len(xs))
+        by_rows = [quantize_fp8(m)[0].dequantize() for m in (xs, dys)]
+        by_columns = [quantize_fp8(m, transposed=True)[1].dequantize() for m in (xs, dys)]
+        for found, expected in ((y[part], by_rows[0] @ whole[expert].T),
+                                (dx[part], by_rows[1] @ whole[expert]),
+                                (dw.chunk(5)[expert], by_columns[1] @ by_columns[0].T)):
+            torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("height, width", [(1, BLOCK), (BLOCK, BLOCK), (BLOCK, 1)])
+def test_numbers_are_off_by_a_sixteenth_at_most(seed: int, height: int, width: int) -> None:
+    """Or by 2^-10 of their block's scale, below the normal range; its largest number by nothing."""
+    x = wild_matrix(seed).float()
+    rows, columns = quantize_fp8(x, square=height == width, transposed=height != width)
+    found = rows.dequantize() if height < BLOCK or height == width else columns.dequantize().T
+    x = F.pad(x, (0, 0, 0, -len(x) % height))
+    found = F.pad(found, (0, 0, 0, len(x) - len(found)))
+    blocks, found = (m.reshape(len(x) // height, height, -1, width) for m in (x, found))
+    largest = blocks.abs().amax((1, 3), keepdim=True)
+    assert ((found - blocks).abs() <= ROUNDING * blocks.abs() + 2**-10 * largest / 440).all()
+    torch.testing.assert_close(found.abs().amax((1, 3), keepdim=True), largest, rtol=1e-6, atol=0)
+
+
+def test_zeros_infinities_and_the_ends_of_float32() -> None:
+    x = torch.randn(5, 256)
+    x[0] = 0
+    x[1, 3], x[2, 130] = torch.inf, torch.nan
+    x[3], x[4] = 1e-38, 1e36
+    q = quantize_fp8(x)[0]
+    assert q.scales.isnan().tolist() == [[False, False], [True, False], [False, True],
+                                         [False, False], [False, False]]
+    assert not q.values.float().isnan().any()
+    found = q.dequantize()
+    assert (found[0] == 0).all() and (found[3] == 0).all()  # below 1e-30 all is zero
+    torch.testing.assert_close(found[4], x[4], rtol=1e-6, atol=0)
+    y = fp8_matmul(q, quantize_fp8(torch.randn(128, 256), square=True)[0])
+    assert y.isnan().all(1).tolist() == [False, True, True, False, False]
+    for empty in (x[:0], x[:0].bfloat16()):
+        rows, columns = quantize_fp8(empty, transposed=True)
+        assert rows.values.shape == (0, 256) and columns.values.shape == (256, 0)
+        assert fp8_matmul(columns, columns).eq(0).all()
+
+
+# ---------------------------------------------------------------------------------------- layers
+
+
+def bound(a: Tensor, b: Tensor) -> Tensor:
+    """How far the FP8 product of a and b^T may be from the exact one: each factor by a sixteenth of
+    itself, or by 2^-10 of its block's scale, here of the whole matrix's."""
+    a, b = (x.abs() + x.abs().max() * 2**-10 / 448 / ROUNDING for x in (a, b))
+    return (2 * ROUNDING + ROUNDING**2 + 1e-5) * (a @ b.T)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_gradients_are_within_the_step_of_the_format(seed: int) -> None:
+    """Output and both gradients of a layer against float64; groups of rows are experts'."""
+    torch.manual_seed(seed)
+    matrices = 3 if seed % 2 else 1
+    n, k = (BLOCK * int(torch.randint(1, 4, ())) for _ in range(2))
+    layer = GroupedLinear(matrices, k, n)
+    fast = Fp8Linear(layer.weight)
+    quantize_weights(fast)
+    counts = torch.randint(0, 150, (matrices,)) * (seed > 1)
+    x = torch.randn(int(counts.sum()), k, requires_grad=True)
+    dy = torch.randn(len(x), n)
+    y = fast(x, counts if matrices > 1 else None)
+    dx, dw = torch.autograd.grad(y, (x, fast.weight), dy)
+    for x_e, dy_e, w, *found in zip(
+            x.split(counts.tolist()), dy.split(counts.tolist()), layer.weight.chunk(matrices),
+            y.split(counts.tolist()), dx.split(counts.tolist()), dw.chunk(matrices)):
+        x_e, w, dy_e = x_e.detach().double(), w.detach().double(), dy_e.double()
+        for ours, a, b in zip(found, (x_e, dy_e, dy_e.T), (w, w.T, x_e.T)):
+            exact = a @ b.T
+            assert ((ours - exact).abs() <= bound(a, b)).all() if a.numel() else (ours == 0).all()
+            if a.numel() and len(x_e) > 20:
+                assert (ours - exact).norm() < 0.04 * exact.norm()  # errors average out
+
+
+def test_only_the_large_matrices_of_the_decoder_are_converted() -> None:
+    for name in ("tiny", "tiny-moe"):
+        net = LlavaOneVision(PRESETS[name])
+        before = {key: id(parameter) for key, parameter in net.named_parameters()}
+        convert_to_fp8(net)
+        assert {key: id(parameter) for key, parameter in net.named_parameters()} == before
+        fast = {path for path, module in net.named_modules() if isinstance(module, Fp8Linear)}
+        kind = "mlp.experts" if name == "tiny-moe" else "mlp"
+        assert fast == {f"model.layers.{layer}.{part}_proj" for layer in range(3) for part in (
+            "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", f"{kind}.gate",
+            f"{kind}.up", f"{kind}.down")}
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
+def test_weights_are_quantised_once_a_step(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of micro-batches; nothing is done for the gradient of a frozen one."""
+    calls = []
+
+    def counted(x: Tensor, square: bool = False, transposed: bool = False) -> object:
+        calls.append((square, transposed))
+        return quantize_fp8(x, square, transposed)
+
+    monkeypatch.setattr(fp8_kernel, "quantize_fp8", counted)
+    net = LlavaOneVision(PRESETS[model]).init_weights()
+    convert_to_fp8(net)
+    optimizer = make_optimizer(net, TINY["mid"])
+    quantize_weights(net)
+    layers = [module for module in net.modules() if isinstance(module, Fp8Linear)]
+    assert calls == [(True, False)] * len(layers) and len(layers) == 21
+    ids, starts = torch.arange(30) + 20, torch.tensor([0, 10, 30])
+    for _ in range(2):
+        calls.clear()
+        for _ in range(3):
+            net.loss(ids, ids, starts).backward()
+        optimizer.step()
+        assert calls.count((True, False)) == len(layers)
+        assert calls.count((False, True)) == 6 * len(layers)  # x and dy, three times
+    for layer in layers:
+        again = quantize_fp8(layer.weight.detach(), square=True)[0]
+        assert all(same(a, b) for a, b in zip(again, (layer.values, layer.scales)))
+    net.requires_grad_(False)
+    calls.clear()
+    net.loss(ids, ids, starts)
+    assert set(calls) == {(False, False)}
+
+
+class Mesh:
+    """What a layer asks a device mesh: ranks that share the rows, and which experts are its own."""
+
+    def __init__(self, ranks: int, expert: int) -> None:
+        self.ranks, self.expert = ranks, expert
+
+    def size(self) -> int:
+        return self.ranks
+
+    def get_coordinate(self) -> list[int]:
+        return [0, self.expert]
+
+
+@pytest.mark.parametrize("rows, expert, own", [
+    (256, 0, (0, 64)), (256, 0, (128, 192)), (256, 0, (256, 256)), (128, 1, (128, 192)),
+    (128, 1, (192, 250)), (128, 1, (256, 256))])
+def test_what_is_gathered(rows: int, expert: int, own: tuple[int, int],
+                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 bits a weight, padded to the longest shard, of a rank without rows as well; and the scales
+    of the rows as they are used, which are not those of the shard.
+
+    rows: that a rank uses, of 256; expert: which of them; own: those of its shard.
+    """
+    weight, ranks = torch.randn(256, 128), 4 if rows == 256 else 2
+    layer, whole = Fp8Linear(nn.Parameter(weight)), quantize_fp8(weight, square=True)[0]
+    monkeypatch.setattr(nn.Parameter, "device_mesh", Mesh(ranks, expert), raising=False)
+    shard = whole.values.view(torch.uint8)[slice(*own)]
+    layer.shard, layer.first_row, layer.all_scales = shard, own[0], whole.scales
+    for _ in range(2):
+        (gathered,), _ = layer.fsdp_pre_all_gather(
+            Mesh(ranks, expert), torch.Size([rows, 128]), (128, 1), layer, None)
+        assert gathered.dtype == torch.uint8 and gathered.shape == (rows // ranks, 128)
+        assert torch.equal(gathered[:len(shard)], shard)
+        first = expert * rows // BLOCK
+        assert torch.equal(layer.scales, whole.scales[first:first + rows // BLOCK])
+
+
+def test_recomputing_changes_no_bit() -> None:
+    torch.manual_seed(0)
+    net, ids = LlavaOneVision(PRESETS["tiny"]).init_weights(), torch.arange(40) + 20
+    convert_to_fp8(net)
+    found = []
+    for recompute in ("none", "layer", "selective"):
+        other = copy.deepcopy(net)
+        shard(other, recompute, False, Ranks(torch.device("cpu"), torch.float32))
+        quantize_weights(other)
+        other.loss(ids, ids.roll(1), torch.tensor([0, 15, 40])).backward()
+        found.append([p.grad for p in other.parameters() if p.grad is not None])
+    assert len(found[0]) > 20
+    assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others))
+
+
+def test_compiled_layers_quantise_what_they_share_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x of gate and up, h of down, and their three gradients."""
+    torch.manual_seed(0)
+    mlp = SwiGlu(PRESETS["tiny"])
+    convert_to_fp8(mlp)
+    quantize_weights(mlp)
+    x, calls = torch.randn(20, 256, requires_grad=True), []
+
+    def counted(x: Tensor, height: int, width: int) -> Quantized:
+        calls.append((height, width))
+        return quantize_reference(x, height, width)
+
+    monkeypatch.setattr(fp8_kernel, "quantize_reference", counted)
+    found = []
+    for run in (mlp, torch.compile(mlp, backend="aot_eager")):
+        calls.clear()
+        y = run(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])])
+        assert calls.count((1, BLOCK)) == calls.count((BLOCK, 1)) == (6 if run is mlp else 5)
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"hidden_size": 160, "vision": replace(PRESETS["tiny"].vision, text_hidden_size=160)},
+     "model.layers.0.self_attn.q_proj maps 160 to 256 numbers; FP8 takes multiples of 128"),
+    ({"intermediate_size": 200}, "model.layers.0.mlp.gate_proj maps 256 to 200 numbers"),
+    ({"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64},
+     "model.layers.0.mlp.experts.gate_proj maps 256 to 64 numbers"),
+])
+def test_widths_are_refused_by_the_name_of_the_layer(change: dict, words: str) -> None:
+    net = LlavaOneVision(replace(PRESETS["tiny"], **change))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        convert_to_fp8(net)
+    assert not any(isinstance(module, Fp8Linear) for module in net.modules())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    net = LlavaOneVision(PRESETS["tiny"]).init_weights()
+    convert_to_fp8(net)
+    net.model.layers[1].mlp.up_proj.weight.data[3, 7] = value
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj are not finite"):
+        quantize_weights(net)
+
+
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    for capability, refused in (((8, 0), True), ((8, 6), True), ((8, 9), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        if refused:
+            with pytest.raises(ValueError, match=f"NVIDIA A100 .sm_8{capability[1]}. has no FP8"):
+                fp8_kernel.check_device(torch.device("cuda"))
+        else:
+            fp8_kernel.check_device(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: quantize_fp8(torch.zeros(4, 100)), "columns in multiples of 128"),
+    (lambda: quantize_fp8(torch.zeros(4, 128, dtype=torch.float16)), "not torch.float16"),
+    (lambda: quantize_fp8(torch.zeros(128)), "of shape (128,)"),
+    (lambda: fp8_matmul(SQUARES, SQUARES), "a scaled by rows"),
+    (lambda: fp8_matmul(quantize_fp8(torch.zeros(4, 128))[0], SQUARES), "need rows (Ra, C)"),
+    (lambda: fp8_matmul(quantize_fp8(torch.zeros(4, 256))[0], SQUARES, starts=torch.zeros(4)),
+     "starts must be int32, not torch.float32"),
+    (lambda: fp8_matmul(quantize_fp8(torch.zeros(4, 256))[0], SQUARES, starts=torch.zeros(4).int()),
+     "256 rows are not 3 matrices"),
+])
+def test_shapes_that_do_not_fit_are_refused(call: Callable, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call()
+
+
+SQUARES = quantize_fp8(torch.zeros(256, 256), square=True)[0]
+
+
+def test_the_file_prints_its_errors() -> None:
+    """As `python fp8_kernel.py` on this machine: FP8 within a few percent, bfloat16 far below."""
+    done = subprocess.run([sys.executable, Path(fp8_kernel.__file__)], text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ours, low = (re.search(rf"^{name} +(\S+) +(\S+) +(\S+)$", done.stdout, re.M).groups()
+                 for name in ("this file", "bfloat16"))
+    assert all(0.02 < float(error) < 0.04 for error in ours)
+    assert all(float(error) < 0.004 for error in low)
+
+
+def test_kernels_compile_without_spills() -> None:
+    """For Hopper and Ada, with their FP8 matrix instructions; Ampere has none, and says so."""
+    command = [sys.executable, Path(__file__).parent / "compile_kernels.py", "fp8"]
+    running = {sm: subprocess.Popen([*command, sm], stdout=subprocess.PIPE, text=True,
+                                    stderr=subprocess.STDOUT) for sm in ("90", "89", "80")}
+    tables = {sm: process.communicate()[0] for sm, process in running.items()}
+    assert not any(process.returncode for process in running.values()), tables
+    for sm in ("90", "89"):
+        assert len(re.findall(rf"^(quantize|transpose|product).* {sm} ", tables[sm], re.M)) == 11
+    assert "type fp8e4nv not supported in this architecture" in tables["80"]
