@@ -56,7 +56,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 BLOCK = 128  # numbers that share a scale, along the side that is summed
 E4M3 = torch.float8_e4m3fn
 LARGEST, FLOOR = tl.constexpr(448.0), tl.constexpr(1e-30)  # of e4m3; a block's least `largest`
-# The decoder's large matrices: 4/5 of a training step's FLOPs at 4B, 7/8 at 8B, in samples of 600
+# The decoder's large matrices: 3/4 of a training step's FLOPs at 4B, 5/6 at 8B, in samples of 600
 # tokens.  Not the ViT, of width 1,024: quantising costs a pass over the numbers, and the narrower
 # the product, the less there is to win it back.  Not the merger, which few rows pass; not head,
 # router (`gate`) and norms, where small differences decide.
@@ -489,6 +489,7 @@ class Fp8Linear(nn.Linear):
     shard: Tensor | None = None
     all_scales: Tensor | None = None
     first_row = 0  # of the shard
+    version = -1  # of the weight that was quantised
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -498,10 +499,20 @@ class Fp8Linear(nn.Linear):
         """x: (..., K); or (R, K) with counts (X,): W has X matrices, one above the other, and each
         is for so many of the rows."""
         assert self.values is not None, "call quantize_weights before the first forward pass"
+        if self.all_scales is None and not torch.compiler.is_compiling():
+            self.check_fresh()  # else FSDP has asked for it
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         learn = torch.is_grad_enabled() and weight.requires_grad
         y = Fp8Product.apply(x.flatten(0, -2), weight, self.values, self.scales, counts, learn)
         return y.view(*x.shape[:-1], y.shape[1])
+
+    def master(self) -> Tensor:
+        """The weight, or the shard of it that FSDP asks what to gather."""
+        return self.weight._local_tensor if isinstance(self.weight, DTensor) else self.weight
+
+    def check_fresh(self) -> None:
+        """PyTorch counts the changes of a tensor."""
+        assert self.version == self.master()._version, "a weight changed: call quantize_weights"
 
     def largest_of_shard(self) -> Tensor:
         """The largest number of each square (N / 128, K / 128) among the rows of this rank."""
@@ -526,7 +537,7 @@ class Fp8Linear(nn.Linear):
         values = cast_blocks(blocks, largest[square:square + len(blocks)])
         self.shard = values[above:above + rows].view(torch.uint8)
         self.all_scales = scales_of(largest)
-        asked = self.weight._local_tensor  # by FSDP; `to_local` gives another view of it
+        asked = self.master()
         asked.fsdp_pre_all_gather = self.fsdp_pre_all_gather
         asked.fsdp_post_all_gather = self.fsdp_post_all_gather
 
@@ -534,6 +545,7 @@ class Fp8Linear(nn.Linear):
                             module: nn.Module, mp_policy: Any) -> tuple[tuple[Tensor], None]:
         """What is gathered: the shard, padded to the size of the longest.  outer_size: (N, K), or
         with expert parallelism, whose ranks are the last dimension of the weight's mesh, less."""
+        self.check_fresh()
         rows, first = outer_size[0], 0
         if rows < len(self.weight):
             first = self.weight.device_mesh.get_coordinate()[-1] * rows
@@ -585,26 +597,32 @@ def convert_to_fp8(model: nn.Module) -> None:
         model.set_submodule(path, Fp8Linear(layer.weight))
 
 
+def quantize_shards(layers: list[Fp8Linear]) -> None:
+    """Each rank quantises its rows, knowing the largest numbers of whole squares."""
+    parts = [layer.largest_of_shard() for layer in layers]
+    everything = torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(everything, dist.ReduceOp.MAX)
+    for layer, part in zip(layers, everything.split([part.numel() for part in parts])):
+        layer.quantize_shard(part.view(-1, layer.weight.shape[1] // BLOCK))
+
+
 @torch.no_grad()
 def quantize_weights(model: nn.Module) -> None:
     """Quantise the weights of all FP8 layers from their masters, once after each change of them.
 
-    Of a sharded model all ranks must call it; each quantises its rows, with the largest numbers of
-    whole squares.  Raises ValueError naming the layer if a weight is not finite.
+    Of a sharded model all ranks must call it.  Raises ValueError naming the layer if a weight is
+    not finite.
     """
     layers = {name: x for name, x in model.named_modules() if isinstance(x, Fp8Linear)}
-    sharded = [layer for layer in layers.values() if isinstance(layer.weight, DTensor)]
-    if sharded:
-        parts = [layer.largest_of_shard() for layer in sharded]
-        everything = torch.cat([part.flatten() for part in parts])
-        dist.all_reduce(everything, dist.ReduceOp.MAX)
-        for layer, part in zip(sharded, everything.split([part.numel() for part in parts])):
-            layer.quantize_shard(part.view(-1, layer.weight.shape[1] // BLOCK))
+    if sharded := [layer for layer in layers.values() if isinstance(layer.weight, DTensor)]:
+        quantize_shards(sharded)
+    finite = []
     for layer in layers.values():
-        if not isinstance(layer.weight, DTensor):
+        if layer not in sharded:
             layer.values, layer.scales = quantize_fp8(layer.weight, square=True)[0]
-    finite = [(layer.scales if layer.all_scales is None else layer.all_scales).isfinite().all()
-              for layer in layers.values()]
+        layer.version = layer.master()._version
+        scales = layer.scales if layer.all_scales is None else layer.all_scales
+        finite.append(scales.isfinite().all())
     if finite and not finite[0].is_meta and not torch.stack(finite).all():
         broken = next(name for name, good in zip(layers, finite) if not good)
         raise ValueError(f"the weights of {broken} are not finite")

@@ -264,6 +264,7 @@ def test_what_is_gathered(rows: int, expert: int, own: tuple[int, int],
     monkeypatch.setattr(nn.Parameter, "device_mesh", Mesh(ranks, expert), raising=False)
     shard = whole.values.view(torch.uint8)[slice(*own)]
     layer.shard, layer.first_row, layer.all_scales = shard, own[0], whole.scales
+    layer.version = layer.weight._version
     for _ in range(2):
         (gathered,), _ = layer.fsdp_pre_all_gather(
             Mesh(ranks, expert), torch.Size([rows, 128]), (128, 1), layer, None)
@@ -271,6 +272,20 @@ def test_what_is_gathered(rows: int, expert: int, own: tuple[int, int],
         assert torch.equal(gathered[:len(shard)], shard)
         first = expert * rows // BLOCK
         assert torch.equal(layer.scales, whole.scales[first:first + rows // BLOCK])
+
+
+def test_a_weight_that_changed_must_be_quantised_again() -> None:
+    layer, x = Fp8Linear(nn.Parameter(torch.randn(128, 128))), torch.randn(3, 128)
+    with pytest.raises(AssertionError, match="call quantize_weights before"):
+        layer(x)
+    quantize_weights(layer)
+    before = layer(x)
+    with torch.no_grad():
+        layer.weight *= 2
+    with pytest.raises(AssertionError, match="a weight changed: call quantize_weights"):
+        layer(x)
+    quantize_weights(layer)
+    torch.testing.assert_close(layer(x), 2 * before, rtol=1e-6, atol=1e-6)
 
 
 def test_recomputing_changes_no_bit() -> None:
