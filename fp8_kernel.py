@@ -197,11 +197,11 @@ def transpose_kernel(
     BLOCK: tl.constexpr,
 ):
     """A program turns a tile of 128 x 128 of one of X matrices."""
-    row, column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
+    row, column, matrix = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK, tl.program_id(2)
     index = tl.arange(0, BLOCK).to(tl.int64)
-    tile = tl.load(x + (row + index)[:, None] * columns + column + index)
-    first = row // rows * columns + column  # of this matrix in out, then of the tile
-    tl.store(out + (first + index)[:, None] * rows + row % rows + index, tl.trans(tile))
+    tile = tl.load(x + (matrix * rows + row + index)[:, None] * columns + column + index)
+    place = (matrix * columns + column + index)[:, None] * rows + row + index
+    tl.store(out + place, tl.trans(tile))
 
 
 @triton.jit(do_not_specialize=["rows_a"])
@@ -364,7 +364,7 @@ def transpose_op(x: Tensor, matrices: int) -> Tensor:
         return x.view(matrices, rows, columns).transpose(1, 2).reshape(-1, rows).contiguous()
     out = x.new_empty(matrices * columns, rows)
     with torch.cuda.device_of(x):
-        transpose_kernel[(len(x) // BLOCK, columns // BLOCK)](
+        transpose_kernel[(rows // BLOCK, columns // BLOCK, matrices)](
             x, out, rows, columns, BLOCK=BLOCK, num_warps=8)
     return out
 

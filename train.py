@@ -878,10 +878,11 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str) -> Tokenizer:
         convert_to_fp8(meta_model(preset))
     if start:
         found = ModelConfig.from_dir(start)
-        if any(getattr(found, name) != getattr(preset, name) for name in
-               ("hidden_size", "num_hidden_layers", "num_experts")):
-            raise ValueError(f"{start} is not of the size {config.model}: "
-                             "name its preset with --model")
+        for name in ("hidden_size", "num_hidden_layers", "num_experts"):
+            ours, theirs = getattr(preset, name), getattr(found, name)
+            if ours != theirs:
+                raise ValueError(f"{start} is not of the size {config.model}, its {name} is "
+                                 f"{theirs} and not {ours}: name its preset with --model")
     tokenizer = load_tokenizer(Path(start)) if start else train_tokenizer(
         default_texts(config.seed), preset.vocab_size)
     for name, recipe in config.recipes().items():
