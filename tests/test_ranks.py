@@ -217,39 +217,40 @@ def test_bfloat16_and_compiled_layers(records_file: Path, alone: Callable[..., d
     """Both with everything else: sharded, a shared row, layers recomputed but for attention."""
     flags = [{"context_parallel": 2, "dtype": "bfloat16"},
              {**EXPERTS, "expert_parallel": 2, "compile": True, "recompute": "layer"},
-             {**EXPERTS, "context_parallel": 2, "compile": True, "recompute": "selective"}]
-    ((low, _), *compiled), _ = in_ranks(2, train_all, flags, records_file, 4)
+             {**EXPERTS, "context_parallel": 2, "compile": True, "recompute": "selective",
+              "fp8": True}]
+    ((low, _), (compiled, _), (fast, _)), _ = in_ranks(2, train_all, flags, records_file, 4)
     torch.testing.assert_close(low["losses"], alone()["losses"][:4], rtol=0.01, atol=0)
     assert all(weight.dtype == torch.float32 for weight in low["weights"].values())
-    expected = alone(**EXPERTS)["losses"][:4]
-    for found, _ in compiled:
-        torch.testing.assert_close(found["losses"], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(compiled["losses"], alone(**EXPERTS)["losses"][:4], rtol=1e-5,
+                               atol=0)
+    expected = train({**EXPERTS, "fp8": True}, records_file, 4)["losses"]
+    # compiled sums round differently, and that changes some 8-bit numbers
+    torch.testing.assert_close(fast["losses"][0], expected[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(fast["losses"], expected, rtol=2e-3, atol=0)
 
 
 FP8_LAYOUTS = {  # two rows for each rank or group, and steps of 3 micro-batches of 3
     3: [{"rows": 9}, {**EXPERTS, "recompute": "layer"}],
-    4: [{"replicas": 2, "recompute": "selective"}, {**EXPERTS, "expert_parallel": 2},
-        {"dtype": "bfloat16", "recompute": "layer", "compile": True, "context_parallel": 2}]}
+    4: [{"replicas": 2, "recompute": "selective"}, {"context_parallel": 2},
+        {**EXPERTS, "expert_parallel": 2}]}
 
 
 @pytest.mark.parametrize("count", FP8_LAYOUTS)
 def test_fp8_on_ranks_equals_one_process(count: int, records_file: Path) -> None:
     """Shards end within squares of 128; losses of 3 steps, gradients of the first.
 
-    Ranks quantise the same weights and rows, so these are equal to rounding; but where experts meet
-    the rows of several ranks, blocks of the weight gradient are of other rows.
+    Ranks quantise the same weights and rows, so these are equal to rounding; but where a row is
+    shared, or experts meet those of several ranks, blocks of weight gradients are of other tokens.
     """
     layouts = [{"rows": 2 * count, "fp8": True, **flags} for flags in FP8_LAYOUTS[count]]
     found = in_ranks(count, train_all, layouts, records_file, 3)[0]
     for flags, (first, again) in zip(layouts, found):
         expected = train({k: v for k, v in flags.items() if k in ("fp8", "rows", *EXPERTS)},
                          records_file, 3)
-        low, mixed = "dtype" in flags, "expert_parallel" in flags
-        torch.testing.assert_close(first["losses"], expected["losses"], rtol=1e-2 if low else 1e-3,
-                                   atol=0)
+        mixed = {"expert_parallel", "context_parallel"} & flags.keys()
+        torch.testing.assert_close(first["losses"], expected["losses"], rtol=1e-3, atol=0)
         assert again["losses"] == first["losses"][:2]
-        if low:
-            continue
         assert first["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-5)
         for name, gradient in expected["gradients"].items():
             error = (first["gradients"][name] - gradient).norm() / gradient.norm()
