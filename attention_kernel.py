@@ -983,12 +983,18 @@ def print_timings(title: str, shapes: dict[str, tuple], device: str, dtype: torc
         print(f"0 for {name}: {reason}")
 
 
-def main() -> None:
+def print_machine() -> str:
+    """Say what is measured on; returns the device, cuda where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else (
         f"CPU, {torch.get_num_threads()} threads")
     print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, "
           f"Triton {triton.__version__}")
+    return device
+
+
+def main() -> None:
+    device = print_machine()
     torch.manual_seed(0)
     print_errors(device)
     if device == "cpu":

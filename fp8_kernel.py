@@ -2,7 +2,8 @@
 
 In: matrices in float32 or bfloat16.  Out: the same in 8 bits with a scale for each block; their
 product, accumulated in float32; linear layers that compute so.
-Called by `train.py` and `convert.py`; calls nothing of the project (its benchmark: `model.py`).
+Called by `train.py` and `convert.py`; takes from `attention_kernel.py` when kernels are used and
+how they are timed, and for its benchmark a layer from `model.py`.
 
 The idea.  e4m3 has a sign, 4 bits of exponent and 3 of mantissa: numbers up to 448, rounded by a
 sixteenth of themselves at most, down to 2^-6, and by 2^-10 below.  The numbers of a matrix differ
@@ -37,9 +38,7 @@ Shapes: M tokens, K inputs and N outputs of a layer, R rows and C columns of any
 Run `python fp8_kernel.py`: prints errors against float64 and, on a GPU with FP8, timings.
 """
 
-import os
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -52,6 +51,8 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from attention_kernel import median_ms, print_machine, uses_kernels
 
 BLOCK = 128  # numbers that share a scale, along the side that is summed
 E4M3 = torch.float8_e4m3fn
@@ -271,11 +272,6 @@ def product_kernel(
 
 PRODUCT = {"BLOCK": BLOCK, "BAND": 8, "num_warps": 8, "num_stages": 3}
 TILE_COLUMNS = {True: 128, False: 64}  # with tensor descriptors and without, where 128 would spill
-
-
-def uses_kernels(x: Tensor) -> bool:
-    """On a GPU always; on a CPU only in Triton's interpreter, which is for debugging: slow."""
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def has_copy_engine(x: Tensor) -> bool:
@@ -698,29 +694,17 @@ def print_errors(device: str) -> None:
     reasons: dict[str, str] = {}
     print(f"{'error against float64':24}" + "".join(f"{name:>13}" for name in pairs))
     for name, way in WAYS.items():
-        calls = [attempt(reasons, name, way, *pair) for pair in pairs.values()]
-        found = [call and attempt(reasons, name, call) for call in calls]
-        if name == "this file":
-            layer = fp8_of(nn.Parameter(w))
-            y = layer(x.requires_grad_())
-            found = [y, *torch.autograd.grad(y, (x, layer.weight), dy)]
-            x.requires_grad_(False)
+        if name == "this file":  # as a layer computes them
+            layer, inputs = fp8_of(nn.Parameter(w)), x.clone().requires_grad_()
+            y = layer(inputs)
+            found = [y.detach(), *torch.autograd.grad(y, (inputs, layer.weight), dy)]
+        else:
+            calls = [attempt(reasons, name, way, *pair) for pair in pairs.values()]
+            found = [call and attempt(reasons, name, call) for call in calls]
         print(f"{name:24}" + "".join(
             f"{'-':>13}" if ours is None else f"{float((ours - y).norm() / y.norm()):13.2e}"
             for ours, y in zip(found, exact)))
     print(*(f"- {name}: {reason}" for name, reason in reasons.items()), sep="\n")
-
-
-def median_ms(call: Callable[[], object], device: str) -> float:
-    """Median time of a call in milliseconds, warmed up."""
-    if device == "cuda":
-        return triton.testing.do_bench(call, return_mode="median")
-    times = []
-    for _ in range(12):
-        started = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - started))
-    return sorted(times[2:])[5]
 
 
 def print_products(model: str) -> None:
@@ -794,11 +778,7 @@ def print_decoder_layer(tokens: int) -> None:
 
 
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else (
-        f"CPU, {torch.get_num_threads()} threads")
-    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, "
-          f"Triton {triton.__version__}")
+    device = print_machine()
     try:
         check_device(torch.device(device))
     except ValueError as error:
