@@ -219,14 +219,21 @@ def load_rows(x, place, E: tl.constexpr, BLOCK_E: tl.constexpr):
 @triton.jit
 def query_rows(row, first_q, length_q, tokens_q, group, groups, R: tl.constexpr, E: tl.constexpr,
                BLOCK_E: tl.constexpr):
-    """Token of each row; offsets of the rows in q, out and their gradients, (rows, BLOCK_E), and
-    in lse and delta.  Rows behind the segment's end repeat its last token: no load masks rows.
+    """Token and head of each row; offsets of the rows in out and the gradients, (rows, BLOCK_E),
+    and in lse and delta.  Rows behind the segment's end repeat its last token: no load masks rows.
     """
     token = tl.minimum(row // R, length_q - 1)
     head = group * R + row % R
     place = ((first_q + token).to(tl.int64) * (groups * R) + head) * E
-    return (token, place[:, None] + tl.arange(0, BLOCK_E)[None, :],
+    return (token, head, place[:, None] + tl.arange(0, BLOCK_E)[None, :],
             head * tokens_q + first_q + token)
+
+
+@triton.jit
+def strided(first, token, head, of_token, of_head, BLOCK_E: tl.constexpr):
+    """Offsets (rows, BLOCK_E) of rows in a tensor whose tokens and heads have these strides."""
+    place = (first + token).to(tl.int64) * of_token + head.to(tl.int64) * of_head
+    return place[:, None] + tl.arange(0, BLOCK_E)[None, :]
 
 
 @triton.jit
@@ -246,25 +253,31 @@ def last_visible_key(token, q_positions, first_q, length_q, length_k,
 
 
 @triton.jit
-def load_keys(x, first_k, start, length_k, group, groups, E: tl.constexpr, BLOCK_N: tl.constexpr,
-              BLOCK_E: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def load_keys(x, of_token, of_head, first_k, start, length_k, group, E: tl.constexpr,
+              BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, DESCRIPTORS: tl.constexpr,
+              BOUNDARY: tl.constexpr):
     """Rows start:start + BLOCK_N of a segment's keys or values, (BLOCK_N, BLOCK_E).
 
-    x is a pointer to (Tk, G, E) or, with DESCRIPTORS, its tensor descriptor: Hopper's copy engine
-    then fetches the tile and no register holds an address.  Rows behind the segment's end are
-    whatever is there (the next segment, or the last row again); their weights must be zero.
+    x is a pointer to (Tk, G, E), with its strides, or, with DESCRIPTORS, its tensor descriptor:
+    Hopper's copy engine then fetches the tile and no register holds an address.  Rows behind the
+    segment's end are the last row again, or with DESCRIPTORS what is there, the next segment.  Their
+    weights are zero, but zero times NaN is NaN: with BOUNDARY such foreign rows become zero.
     """
+    index = start + tl.arange(0, BLOCK_N)
     if DESCRIPTORS:
-        return x.load([first_k + start, group, 0]).reshape(BLOCK_N, BLOCK_E)
+        tile = x.load([first_k + start, group, 0]).reshape(BLOCK_N, BLOCK_E)
+        if BOUNDARY:
+            tile = tl.where((index < length_k)[:, None], tile, 0.0)
+        return tile
     else:
-        key = first_k + tl.minimum(start + tl.arange(0, BLOCK_N), length_k - 1)
-        place = (key.to(tl.int64) * groups + group) * E
-        return load_rows(x, place[:, None] + tl.arange(0, BLOCK_E)[None, :], E, BLOCK_E)
+        key = tl.minimum(index, length_k - 1)
+        return load_rows(x, strided(first_k, key, group, of_token, of_head, BLOCK_E), E, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["tokens_q", "split_keys"])
 def forward_kernel(
     q, k, v,               # (Tq, H, E), (Tk, G, E), (Tk, G, E); k and v as `load_keys` wants them
+    q_token, q_head, k_token, k_head, v_token, v_head,  # their strides, in numbers
     out,                   # (splits, Tq, H, E)
     lse,                   # (splits, H, Tq) float32
     cu_seqlens_q, cu_seqlens_k, q_positions,
@@ -284,9 +297,9 @@ def forward_kernel(
     first_q, length_q = segment_bounds(cu_seqlens_q, segment)
     first_k, length_k = segment_bounds(cu_seqlens_k, segment)
     row = tl.load(table + 2 * slot + 1) + tl.arange(0, BLOCK_M)
-    token, place, statistic = query_rows(row, first_q, length_q, tokens_q, group, groups, R, E,
-                                         BLOCK_E)
-    q_tile = load_rows(q, place, E, BLOCK_E)
+    token, head, place, statistic = query_rows(row, first_q, length_q, tokens_q, group, groups, R,
+                                               E, BLOCK_E)
+    q_tile = load_rows(q, strided(first_q, token, head, q_token, q_head, BLOCK_E), E, BLOCK_E)
     last_key = last_visible_key(token, q_positions, first_q, length_q, length_k, CAUSAL, EXPLICIT)
     begin = split * split_keys
     end = tl.max(last_key) + 1
@@ -300,8 +313,8 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for MASKED in tl.static_range(2):  # first the blocks that every query sees, then the rest
         for start in range(whole if MASKED else begin, end if MASKED else whole, BLOCK_N):
-            k_tile = load_keys(k, first_k, start, length_k, group, groups, E, BLOCK_N, BLOCK_E,
-                               DESCRIPTORS)
+            k_tile = load_keys(k, k_token, k_head, first_k, start, length_k, group, E, BLOCK_N,
+                               BLOCK_E, DESCRIPTORS, False)
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
             if MASKED:
                 key = start + tl.arange(0, BLOCK_N)
@@ -313,8 +326,8 @@ def forward_kernel(
             p = tl.exp2(s * scale - shift[:, None])
             alpha = tl.exp2(m - shift)
             total = alpha * total + tl.sum(p, 1)
-            v_tile = load_keys(v, first_k, start, length_k, group, groups, E, BLOCK_N, BLOCK_E,
-                               DESCRIPTORS)
+            v_tile = load_keys(v, v_token, v_head, first_k, start, length_k, group, E, BLOCK_N,
+                               BLOCK_E, DESCRIPTORS, MASKED)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
             m = m_new
 
@@ -327,7 +340,9 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens_q"])
 def dq_kernel(
-    q, k, v, out, grad,  # grad: of out
+    q, k, v,
+    q_token, q_head, k_token, k_head, v_token, v_head,  # strides of these three
+    out, grad,           # grad: of out
     lse,                 # (H, Tq) float32
     dq,                  # (Tq, H, E), out
     delta,               # (H, Tq) float32, out: `dkdv_kernel` needs it too
@@ -344,9 +359,9 @@ def dq_kernel(
     first_q, length_q = segment_bounds(cu_seqlens_q, segment)
     first_k, length_k = segment_bounds(cu_seqlens_k, segment)
     row = tl.load(table + 2 * slot + 1) + tl.arange(0, BLOCK_M)
-    token, place, statistic = query_rows(row, first_q, length_q, tokens_q, group, groups, R, E,
-                                         BLOCK_E)
-    q_tile = load_rows(q, place, E, BLOCK_E)
+    token, head, place, statistic = query_rows(row, first_q, length_q, tokens_q, group, groups, R,
+                                               E, BLOCK_E)
+    q_tile = load_rows(q, strided(first_q, token, head, q_token, q_head, BLOCK_E), E, BLOCK_E)
     grad_tile = load_rows(grad, place, E, BLOCK_E)
     out_tile = load_rows(out, place, E, BLOCK_E)
     lse_row = tl.load(lse + statistic) * LOG2E
@@ -359,10 +374,10 @@ def dq_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for MASKED in tl.static_range(2):
         for start in range(whole if MASKED else 0, end if MASKED else whole, BLOCK_N):
-            k_tile = load_keys(k, first_k, start, length_k, group, groups, E, BLOCK_N, BLOCK_E,
-                               DESCRIPTORS)
-            v_tile = load_keys(v, first_k, start, length_k, group, groups, E, BLOCK_N, BLOCK_E,
-                               DESCRIPTORS)
+            k_tile = load_keys(k, k_token, k_head, first_k, start, length_k, group, E, BLOCK_N,
+                               BLOCK_E, DESCRIPTORS, MASKED)
+            v_tile = load_keys(v, v_token, v_head, first_k, start, length_k, group, E, BLOCK_N,
+                               BLOCK_E, DESCRIPTORS, MASKED)
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
             p = tl.exp2(s * scale - lse_row[:, None])
             if MASKED:
@@ -379,6 +394,7 @@ def dq_kernel(
 def dkdv_kernel(
     q, grad,       # (Tq, H, E) as pointers or, with DESCRIPTORS, as descriptors of R heads at once
     k, v,          # (Tk, G, E)
+    q_token, q_head, k_token, k_head, v_token, v_head,  # strides of q, k and v
     lse, delta,    # (H, Tq) float32
     dk, dv,        # (Tk, G, E), out
     cu_seqlens_q, cu_seqlens_k, q_positions,
@@ -396,8 +412,10 @@ def dkdv_kernel(
     first_q, length_q = segment_bounds(cu_seqlens_q, segment)
     first_k, length_k = segment_bounds(cu_seqlens_k, segment)
     first = tl.load(table + 2 * slot + 1)
-    k_tile = load_keys(k, first_k, first, length_k, group, groups, E, BLOCK_N, BLOCK_E, False)
-    v_tile = load_keys(v, first_k, first, length_k, group, groups, E, BLOCK_N, BLOCK_E, False)
+    k_tile = load_keys(k, k_token, k_head, first_k, first, length_k, group, E, BLOCK_N, BLOCK_E,
+                       False, False)
+    v_tile = load_keys(v, v_token, v_head, first_k, first, length_k, group, E, BLOCK_N, BLOCK_E,
+                       False, False)
 
     # tokens before `begin` see no key of the tile, those from `whole` on see all of them
     begin, whole = 0, 0
@@ -418,25 +436,35 @@ def dkdv_kernel(
     key = first + tl.arange(0, BLOCK_N)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-    for MASKED in tl.static_range(1, -1, -1):  # first the diagonal, then the rows that see it all
-        for start in range(begin if MASKED else whole, tl.minimum(whole, end) if MASKED else end,
-                           BLOCK_M):
+    # first the diagonal, then the rows that see it all; where rows come by descriptors, a last block
+    # that reaches into the next segment is apart, for its foreign rows become zero (see load_keys)
+    tail = end
+    if DESCRIPTORS:
+        tail = begin + (end - begin) // BLOCK_M * BLOCK_M
+    for part in tl.static_range(3 if DESCRIPTORS else 2):
+        from_row = begin if part == 0 else whole if part == 1 else tl.maximum(whole, tail)
+        to_row = tl.minimum(whole, end) if part == 0 else tail if part == 1 else end
+        for start in range(from_row, to_row, BLOCK_M):
             row = start + tl.arange(0, BLOCK_M)
-            token, place, statistic = query_rows(row, first_q, length_q, tokens_q, group, groups,
-                                                 R, E, BLOCK_E)
+            token, head, place, statistic = query_rows(row, first_q, length_q, tokens_q, group,
+                                                       groups, R, E, BLOCK_E)
             if DESCRIPTORS:
                 corner = [first_q + start // R, group * R, 0]
                 q_tile = q.load(corner).reshape(BLOCK_M, BLOCK_E)
                 grad_tile = grad.load(corner).reshape(BLOCK_M, BLOCK_E)
+                if part != 1:
+                    q_tile = tl.where((row < end)[:, None], q_tile, 0.0)
+                    grad_tile = tl.where((row < end)[:, None], grad_tile, 0.0)
             else:
-                q_tile = load_rows(q, place, E, BLOCK_E)
+                q_tile = load_rows(q, strided(first_q, token, head, q_token, q_head, BLOCK_E), E,
+                                   BLOCK_E)
                 grad_tile = load_rows(grad, place, E, BLOCK_E)
             # a row behind the segment's end belongs to another: its weight is exp2(s - inf) = 0
             lse_row = tl.load(lse + statistic, mask=row < length_q * R, other=float("inf")) * LOG2E
             delta_row = tl.load(delta + statistic)
             s = tl.dot(k_tile, q_tile.T, input_precision="ieee")  # (BLOCK_N, BLOCK_M): transposed
             p = tl.exp2(s * scale - lse_row[None, :])
-            if MASKED:
+            if part != 1:
                 last_key = last_visible_key(token, q_positions, first_q, length_q, length_k,
                                             CAUSAL, EXPLICIT)
                 p = tl.where(key[:, None] <= last_key[None, :], p, 0.0)
@@ -486,29 +514,50 @@ PROGRAMS_WANTED = 256  # about two for each of a large GPU's multiprocessors
 SPLIT_KEYS = 256       # keys in a split, at least: shorter ones cost more to merge than they save
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """What a GPU can do, (8, 0) for sm_80; (0, 0) for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def has_copy_engine(x: Tensor) -> bool:
+    """Hopper and newer GPUs fetch tiles by tensor descriptors; on older ones those are slow."""
+    return compute_capability(x.device) >= (9, 0)
+
+
 def architecture(x: Tensor) -> str:
-    """Which column of TILES: full float32 products, Hopper's copy engine, or what all GPUs have."""
+    """Which column of TILES: full float32 products, a copy engine, or what all GPUs have."""
     if x.dtype == torch.float32:
         return "float32"
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-    return "hopper" if hopper else "ampere"
+    return "hopper" if has_copy_engine(x) else "ampere"
 
 
 def tile_for(kernel: str, target: str, width: int) -> Tile:
     return TILES[kernel, target][width > 64]
 
 
-def compact(x: Tensor) -> Tensor:
-    """x contiguous and, as Hopper's copy engine wants it, on an address divisible by 16."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+def readable(x: Tensor, descriptors: bool) -> Tensor:
+    """x (T, heads, E) as it is; or a copy if it is to be described and its strides forbid that.
+
+    The copy engine wants addresses divisible by 16, and heads that lie inside their token.
+    """
+    token, head, _ = x.stride()
+    bytes_apart = (x.data_ptr(), token * x.element_size(), head * x.element_size())
+    aligned = all(number % 16 == 0 for number in bytes_apart)
+    nested = head >= x.shape[2] and token % head == 0 and token >= head * x.shape[1]
+    if descriptors and not (aligned and nested):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def described(x: Tensor, rows: int, heads: int) -> TensorDescriptor:
     """Descriptor of x (T, heads, E) for tiles of rows x heads x E, E rounded up to a power of 2."""
-    _, of_heads, width = x.shape
-    return TensorDescriptor(x, list(x.shape), [of_heads * width, width, 1],
-                            [rows, heads, triton.next_power_of_2(width)])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()),
+                            [rows, heads, triton.next_power_of_2(x.shape[2])])
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Strides of tokens and heads of each, in turn."""
+    return [stride for x in tensors for stride in x.stride()[:2]]
 
 
 def tile_table(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, of_queries: bool,
@@ -539,21 +588,24 @@ def triton_forward(
     (tokens, heads, width), groups, target = q.shape, k.shape[1], architecture(q)
     if tokens == 0 or len(k) == 0:
         return q.new_zeros(q.shape), q.new_full((heads, tokens), -math.inf, dtype=torch.float32)
-    q, k, v = compact(q), compact(k), compact(v)
+    descriptors = target == "hopper"
+    k, v = readable(k, descriptors), readable(v, descriptors)
     few = max_seqlen_q * (heads // groups) <= 16
     tile = tile_for("decode" if few else "forward", target, width)
     table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, True, tile.BLOCK_M)
     torch.ops.aten._assert_async.msg(
         table[-1, 0], "cu_seqlens_q and cu_seqlens_k must rise from 0 to the number of tokens")
-    splits = min(triton.cdiv(max_seqlen_k, SPLIT_KEYS), PROGRAMS_WANTED // (slots * groups))
-    splits = max(splits, 1)
+    splits = 1
+    if few:
+        splits = min(triton.cdiv(max_seqlen_k, SPLIT_KEYS), PROGRAMS_WANTED // (slots * groups))
+        splits = max(splits, 1)
     split_keys = triton.cdiv(triton.cdiv(max_seqlen_k, splits), tile.BLOCK_N) * tile.BLOCK_N
     out = q.new_empty(splits, *q.shape, dtype=q.dtype if splits == 1 else torch.float32)
     lse = q.new_empty(splits, heads, tokens, dtype=torch.float32)
-    descriptors = target == "hopper"
     forward_kernel[(slots, groups, splits)](
-        q, *((described(x, tile.BLOCK_N, 1) for x in (k, v)) if descriptors else (k, v)), out, lse,
-        cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens, split_keys, scale * LOG2E.value,
+        q, *((described(x, tile.BLOCK_N, 1) for x in (k, v)) if descriptors else (k, v)),
+        *strides(q, k, v), out, lse, cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens,
+        split_keys, scale * LOG2E.value,
         R=heads // groups, E=width, BLOCK_E=triton.next_power_of_2(width), CAUSAL=causal,
         EXPLICIT=q_positions is not None, DESCRIPTORS=descriptors, **tile._asdict())
     if splits == 1:
@@ -571,8 +623,10 @@ def triton_backward(
     (tokens, heads, width), groups, target = q.shape, k.shape[1], architecture(q)
     if tokens == 0 or len(k) == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    grad, q, k, v, out, lse = (compact(x) for x in (grad, q, k, v, out, lse))
-    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+    grad = readable(grad.contiguous(), target == "hopper")
+    q, k, v = (readable(x, target == "hopper") for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    delta = torch.empty_like(lse)
     ratio = heads // groups
     common = {"R": ratio, "E": width, "BLOCK_E": triton.next_power_of_2(width), "CAUSAL": causal,
               "EXPLICIT": q_positions is not None}
@@ -581,8 +635,8 @@ def triton_backward(
     tile, descriptors = tile_for("dq", target, width), target == "hopper"
     table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, True, tile.BLOCK_M)
     dq_kernel[(slots, groups)](
-        q, *((described(x, tile.BLOCK_N, 1) for x in (k, v)) if descriptors else (k, v)), out, grad,
-        lse, dq, delta, cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens, scale2, **common,
+        q, *((described(x, tile.BLOCK_N, 1) for x in (k, v)) if descriptors else (k, v)),
+        *strides(q, k, v), out, grad, lse, dq, delta, cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens, scale2, **common,
         DESCRIPTORS=descriptors, **tile._asdict())
 
     tile = tile_for("dkdv", target, width)
@@ -592,7 +646,7 @@ def triton_backward(
     table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, False, tile.BLOCK_N)
     dkdv_kernel[(slots, groups)](
         *((described(x, rows, ratio) for x in (q, grad)) if descriptors else (q, grad)), k, v,
-        lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens, scale2,
+        *strides(q, k, v), lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens, scale2,
         **common, DESCRIPTORS=descriptors, **tile._asdict())
     return dq, dk, dv
 
@@ -762,6 +816,10 @@ def check_arguments(
     softmax_scale: float | None, causal: bool, q_positions: Tensor | None,
 ) -> None:
     """Raise ValueError for what would otherwise read out of bounds or attend to the wrong keys."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("cu_seqlens_q", cu_seqlens_q),
+                    ("cu_seqlens_k", cu_seqlens_k), ("q_positions", q_positions)):
+        if not isinstance(x, Tensor) and (x is not None or name != "q_positions"):
+            raise ValueError(f"{name} must be a tensor, not a {type(x).__name__}")
     if not (q.dim() == k.dim() == v.dim() == 3) or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"need q (Tq, H, E) and k, v (Tk, G, E), got {tuple(q.shape)}, "
                          f"{tuple(k.shape)}, {tuple(v.shape)}")
@@ -794,29 +852,33 @@ def check_arguments(
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape or not len(cu_seqlens_q):
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be vectors of segments + 1 numbers, "
                          f"got {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}")
-    if softmax_scale is not None and softmax_scale <= 0:
-        raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
+    if softmax_scale is not None and not 0 < softmax_scale < math.inf:
+        raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
 
 
 def flash_attn_varlen_func(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None = None,
-    causal: bool = False, return_lse: bool = False, q_positions: Tensor | None = None,
+    causal: bool = False, return_lse: bool = False, q_positions: Tensor | None = None, *,
+    dropout_p: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of packed segments; names and meaning are those of flash-attn's function.
 
-    q: (Tq, H, E); k, v: (Tk, G, E), finite, H a multiple of G; strided rows are copied.
+    q: (Tq, H, E); k, v: (Tk, G, E), H a multiple of G; of any strides but of the last dimension.
     cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 or int64, first row of each segment, then the total.
     max_seqlen_q, max_seqlen_k: longest segment, in tokens; decide on the launch, not the result.
     softmax_scale: factor on the scores, default E ** -0.5.
     causal: query i of a segment sees keys up to i + len_k - len_q (bottom-right alignment).
     q_positions: (Tq,) with causal=True: the query sees keys up to this position of its segment.
+    dropout_p: 0 and nothing else; there is no dropout.
 
     Returns out (Tq, H, E), and with return_lse the log-sum-exp of the scores, (H, Tq) float32 and
     without a gradient.  A query that sees no key gets 0 and -inf.  Raises ValueError on what does
     not fit together.  On a GPU the values of cu_seqlens are checked there, since looking at them
     here would stop the stream: an assertion ends the process before the kernel reads anything.
     """
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0, got {dropout_p}: there is no dropout")
     check_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, q_positions)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out, lse = attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,

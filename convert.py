@@ -40,10 +40,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from data import flag_parser, refuse_in_one_sentence
+from data import STRUCTURE, flag_parser, refuse_in_one_sentence
 from fp8_kernel import BLOCK, Fp8Linear, convert_to_fp8, quantize_fp8
 from model import (SCALES, LlavaOneVision, ModelConfig, ProgressBar, Stored, check_names,
                    decoder_fields, find_checkpoint, init_linear, meta_model, number,
@@ -130,21 +131,46 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     }
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read `tokenizer.json` of a checkpoint directory.  Raises ValueError if it is unfit."""
+def read_tokenizer(path: Path) -> Tokenizer:
+    """`tokenizer.json` of a directory, with all that it switches on.  Raises ValueError."""
     file = path / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{path} has no tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for malformed files
         raise ValueError(f"{file} is no tokenizer: {error}") from error
-    for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad",
-                 "video_pad"):
-        if tokenizer.token_to_id(f"<|{name}|>") is None:
-            raise ValueError(f"{file} has no token <|{name}|>")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read `tokenizer.json` of a checkpoint directory.  Raises ValueError if it is unfit.
+
+    What the file switches on by itself is switched off: truncation and padding, which transformers
+    may leave in it, and dropout of merges.  `switched_on` tells of them.
+    """
+    file, tokenizer = path / "tokenizer.json", read_tokenizer(path)
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    for name in sorted(STRUCTURE - {"<|vision_pad|>"}):  # which no text of ours needs
+        if name not in added:
+            raise ValueError(f"{file} has no added token {name}")
+        if not added[name].special:
+            raise ValueError(f"{file}: {name} is not special, so it would be found in any text")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if isinstance(tokenizer.model, BPE):
+        tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = True  # a special token's name inside a text stays text
     return tokenizer
+
+
+def switched_on(path: Path) -> Iterator[str]:
+    """What files of a checkpoint directory ask for and is not heeded, a sentence each."""
+    tokenizer = read_tokenizer(path)
+    dropout = getattr(tokenizer.model, "dropout", None)
+    for what, setting in (("truncation", tokenizer.truncation), ("padding", tokenizer.padding),
+                          ("dropout of merges", dropout)):
+        if setting:
+            yield f"tokenizer.json asks for {what}, {setting}: it is ignored, and not exported"
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -235,12 +261,34 @@ def pieces_of(tensor: Tensor, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         yield name, piece.clone() if len(names) > 1 else piece.contiguous()
 
 
+def check_finite(model: LlavaOneVision, dtype: torch.dtype) -> None:
+    """Raise ValueError naming the first parameter with a number that is not finite as `dtype`.
+
+    Each rank looks at its own part, and all of them learn what any one finds.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    first = len(names)
+    for number, parameter in enumerate(model.parameters()):
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not local.detach().to(dtype).isfinite().all():
+            first = min(first, number)
+    if dist.is_initialized():
+        found = torch.tensor(first, device=local.device)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        first = int(found)
+    if first < len(names):
+        raise ValueError(f"{names[first]} has a number that is not finite as {dtype}: no "
+                         "checkpoint is written")
+
+
 def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
                     dtype: torch.dtype = torch.bfloat16) -> None:
     """Write weights, config.json and tokenizer.json, as `write_directory` does.
 
-    All ranks of a sharded model call this together; the first one writes.
+    All ranks of a sharded model call this together; the first one writes.  Raises ValueError, on
+    all of them and with nothing written, if a number is not finite.
     """
+    check_finite(model, dtype)
     names = released_names(model)
     first = not dist.is_initialized() or dist.get_rank() == 0
 
@@ -569,6 +617,8 @@ def verify(flags: argparse.Namespace) -> Iterator[str]:
                                 "preprocessor_config.json") if not (flags.path / name).is_file()]
     if absent:
         yield f"not there: {', '.join(absent)}"
+    if "tokenizer.json" not in absent:
+        yield from switched_on(flags.path)
     if flags.other:
         yield from compare(flags.path, flags.other)
 
@@ -597,7 +647,7 @@ def compare(path: Path, other: Path) -> Iterator[str]:
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
     """The command line; `run` is the command, a function of what this returns."""
-    parser = flag_parser("Convert and check checkpoint directories.")
+    parser = flag_parser("Convert and check checkpoint directories.", arguments)
     commands = parser.add_subparsers(
         dest="command", required=True,
         parser_class=lambda prog, description: flag_parser(description))

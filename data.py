@@ -13,7 +13,8 @@ The idea.  A conversation is text between special tokens (Qwen's ChatML):
 It is never written out as one string.  It is kept as stretches of plain text and special tokens;
 each stretch is tokenised once, an answer apart from its header.  So labels need no search (answers
 and the <|im_end|> behind them are learnt, all else is -100), and "<|im_end|>" typed by somebody
-stays text.  A picture stands for P / 4 tokens <|image_pad|>.
+stays text.  A picture stands for P / 4 tokens <|image_pad|>.  Its place in a record's text is
+`<image>`, in a user's turn of a record that has pictures; anywhere else `<image>` is text.
 
 Samples of any length are laid end to end in rows of at most `seq_length` tokens.  There is no
 padding: `cu_seqlens` keeps samples apart.
@@ -27,12 +28,14 @@ their tokens with what is learnt, how full rows are; --save DIR writes the pictu
 import argparse
 import json
 import random
+import re
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import count, groupby, islice, takewhile
 from pathlib import Path
 
 import torch
@@ -51,13 +54,29 @@ SPECIAL_TOKENS = (  # in the order of their ids in the released vocabulary, from
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
     "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )
+# Those that structure a conversation.  Written in a text by somebody, their names stay text.
+STRUCTURE = {name for name in SPECIAL_TOKENS if "_ref_" not in name and "box_" not in name
+             and "quad_" not in name}
 # how Qwen cuts text before byte-pair merging: contractions, words, single digits, symbols, spaces
 WORD_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
                 r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # that Windows leaves in folders
 ASSETS = Path(__file__).parent / "assets"
 
 # {"id", "messages": [{"role", "content"}], "images": [picture, path or file content], "category"}
 Record = dict
+
+# Keys of other people's records that are used.  Other keys are ignored, such as the name of a source,
+# unless a word in them says that they would change what is learnt: such a record is refused.
+RECORD_KEYS = {"id", "image", "images", "messages", "conversations", "system"}
+SHARD_KEYS = {"id", "texts", "media", "name", "system"}
+TURN_KEYS = {"role", "content", "from", "value"}
+MEDIA_WORDS = {"image", "picture", "photo", "video", "frame", "audio", "speech", "sound", "media"}
+ABOUT_MEDIA = {"id", "width", "height", "size", "source", "license", "hash", "count", "type"}
+LEARNING_WORDS = {"system", "weight", "loss", "mask", "masked", "train", "trainable", "learn", "tool",
+                  "function", "reasoning", "thinking", "chosen", "rejected"}
+# where other tools put a video or a sound: at either end of a turn, on a line of its own
+OTHER_PLACES = re.compile(r"\A<(video|audio)>(\n|\Z)|\n<(video|audio)>\Z")
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -81,16 +100,22 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 # ------------------------------------------------------------------------------------ chat template
 
 
-def split_content(content: str | list[dict]) -> list[dict]:
-    """A message's content as items {"type": "text"|"image"|"video", ...}: `<image>` is a picture.
+def split_content(message: dict, pictures: bool) -> list[dict]:
+    """A message's content as items {"type": "text"|"image"|"video", ...}.
 
-    >>> split_content("<image>\\nWhat is this?")
+    pictures: `<image>` in a user's text is the place of a picture.
+
+    >>> split_content({"role": "user", "content": "<image>\\nWhat is this?"}, True)
     [{'type': 'image'}, {'type': 'text', 'text': '\\nWhat is this?'}]
     """
+    content = message["content"]
     if isinstance(content, list):
         return content
+    texts = [content]
+    if pictures and message["role"] == "user":
+        texts = content.split("<image>")
     items: list[dict] = []
-    for i, text in enumerate(content.split("<image>")):
+    for i, text in enumerate(texts):
         items += [{"type": "image"}] if i else []
         items += [{"type": "text", "text": text}] if text else []
     return items
@@ -138,7 +163,7 @@ def render(messages: list[dict], visual_tokens: list[int],
         yield "<|im_start|>", 1, False
         yield f"{message['role']}\n", 0, False
         learnt = message["role"] == "assistant"
-        for item in split_content(message["content"]):
+        for item in split_content(message, pictures=bool(visual_tokens)):
             if item["type"] == "text":
                 yield item["text"], 0, learnt
                 continue
@@ -159,6 +184,13 @@ def render(messages: list[dict], visual_tokens: list[int],
                          f"{len(visual_tokens)} pictures there are")
 
 
+def mark_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Matches the name of any special token that is not of STRUCTURE; the longest one wins."""
+    special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+    marks = sorted(special - STRUCTURE, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, marks)) or r"(?!)")  # no marks: matches nothing
+
+
 def chat_tokens(messages: list[dict], tokenizer: Tokenizer, visual_tokens: list[int],
                 generation_prompt: bool = False) -> tuple[list[int], list[int]]:
     """Token ids of a conversation and their labels (the id itself where learnt, else -100).
@@ -166,10 +198,16 @@ def chat_tokens(messages: list[dict], tokenizer: Tokenizer, visual_tokens: list[
     messages: [{"role": "system"|"user"|"assistant", "content": str or list of items}].
     visual_tokens: tokens of each picture, in order.
     generation_prompt: end with the header of an answer instead of after one.
+
+    Special tokens in the text: in a training record those that mark things (<|box_start|>,
+    <|object_ref_start|>, <|quad_start|> and what a user has added to the tokenizer) become their
+    ids, as with Qwen's own tools.  In a prompt they stay text, for anybody may have typed it.
+    Those of STRUCTURE, which delimit messages and pictures, stay text in both.
     """
     ids: list[int] = []
     labels: list[int] = []
     text, text_learnt = "", False
+    marks = mark_pattern(tokenizer)
 
     def add(new: list[int], learnt: bool) -> None:
         ids.extend(new)
@@ -177,8 +215,13 @@ def chat_tokens(messages: list[dict], tokenizer: Tokenizer, visual_tokens: list[
 
     def flush() -> None:
         nonlocal text
-        if text:
-            add(tokenizer.encode(text, add_special_tokens=False).ids, text_learnt)
+        done = 0
+        for mark in [] if generation_prompt else marks.finditer(text):
+            add(tokenizer.encode(text[done:mark.start()], add_special_tokens=False).ids,
+                text_learnt)
+            add([tokenizer.token_to_id(mark[0])], text_learnt)
+            done = mark.end()
+        add(tokenizer.encode(text[done:], add_special_tokens=False).ids, text_learnt)
         text = ""
 
     for piece, repeats, learnt in render(messages, visual_tokens, generation_prompt):
@@ -226,6 +269,7 @@ class Batch:
     cu_seqlens: Tensor  # (S + 1,) int64
     patches: Tensor | None  # (P, 588) float32, None without pictures or where not cut
     grid_thw: Tensor | None  # (I, 3) int64
+    names: list[str]  # of the records
 
     @property
     def labels(self) -> int:
@@ -273,7 +317,8 @@ def pack(samples: list[Sample], cut: bool = True) -> Batch:
         cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)),
         patches=torch.cat([s.patches(i) for s in samples for i in range(len(s.images))])
         if cut and len(grids) else None,
-        grid_thw=grids if len(grids) else None)
+        grid_thw=grids if len(grids) else None,
+        names=[s.name for s in samples])
 
 
 def pack_rows(samples: Iterator[Sample], seq_length: int,
@@ -405,6 +450,7 @@ def share_row(samples: list[Sample], rank: int, ranks: int, visual_ids: list[int
         cu_seqlens=F.pad(queries[present].cumsum(0), (1, 0)),
         patches=torch.cat([sample.patches(i) for sample, i in own]) if own else None,
         grid_thw=torch.stack([sample.grid_thw[i] for sample, i in own]) if own else None,
+        names=row.names,
         cu_seqlens_k=F.pad(lengths[present].cumsum(0), (1, 0)),
         key_rows=places[present[segment]], key_room=key_room,
         visual_rows=visual_places[mine[is_visual]], visual_room=visual_room)
@@ -413,66 +459,139 @@ def share_row(samples: list[Sample], rank: int, ranks: int, visual_ids: list[int
 # ---------------------------------------------------------------------- records from people's disks
 
 
-def normalize_record(raw: dict, images: list[str | Path | bytes], name: str) -> Record:
-    """A record from any of the field's schemas: `messages`, LLaVA's `conversations`, or `texts`."""
-    messages = raw.get("messages") or raw.get("texts")
-    if "conversations" in raw:
+def refuse_unused(raw: dict, known: set[str], place: str) -> None:
+    """Raise ValueError for a key that is not used, though it may change what is learnt.
+
+    An empty value (None, "", [] or {}) says nothing and passes.
+    """
+    for key, value in raw.items():
+        if key in known or value in (None, "", [], {}):
+            continue
+        # "videoPaths" and "video_paths" have the words video and path
+        words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", key)]
+        found = {*words, *(word.removesuffix("s") for word in words)}
+        media = MEDIA_WORDS & found and words[-1] not in ABOUT_MEDIA
+        if media or LEARNING_WORDS & found:
+            raise ValueError(f"{place}: the key {key!r} is not supported, but would change what "
+                             "is learnt; remove it or the record")
+
+
+def check_turn(turn: dict, place: str) -> None:
+    """Raise ValueError for what a turn of a record says and training would not heed."""
+    refuse_unused(turn, TURN_KEYS, place)
+    content = turn["content"] if "content" in turn else turn.get("value")
+    items = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    for item in items:
+        if not isinstance(item, dict):
+            continue  # check_messages refuses it
+        refuse_unused(item, {"type", "text"}, place)
+        text = item.get("text")
+        if item.get("type") == "video" or isinstance(text, str) and OTHER_PLACES.search(text):
+            raise ValueError(f"{place}: there is a video or a sound in it, only pictures are "
+                             "supported")
+
+
+def normalize_record(raw: dict, images: list[str | Path | bytes], place: str) -> Record:
+    """A record from any of the field's schemas: `messages`, LLaVA's `conversations`, or `texts`.
+
+    A system prompt may stand in a field of its own, `system`.
+    place: file and number or key, for messages.  Raises ValueError with it.
+    """
+    named = [name for name in ("messages", "conversations", "texts") if raw.get(name)]
+    if len(named) != 1:
+        raise ValueError(f"{place} has {' and '.join(named)}: which is meant?" if named else
+                         f"{place} has neither messages nor conversations")
+    turns = raw[named[0]]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{place}: {named[0]} is not a list of turns")
+    for turn in turns:
+        check_turn(turn, place)
+    if named == ["conversations"]:
         roles = {"human": "user", "gpt": "assistant"}
         try:
-            messages = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-                        for turn in raw["conversations"]]
+            turns = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+                     for turn in turns]
         except (KeyError, TypeError):
-            raise ValueError(f"{name}: conversations is not a list of from and value") from None
-    if not messages:
-        raise ValueError(f"{name} has neither messages nor conversations")
-    return {"id": raw.get("id", name), "messages": messages, "images": images}
+            raise ValueError(f"{place}: conversations is not a list of from and value") from None
+    if system := raw.get("system"):
+        if not isinstance(system, str) or turns[0].get("role") == "system":
+            raise ValueError(f"{place}: system is {system!r}, it must be the text of the only "
+                             "system prompt")
+        turns = [{"role": "system", "content": system}, *turns]
+    return {"id": raw.get("id", place), "messages": turns, "images": images}
 
 
 def read_json(path: Path) -> list[Record]:
     """Records of a .json list or a .jsonl file; picture paths are relative to the file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = ([json.loads(line) for line in text.split("\n") if line.strip()]
-                if path.suffix == ".jsonl" else json.loads(text))
+        lines = ([json.loads(line) for line in text.split("\n") if line.strip()]
+                 if path.suffix == ".jsonl" else json.loads(text))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(raw, dict) for raw in rows):
+    if not isinstance(lines, list) or not all(isinstance(raw, dict) for raw in lines):
         raise ValueError(f"{path} is not a list of records")
     records = []
-    for i, raw in enumerate(rows):
+    for i, raw in enumerate(lines):
+        place = f"{path}[{i}]"
+        refuse_unused(raw, RECORD_KEYS, place)
+        if raw.get("image") and raw.get("images"):
+            raise ValueError(f"{place} has image and images: which is meant?")
         names = raw.get("images") or raw.get("image") or []
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise ValueError(f"{path}[{i}]: {names!r} is not a picture's path or a list of them")
-        records.append(normalize_record(raw, [path.parent / n for n in names], f"{path}[{i}]"))
+            raise ValueError(f"{place}: {names!r} is not a picture's path or a list of them")
+        records.append(normalize_record(raw, [path.parent / n for n in names], place))
     return records
+
+
+def sample_of_shard(fields: dict[str, bytes], place: str) -> Record:
+    """The record that a shard's members with one key are; fields: their contents by name.
+
+    Raises ValueError with the place.
+    """
+    try:
+        raw = json.loads(fields["json"])
+    except KeyError:
+        raise ValueError(f"{place} lacks its member 'json'") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{place}: its json is not valid: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{place}: its json is not an object")
+    refuse_unused(raw, SHARD_KEYS, place)
+    if raw.get("media") not in (None, "image", "text"):
+        raise ValueError(f"{place}: its media are {raw['media']!r}, only image and text are "
+                         "supported")
+    names = raw.get("name") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{place}: name is {names!r}, not a list of members")
+    for name in names:
+        if name not in fields:
+            raise ValueError(f"{place} lacks its member {name!r}")
+    return normalize_record(raw, [fields[name] for name in names], place)
 
 
 def read_tar(path: Path) -> Iterator[Record]:
     """Records of a WebDataset shard in the quick start's unpacked layout, one after another.
 
     Neighbouring members that share a key (the name up to its first dot, folders aside) are one
-    sample: a `json` with `texts` and the `name`s of its media, and the media themselves.
+    sample: a `json` with `texts` and the `name`s of its media, and the media themselves.  Members
+    without a key, as webdataset has it, are skipped: macOS packs files named `._*` and .DS_Store.
     """
     def members() -> Iterator[tuple[str, str, bytes]]:
         with tarfile.open(path) as tar:
             for member in tar:
-                if member.isfile():
-                    folder, slash, file = member.name.rpartition("/")
-                    key, _, field = file.partition(".")
+                folder, slash, file = member.name.rpartition("/")
+                key, dot, field = file.partition(".")
+                hidden = any(part.startswith(".") and part != "." for part in folder.split("/"))
+                if member.isfile() and key and dot and not hidden and file not in SYSTEM_FILES:
                     yield folder + slash + key, field, tar.extractfile(member).read()
 
     try:
         for key, group in groupby(members(), key=lambda member: member[0]):
             fields = {field: content for _, field, content in group}
-            raw = json.loads(fields["json"])
-            if not isinstance(raw, dict):
-                raise ValueError(f"{path}: the json of sample {key} is not an object")
-            images = [fields[name] for name in raw.get("name", [])]
-            yield normalize_record(raw, images, f"{path}:{key}")
-    except KeyError as error:
-        raise ValueError(f"{path}: sample {key} lacks its member {error}") from error
-    except (tarfile.TarError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            yield sample_of_shard(fields, f"{path}:{key}")
+    except tarfile.TarError as error:
         raise ValueError(f"{path} is no shard of samples: {error}") from error
 
 
@@ -725,15 +844,16 @@ def default_records(kind: str, seed: int, held_out: bool = False, most: int = 5,
     The stream depends on the arguments alone; `most` limits the questions of one conversation.
     """
     flags, rng = read_flags(), random.Random(f"{kind} {seed} {held_out}")
-    while True:
+    for number in count():
         captions = kind == "captions" or kind == "mixed" and rng.random() < 0.35
         if rng.random() < flag_share:
             flag = rng.choice(flags)
-            yield (flag_caption(rng, flag, held_out) if captions else
-                   flag_questions(rng, flag, held_out, most))
+            record = (flag_caption(rng, flag, held_out) if captions else
+                      flag_questions(rng, flag, held_out, most))
         else:
-            yield (scene_caption(rng, held_out) if captions else
-                   scene_questions(rng, held_out, most))
+            record = (scene_caption(rng, held_out) if captions else
+                      scene_questions(rng, held_out, most))
+        yield {"id": f"{kind} {number}", **record}
 
 
 def held_out_questions(per_category: int) -> dict[str, list[Record]]:
@@ -865,11 +985,19 @@ def inspect(data: str, count: int, seq_length: int, save: str) -> None:
           f"{step.sums['tokens'] / (len(step.rows) * seq_length):.1%} full")
 
 
-def flag_parser(description: str) -> argparse.ArgumentParser:
-    """A command-line parser that raises ValueError, one sentence, instead of printing its usage."""
+def flag_parser(description: str, arguments: list[str] = ()) -> argparse.ArgumentParser:
+    """A command-line parser that raises ValueError, one sentence, instead of printing its usage.
+
+    arguments: refused if a flag is among them twice, of which argparse would use the last.
+    """
     def refuse(message: str) -> None:
         raise ValueError(message)
 
+    flags = [word.partition("=")[0] for word in takewhile(lambda word: word != "--", arguments)
+             if word.startswith("--")]
+    for flag, times in Counter(flags).items():
+        if times > 1:
+            refuse(f"{flag} is given {times} times: once is meant")
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.error = refuse
     return parser
@@ -903,7 +1031,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def run() -> None:
-    parser = flag_parser("Look at training data.")
+    parser = flag_parser("Look at training data.", sys.argv[1:])
     parser.add_argument("command", choices=["inspect"])
     parser.add_argument("--data", default="questions", help="captions, questions or a data file")
     parser.add_argument("--count", type=int, default=4, help="records to print")

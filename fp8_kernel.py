@@ -52,7 +52,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attention_kernel import median_ms, print_machine, uses_kernels
+from attention_kernel import (compute_capability, has_copy_engine, median_ms, print_machine,
+                              uses_kernels)
 
 BLOCK = 128  # numbers that share a scale, along the side that is summed
 E4M3 = torch.float8_e4m3fn
@@ -274,14 +275,9 @@ PRODUCT = {"BLOCK": BLOCK, "BAND": 8, "num_warps": 8, "num_stages": 3}
 TILE_COLUMNS = {True: 128, False: 64}  # with tensor descriptors and without, where 128 would spill
 
 
-def has_copy_engine(x: Tensor) -> bool:
-    """Hopper and newer GPUs copy tiles by tensor descriptors; on older ones those are slow."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
 def check_device(device: torch.device) -> None:
     """Raise ValueError for a GPU whose tensor cores know no FP8."""
-    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
+    if device.type == "cuda" and (found := compute_capability(device)) < (8, 9):
         raise ValueError(f"{torch.cuda.get_device_name(device)} (sm_{found[0]}{found[1]}) has no "
                          "FP8: it needs sm_89 (Ada), sm_90 (Hopper) or newer; use bfloat16")
 

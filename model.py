@@ -81,8 +81,8 @@ class ModelConfig:
     def from_dir(cls, path: str | Path) -> "ModelConfig":
         """Read a released `config.json`, as transformers 4 or 5 writes it.
 
-        tie_word_embeddings is true unless the file says false: published ones often say nothing,
-        and then the head is tied if there is none.
+        tie_word_embeddings is true unless the file says false, inside or outside of text_config:
+        published ones often say nothing, and then the head is tied if there is none.
         Raises ValueError naming the file and what it lacks.
         """
         file = Path(path) / "config.json"
@@ -98,9 +98,11 @@ class ModelConfig:
             raise ValueError(f"{file}: quantization_config is no object")
         refuse_others(file, quantized, {"quant_method": "fp8", "fmt": "e4m3",
                                         "weight_block_size": [SQUARE, SQUARE]})
-        refuse_others(file, vision, {"patch_size": 14, "spatial_merge_size": 2,
-                                     "temporal_patch_size": 1})
+        refuse_others(file, vision, {"patch_size": 14, "spatial_merge_size": 2, "in_channels": 3,
+                                     "temporal_patch_size": 1, "hidden_act": "gelu"})
         ids = {key: int(number(file, raw, key)) for key in ("image_token_id", "video_token_id")}
+        if raw.get("tie_word_embeddings") is False:  # transformers 5 says it here, 4 in text_config
+            text = {**text, "tie_word_embeddings": False}
         seen = whole_numbers(file, vision, "depth", "embed_dim", "num_heads", "intermediate_size",
                              "text_hidden_size")
         return cls(**decoder_fields(file, text), **ids, vision=VisionConfig(
@@ -126,7 +128,7 @@ def whole_numbers(file: Path, section: dict, *keys: str) -> dict[str, int]:
 def refuse_others(file: Path, section: dict, supported: dict[str, Any]) -> None:
     """Raise ValueError if a setting is there and has another value than the one supported."""
     for key, value in supported.items():
-        if section.get(key, value) != value:
+        if section.get(key) not in (None, value):
             raise ValueError(f"{file}: {key} is {section[key]}, only {value} is supported")
 
 
@@ -143,7 +145,12 @@ def decoder_fields(file: Path, text: dict) -> dict[str, Any]:
     if kind != "default":
         raise ValueError(f"{file}: rotary scaling {kind!r} is not supported")
     refuse_others(file, text, {"attention_bias": False, "hidden_act": "silu",
-                               "use_sliding_window": False})
+                               "use_sliding_window": False, "partial_rotary_factor": 1.0,
+                               "attention_dropout": 0.0})
+    kinds = text.get("layer_types") or []
+    if not isinstance(kinds, list) or {*map(str, kinds)} - {"full_attention"}:
+        raise ValueError(f"{file}: layer_types has others than full_attention, which is not "
+                         "supported")
     fields = whole_numbers(
         file, text, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")

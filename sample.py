@@ -95,7 +95,7 @@ def trace(model: LlavaOneVision, batch: Batch) -> None:
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    parser = flag_parser("Ask about pictures.")
+    parser = flag_parser("Ask about pictures.", arguments)
     parser.usage = "python sample.py [flags] IMAGE... PROMPT"
     parser.add_argument("inputs", nargs="+", metavar="IMAGE... PROMPT",
                         help="files of pictures, then the question; without pictures: text only")

@@ -58,8 +58,9 @@ Shapes: T tokens in a packed row, L of a sample or frame, P patches, C and D wid
 ViT, H heads, E head width, V vocabulary.
 
 Run `python train.py`: trains the tiny preset from scratch through all stages in about ten minutes
-on two CPU cores and prints its accuracies.  A released size: `torchrun --nproc-per-node 8 train.py
---model 8b --start DIR --data FILE`.  `--plan` computes what a run needs.  `--help` lists all flags.
+on two CPU cores and prints its accuracies.  A checkpoint of any size: `torchrun --nproc-per-node 8
+train.py --stage align --start-from DIR --data FILE`.  `--plan` computes what a run needs.  `--help`
+lists all flags.
 """
 
 import gc
@@ -146,7 +147,8 @@ TINY = {
 }
 RECIPES = {"tiny": TINY, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
-FRESH = ("tiny", "tiny-moe")  # presets that start from random weights, and their own recipe
+FRESH = ("tiny", "tiny-moe")  # presets that can start from random weights
+SMALL = 100e6  # parameters; models of less have the recipe tiny
 GPUS = {"A100": (312e12, 80e9), "A800": (312e12, 80e9), "H100": (989e12, 80e9),  # dense bf16
         "H800": (989e12, 80e9), "H200": (989e12, 141e9), "B200": (2250e12, 180e9)}  # FLOP/s, bytes
 SAMPLE_TOKENS, VISUAL_SHARE = 600, 0.7  # an average sample; half of its words are learnt
@@ -170,10 +172,10 @@ def check_flags(config: object, positive: tuple[str, ...], choices: dict[str, It
 class TrainConfig:
     """Command-line flags; 0 or an empty text means the stage's own value."""
 
-    model: str = "tiny"  # a preset of model.py
+    model: str = ""  # a preset of model.py; default the size of --start-from, without it tiny
     stage: str = "all"  # align, mid, instruct, or all three in a row
-    recipe: str = ""  # tiny, quick or full; default quick, but tiny for the tiny models
-    start: str = ""  # checkpoint directory to start from; default that of the stage before
+    recipe: str = ""  # tiny, quick or full; default quick, but tiny below 100 M parameters
+    start_from: str = ""  # checkpoint directory; default that of the stage before
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME
     data: str = ""  # captions, questions, mixed, or a .json, .jsonl or .tar file
     steps: int = 0  # optimizer steps of each stage
@@ -209,17 +211,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_flags(self, ("longer", "log_every", "replicas", "context_parallel", "expert_parallel",
                            "gpus", "tokens"), {
-            "model": PRESETS, "stage": ("all", *STAGES), "recipe": ("", *RECIPES),
+            "model": ("", *PRESETS), "stage": ("all", *STAGES), "recipe": ("", *RECIPES),
             "token_mean": ("global", "micro"), "dtype": ("", "float32", "bfloat16"),
             "recompute": ("", *RECOMPUTE), "device": ("", "cpu", "cuda"),
             "gpu": [name.lower() for name in GPUS]})
-        experts = PRESETS[self.model].num_experts
-        if (self.expert_parallel > 1 or self.expert_balance) and not experts:
-            raise ValueError("--expert-parallel and --expert-balance are for mixtures of experts, "
-                             f"which {self.model} is not")
-        if experts % self.expert_parallel:
-            raise ValueError(f"--expert-parallel {self.expert_parallel} does not divide the "
-                             f"{experts} experts of {self.model}")
         if self.expert_parallel > 1 and self.recompute == "selective":
             raise ValueError("--expert-parallel goes with --recompute none or layer, not selective")
         if self.plan and self.fp8 and self.gpu in ("a100", "a800"):
@@ -229,9 +224,10 @@ class TrainConfig:
         if 0 < self.max_pixels < MIN_PIXELS:
             raise ValueError(f"--max-pixels must be at least {MIN_PIXELS}")
 
-    def recipes(self) -> dict[str, Recipe]:
-        """The stages to run, with the flags applied."""
-        table = RECIPES[self.recipe or ("tiny" if self.model in FRESH else "quick")]
+    def recipes(self, sizes: ModelConfig) -> dict[str, Recipe]:
+        """The stages to run on a model of these sizes, with the flags applied."""
+        small = sum(parameters_by_part(sizes).values()) < SMALL
+        table = RECIPES[self.recipe or ("tiny" if small else "quick")]
         names = STAGES if self.stage == "all" else [self.stage]
         given = {name: getattr(self, name) for name in
                  ("data", "steps", "rows", "seq_length", "lr", "max_pixels", "recompute")
@@ -381,6 +377,23 @@ def shard(model: LlavaOneVision, recompute: str, compiled: bool, ranks: Ranks) -
             module.set_force_sum_reduction_for_comms(True)
 
 
+def sizes_of(config: TrainConfig, start: str) -> ModelConfig:
+    """The sizes of a model: those of the checkpoint it starts from, else those of its preset.
+
+    Raises ValueError if --model names a preset of another size.
+    """
+    preset = PRESETS[config.model or FRESH[0]]
+    if not start:
+        return preset
+    found = ModelConfig.from_dir(start)
+    for name in ("hidden_size", "num_hidden_layers", "num_experts") if config.model else ():
+        if getattr(preset, name) != getattr(found, name):
+            raise ValueError(f"{start} is not of the size {config.model}: its {name} is "
+                             f"{getattr(found, name)}, not {getattr(preset, name)}; without "
+                             "--model any size is taken")
+    return found
+
+
 def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) -> LlavaOneVision:
     """The model that a stage starts with, sharded; a fresh one without `start`."""
     def prepare(model: LlavaOneVision) -> None:
@@ -392,7 +405,7 @@ def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) ->
         model, _ = load_checkpoint(start, torch.float32, ranks.device, prepare)
     else:
         torch.manual_seed(config.seed)
-        model = LlavaOneVision(PRESETS[config.model]).init_weights().to(ranks.device)
+        model = LlavaOneVision(sizes_of(config, start)).init_weights().to(ranks.device)
         prepare(model)
     quantize_weights(model)
     return model
@@ -441,8 +454,8 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def backward(model: LlavaOneVision, step: Step, ranks: Ranks, token_mean: str) -> float:
-    """Gradients of the step's loss, summed over rows and ranks; returns the loss."""
+def backward(model: LlavaOneVision, step: Step, ranks: Ranks, token_mean: str) -> Tensor:
+    """Gradients of the step's loss, summed over rows and ranks; returns this rank's summand of it."""
     total = torch.zeros((), device=ranks.device)
     for i, (row, labels) in enumerate(zip(step.rows, step.row_labels)):
         weight = (1 / max(1, step.sums["labels"]) if token_mean == "global" else
@@ -454,9 +467,7 @@ def backward(model: LlavaOneVision, step: Step, ranks: Ranks, token_mean: str) -
             model.set_requires_all_reduce(i + 1 == len(step.rows))
         loss.backward()
         total += loss.detach()
-    if ranks.count > 1:
-        dist.all_reduce(total)
-    return float(total)
+    return total
 
 
 def clip_gradients(parameters: list[nn.Parameter], clip: float) -> Tensor:
@@ -474,14 +485,22 @@ def clip_gradients(parameters: list[nn.Parameter], clip: float) -> Tensor:
 
 def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, lr: float,
                clip: float, ranks: Ranks, token_mean: str = "global") -> tuple[float, float]:
-    """One optimizer step; returns the loss and the gradient norm."""
+    """One optimizer step; returns the loss and the gradient norm, the same on all ranks.
+
+    If either is not finite, nothing is changed: neither weights nor the optimizer's moments.
+    """
     loss = backward(model, step, ranks, token_mean)
     norm = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
-    optimizer.step()
+    # what is decided on is summed over the ranks, so that all of them decide alike
+    totals = torch.stack([loss, norm / ranks.count])
+    if ranks.count > 1:
+        dist.all_reduce(totals)
+    if totals.isfinite().all():
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        optimizer.step()
     optimizer.zero_grad()
-    return loss, float(norm)
+    return float(totals[0]), float(totals[1])
 
 
 # ------------------------------------------------------------------------------------- accounting
@@ -745,10 +764,12 @@ def plan(config: TrainConfig) -> Iterator[str]:
     """Lines on what a run needs: parameters, memory, FLOPs, time, dollars."""
     check_division(config, config.gpus)
     stage = "mid" if config.stage == "all" else config.stage
-    recipe = replace(config, recipe=config.recipe or "full", stage=stage).recipes()[stage]
-    model, (rate, capacity) = PRESETS[config.model], GPUS[config.gpu.upper()]
+    model, (rate, capacity) = sizes_of(config, config.start_from), GPUS[config.gpu.upper()]
+    check_experts(config, model)
+    recipe = replace(config, recipe=config.recipe or "full", stage=stage).recipes(model)[stage]
     parts = parameters_by_part(model)
-    yield (f"{config.model} on {config.gpus} {config.gpu.upper()} ({rate / 1e12:.0f} TFLOP/s in "
+    yield (f"{name_of(config, config.start_from)} on {config.gpus} {config.gpu.upper()} "
+           f"({rate / 1e12:.0f} TFLOP/s in "
            f"bf16, {capacity / 1e9:.0f} GB): {', '.join(recipe.trainable)} trained, recompute "
            f"{recipe.recompute}")
     yield f"parameters: {', '.join(f'{name} {n:,}' for name, n in parts.items())}"
@@ -777,6 +798,22 @@ def plan(config: TrainConfig) -> Iterator[str]:
 # ------------------------------------------------------------------------------- a run, end to end
 
 
+def refuse_step(step: Step, loss: float, norm: float, where: str, ranks: Ranks, log: Log) -> None:
+    """End the run at a step that is not finite, on all ranks; the first one names its samples."""
+    names = [name for row in step.rows for name in row.names]
+    if ranks.count > 1:
+        gathered: list = [None] * ranks.count
+        dist.all_gather_object(gathered, names)
+        names = [name for of_rank in gathered for name in of_rank]
+    names = list(dict.fromkeys(names))  # ranks that share a row have the same ones
+    if ranks.rank:
+        sys.exit(2)  # the first rank says it
+    log.line(f"{where} is not finite", samples=names, loss=loss, norm=norm)
+    more = f" and {len(names) - 8} more, all in log.jsonl" if len(names) > 8 else ""
+    raise ValueError(f"the loss of {where} is {loss}, its gradient norm {norm}; no weight was "
+                     f"changed; its samples are {', '.join(names[:8])}{more}")
+
+
 def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: Recipe,
                 config: TrainConfig, ranks: Ranks, log: Log) -> None:
     """Run one stage; the model is changed in place."""
@@ -803,11 +840,8 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
         seen["waited"] += time.monotonic() - before
         lr = learning_rate(number - 1, recipe)
         loss, norm = train_step(model, optimizer, step, lr, recipe.clip, ranks, config.token_mean)
-        if not math.isfinite(loss):
-            if ranks.rank:
-                sys.exit(2)  # the first rank says it
-            raise ValueError(f"the loss of step {number} of stage {name} is {loss}; "
-                             "a smaller --lr may help")
+        if not math.isfinite(loss + norm):
+            refuse_step(step, loss, norm, f"step {number} of stage {name}", ranks, log)
         seen.update({"loss": loss, "norm": norm, "lr": lr, "steps": 1, **step.sums})
         now = time.monotonic()
         left = (now - started) / number * (recipe.steps - number)
@@ -853,45 +887,54 @@ def start_of(config: TrainConfig) -> str:
 
     Raises ValueError if there is none.
     """
-    if config.start:
-        return config.start
+    if config.start_from:
+        return config.start_from
     earlier = STAGES[:STAGES.index(config.stage)] if config.stage != "all" else ()
     if earlier:
         before = Path(config.out or "--out") / earlier[-1]
         if not before.is_dir():
             raise ValueError(f"stage {config.stage} starts from what stage {earlier[-1]} wrote, "
-                             f"but there is no {before}: name a directory with --start")
+                             f"but there is no {before}: name a directory with --start-from")
         return str(before)
-    if config.model not in FRESH:
-        raise ValueError(f"{config.model} starts from a checkpoint: name it with --start")
+    if config.model not in ("", *FRESH):
+        raise ValueError(f"{config.model} starts from a checkpoint: name it with --start-from")
     return ""
 
 
-def check_run(config: TrainConfig, ranks: Ranks, start: str) -> Tokenizer:
+def name_of(config: TrainConfig, start: str) -> str:
+    """What a run's model is called: its preset, else the directory that it starts from."""
+    return config.model or (Path(start).resolve().name if start else FRESH[0])
+
+
+def check_experts(config: TrainConfig, sizes: ModelConfig) -> None:
+    """Raise ValueError if the flags for mixtures of experts do not fit the model."""
+    if (config.expert_parallel > 1 or config.expert_balance) and not sizes.num_experts:
+        raise ValueError("--expert-parallel and --expert-balance are for mixtures of experts, "
+                         "which the model is not")
+    if sizes.num_experts % config.expert_parallel:
+        raise ValueError(f"--expert-parallel {config.expert_parallel} does not divide the "
+                         f"{sizes.num_experts} experts of the model")
+
+
+def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
+              recipes: dict[str, Recipe]) -> Tokenizer:
     """Refuse what cannot run before anything is loaded or written; returns the tokenizer.
 
     Raises ValueError.
     """
-    preset = PRESETS[config.model]
+    check_experts(config, sizes)
     if config.fp8:
         check_device(ranks.device)
-        convert_to_fp8(meta_model(preset))
-    if start:
-        found = ModelConfig.from_dir(start)
-        for name in ("hidden_size", "num_hidden_layers", "num_experts"):
-            ours, theirs = getattr(preset, name), getattr(found, name)
-            if ours != theirs:
-                raise ValueError(f"{start} is not of the size {config.model}, its {name} is "
-                                 f"{theirs} and not {ours}: name its preset with --model")
+        convert_to_fp8(meta_model(sizes))
     tokenizer = load_tokenizer(Path(start)) if start else train_tokenizer(
-        default_texts(config.seed), preset.vocab_size)
-    for name, recipe in config.recipes().items():
+        default_texts(config.seed), sizes.vocab_size)
+    for name, recipe in recipes.items():
         if config.out and (Path(config.out) / name).exists():
             raise ValueError(f"{Path(config.out) / name} is there already")
         if recipe.rows % ranks.data_ranks:
             raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
-        memory = memory_by_part(preset, recipe, ranks.count // ranks.replicas, ranks.context,
+        memory = memory_by_part(sizes, recipe, ranks.count // ranks.replicas, ranks.context,
                                 ranks.experts, config.fp8)
         needed, there = sum(memory.values()) / 2**30, memory_of_rank(ranks.device) / 2**30
         if needed > there:
@@ -907,17 +950,19 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str) -> Tokenizer:
 
 def run(config: TrainConfig) -> Path:
     """Train the stages, save a checkpoint after each, evaluate; returns the last checkpoint."""
-    ranks, start, recipes = find_ranks(config), start_of(config), config.recipes()
-    tokenizer = check_run(config, ranks, start)
+    ranks, start = find_ranks(config), start_of(config)
+    sizes, model_name = sizes_of(config, start), name_of(config, start)
+    recipes = config.recipes(sizes)
+    tokenizer = check_run(config, ranks, start, sizes, recipes)
     ranks = join_ranks(ranks)
     model = load_stage(start, next(iter(recipes.values())), config, ranks)  # or refuse it
-    names = [config.out or f"runs/{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    names = [config.out or f"runs/{model_name}-{time.strftime('%Y%m%d-%H%M%S')}"]
     if ranks.count > 1:
         dist.broadcast_object_list(names)  # clocks differ
     out = Path(names[0])
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out, ranks.rank == 0, config.tensorboard)
-    log.line(f"{config.model}: {sum(parameters_by_part(model.config).values()):,} parameters on "
+    log.line(f"{model_name}: {sum(parameters_by_part(model.config).values()):,} parameters on "
              f"{ranks.count} x {ranks.device.type} ({ranks.replicas} copies, rows shared by "
              f"{ranks.context}, experts by {ranks.experts}), {ranks.dtype}"
              f"{', FP8' if config.fp8 else ''}, torch {torch.__version__}, "
@@ -926,7 +971,12 @@ def run(config: TrainConfig) -> Path:
     for name, recipe in recipes.items():
         model = model or load_stage(start, recipe, config, ranks)
         train_stage(name, model, tokenizer, recipe, config, ranks, log)
-        save_checkpoint(model, tokenizer, out / name)
+        try:
+            save_checkpoint(model, tokenizer, out / name)
+        except ValueError:
+            if ranks.rank:
+                sys.exit(2)  # the first rank says it
+            raise
         start, model = str(out / name), None
         gc.collect()  # hooks tie a sharded model into cycles, and the next one needs its memory
     if ranks.mesh is not None:
@@ -940,7 +990,7 @@ def run(config: TrainConfig) -> Path:
 
 def parse_flags(arguments: list[str]) -> TrainConfig:
     """Build the command line from TrainConfig's fields; the comment beside a field is its help."""
-    parser = flag_parser(__doc__.splitlines()[0])
+    parser = flag_parser(__doc__.splitlines()[0], arguments)
     comments = dict(re.findall(r"^    (\w+): .*#  ?(.*)$", inspect.getsource(TrainConfig), re.M))
     for entry in fields(TrainConfig):
         switch = {"action": "store_true"} if entry.type is bool else {"type": entry.type}

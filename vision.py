@@ -31,14 +31,18 @@ Run `python vision.py PICTURE`: prints what becomes of it, with shapes.
 
 import io
 import math
+import struct
 import sys
+import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin
 from torch import Tensor, nn
 
 from attention_kernel import flash_attn_varlen_func
@@ -53,6 +57,22 @@ CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 Picture = Image.Image | str | Path | bytes  # decoded, a file's path, or a file's content
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of text or colour profile; Pillow's own limit is 2^20
+# What Pillow's decoders raise for a malformed file, beside its own OSError and SyntaxError.
+MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
+             struct.error, zlib.error, Image.DecompressionBombError)
+# EXIF orientation -> what makes the picture upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -98,8 +118,25 @@ def smart_resize(height: int, width: int, min_pixels: int = MIN_PIXELS,
     return rows * CELL, columns * CELL
 
 
+def without_pixels(file: BinaryIO) -> BinaryIO:
+    """The chunks of a PNG without its pixels, which are skipped unread.
+
+    A PNG may have its EXIF behind the pixels.  Pillow finds it there only after decoding them.
+    """
+    chunks = [file.read(len(PNG_SIGNATURE))]
+    while len(header := file.read(8)) == 8:
+        size, kind = struct.unpack(">I4s", header)
+        if kind in (b"IDAT", b"fdAT"):
+            file.seek(size + 4, io.SEEK_CUR)  # the 4 bytes are the checksum
+            continue
+        if kind == b"IEND":  # one empty chunk of pixels in front of the end
+            chunks.append(struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT")))
+        chunks += [header, file.read(size + 4)]
+    return io.BytesIO(b"".join(chunks))
+
+
 def open_image(image: Picture, decode: bool = True) -> Image.Image:
-    """Open a picture given as a path or as a file's content; its header alone without `decode`.
+    """Open a picture given as a path or as a file's content; without `decode`, its header alone.
 
     Raises ValueError naming the file if it is missing or unreadable.
     """
@@ -107,16 +144,53 @@ def open_image(image: Picture, decode: bool = True) -> Image.Image:
         return image
     name = "a picture of the shard" if isinstance(image, bytes) else image
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            if decode:
-                opened.load()
-            else:  # not PNG's own getexif, which would decode the picture in search of a late EXIF
-                Image.Image.getexif(opened)
-            return opened
+        # Pillow warns of malformed metadata and of large pictures; neither concerns the pixels
+        with (io.BytesIO(image) if isinstance(image, bytes) else open(image, "rb") as file,
+              warnings.catch_warnings(action="ignore")):
+            is_png = file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
+            file.seek(0)
+            with Image.open(file if decode or not is_png else without_pixels(file)) as opened:
+                if decode:
+                    opened.load()
+                else:
+                    orientation(opened)  # is remembered: the file is about to be closed
+                return opened
     except FileNotFoundError:
         raise ValueError(f"there is no picture {name}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, *MALFORMED) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+
+
+def exif_orientation(exif: bytes) -> int | None:
+    """The orientation in a block of EXIF, if it has one, whatever its other entries are."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = ">" if tiff.startswith(b"MM") else "<"
+    try:
+        first, = struct.unpack_from(f"{order}I", tiff, 4)
+        entries, = struct.unpack_from(f"{order}H", tiff, first)
+        for at in range(first + 2, first + 2 + 12 * entries, 12):
+            tag, kind, count = struct.unpack_from(f"{order}HHI", tiff, at)
+            if tag == ExifTags.Base.Orientation and kind in (3, 4) and count == 1:
+                return struct.unpack_from(f"{order}H" if kind == 3 else f"{order}I", tiff, at + 8)[0]
+    except struct.error:  # it is cut off
+        pass
+    return None
+
+
+def orientation(image: Image.Image) -> int:
+    """How a picture lies, 1 (upright) to 8 as EXIF counts; 1 where the file says nothing valid.
+
+    The one reading of it, for headers and for pixels.
+    """
+    found = exif_orientation(image.info.get("exif", b""))
+    try:
+        if found is None:  # a TIFF's own tag, or XMP
+            with warnings.catch_warnings(action="ignore"):
+                # not PNG's own getexif, which would decode the picture
+                found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except (OSError, SyntaxError, *MALFORMED):
+        return 1
+    return found if isinstance(found, int) and found in TURNS else 1
 
 
 def patch_grid(image: Picture, min_pixels: int = MIN_PIXELS,
@@ -124,8 +198,9 @@ def patch_grid(image: Picture, min_pixels: int = MIN_PIXELS,
     """The grid that `image_to_patches` will cut a picture into, known from the file's header."""
     image = open_image(image, decode=False)
     width, height = image.size
-    on_its_side = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
-    if on_its_side and image.format != "TIFF":  # whose size Pillow gives upright
+    # Pillow gives the size of a TIFF upright already, if the tag for it is a TIFF's own
+    upright = image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.Orientation) in TURNS
+    if orientation(image) >= 5 and not upright:
         width, height = height, width
     height, width = smart_resize(height, width, min_pixels, max_pixels)
     return 1, height // PATCH, width // PATCH
@@ -133,16 +208,25 @@ def patch_grid(image: Picture, min_pixels: int = MIN_PIXELS,
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright RGB: EXIF orientation applied, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    elif image.mode.startswith("I;16"):  # 16-bit grey, which PIL would clip rather than scale
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    image.load()
+    if (turn := TURNS.get(orientation(image))) is not None:
+        image = image.transpose(turn)
+        # what says how it lay is no longer true
+        image.info = {key: image.info[key] for key in ("transparency",) if key in image.info}
+    clear = image.info.get("transparency")  # a colour that stands for transparency
+    if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip rather than scale
+        grey = np.asarray(image)
+        white = grey == (-1 if clear is None else clear)
+        image = Image.fromarray(np.where(white, 255, grey // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"a picture's numbers are of mode {image.mode}, whose scale is unknown: "
                          "save it with 8 or 16 bits a channel")
+    elif image.has_transparency_data:
+        if isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits; the pixels have the upper 8
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 

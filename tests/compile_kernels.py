@@ -30,11 +30,12 @@ SHARED_KIB = {80: 99, 89: 99, 90: 227}  # what one program may use; 80: on its k
 INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "LDGSTS", "STG.E.U8")
 KERNELS = {"forward": "forward_kernel", "decode": "forward_kernel", "dq": "dq_kernel",
            "dkdv": "dkdv_kernel", "table": "tile_table_kernel"}
+STRIDES = tuple(f"{x}_{of}" for x in "qkv" for of in ("token", "head"))
 TYPES = {"cu_seqlens": "*i64", "cu_seqlens_q": "*i64", "cu_seqlens_k": "*i64",
          "q_positions": "*i64", "table": "*i32", "lse": "*fp32", "delta": "*fp32", "scale": "fp32",
          "tokens_q": "i32", "tokens_k": "i32", "segments": "i32", "slots": "i32",
-         "split_keys": "i32"}
-ALIGNED = ("rows", "columns", "columns_out")  # multiples of 16, if a kernel may specialise on them
+         "split_keys": "i32"} | dict.fromkeys(STRIDES, "i32")
+ALIGNED = ("rows", "columns", "columns_out", *STRIDES)  # multiples of 16, if a kernel may specialise on them
 FP8 = {"quantize rows": ("bf16", "fp32"), "quantize square": ("bf16", "fp32"),
        "transpose": ("fp8e4nv",), "product square": ("bf16", "fp32"), "product rows": ("fp32",),
        "product square, experts": ("bf16",), "product rows, experts": ("bf16", "fp32")}
@@ -138,6 +139,7 @@ def faults(row: dict[str, int], capability: int, matrix: str | None) -> str:
 def attention_rows(capability: int) -> Iterator[tuple[str, dict[str, int], str]]:
     """(description, counts, faults) of each configuration."""
     for kernel, target, dtype, width, ratio, mask in configurations(capability):
+        if len(sys.argv) > 3 and kernel not in sys.argv[3]: continue  # XX
         row = compile_one(kernel, target, dtype, width, ratio, mask, capability)
         tile = tile_of(kernel, target, width)
         matrix = {"float32": None, "ampere": "HMMA", "hopper": "HGMMA"}[target]
@@ -178,7 +180,7 @@ def main() -> None:
     print(f"Triton {triton.__version__}")
     print(f"{'kernel, sm, dtype':21}{'E, R, mask':12}{'block':>6}{'warps, stages':>14}"
           f"{'regs':>6} {'spills':>6} {'KiB':>4}" + "".join(f"{name:>9}" for name in INSTRUCTIONS))
-    for capability in [int(x) for x in capabilities] or tables:
+    for capability in [int(x) for x in capabilities[:1]] or tables:
         for text, row, fault in tables[capability](capability):
             wrong += bool(fault)
             print(f"{text:53}" + f"{row['registers']:6} {row['spills']:6} {row['shared']:4}"

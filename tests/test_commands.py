@@ -54,7 +54,7 @@ def test_training_writes_log_and_checkpoints(trained: Path) -> None:
 
 def test_align_trains_the_merger_alone(trained: Path, tmp_path: Path) -> None:
     start = trained / "runs" / "short" / "mid"
-    done = command(tmp_path, "train.py", "--stage", "align", "--start", start, "--steps", "2",
+    done = command(tmp_path, "train.py", "--stage", "align", "--start-from", start, "--steps", "2",
                    "--questions", "0", "--out", "out")
     assert done.returncode == 0, done.stderr
     before = load_file(start / "model.safetensors")
@@ -119,7 +119,7 @@ def test_an_fp8_run_writes_ordinary_checkpoints(tmp_path: Path) -> None:
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     done = command(tmp_path, "convert.py", "export", "run", "--fp8", "--out", "served")
     assert done.returncode == 0 and "21 matrices in FP8" in done.stdout, done.stderr
-    start = ["--stage", "instruct", "--steps", "1", "--start"]
+    start = ["--stage", "instruct", "--steps", "1", "--start-from"]
     done = command(tmp_path, "train.py", *start, "served", *flags, "more")
     assert done.returncode == 0, done.stderr
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
@@ -134,7 +134,7 @@ def test_an_fp8_run_writes_ordinary_checkpoints(tmp_path: Path) -> None:
     (["--replicas", "3"], 4, "--replicas 3 does not divide the number of ranks, 4"),
     (["--rows", "6"], 4, "the 6 rows of a step of stage align cannot be dealt to 4"),
     (["--seq-length", "50_000_000"], 1, "rows of 50,000,000 tokens over --context-parallel 1"),
-    (["--expert-parallel", "2"], 2, "for mixtures of experts, which tiny is not"),
+    (["--expert-parallel", "2"], 2, "for mixtures of experts, which the model is not"),
     (["--model", "tiny-moe", "--expert-parallel", "3"], 3, "does not divide the"),
     (["--model", "tiny-moe", "--expert-parallel", "4", "--replicas", "2"], 4,
      "--expert-parallel 4 does not divide the number of ranks that hold a copy, 2"),
@@ -172,14 +172,14 @@ def test_a_bad_record_in_the_middle_stops_in_one_sentence(trained: Path, tmp_pat
     good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
     bad = {"id": "the bad one", "messages": [{"role": "user", "content": "<image>"}]}
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*[good] * 300, bad])))
-    done = command(tmp_path, "train.py", "--start", trained / "runs/short/mid", "--stage", "mid",
+    done = command(tmp_path, "train.py", "--start-from", trained / "runs/short/mid", "--stage", "mid",
                    "--data", "data.jsonl", "--steps", "50")
     assert done.returncode == 2
     assert done.stderr.startswith("train.py: record the bad one") and done.stderr.count("\n") == 1
 
 
 def test_start_must_fit_the_preset(trained: Path, tmp_path: Path) -> None:
-    done = command(tmp_path, "train.py", "--model", "4b", "--start", trained / "runs/short/mid")
+    done = command(tmp_path, "train.py", "--model", "4b", "--start-from", trained / "runs/short/mid")
     assert done.returncode == 2 and "is not of the size 4b" in done.stderr
 
 
@@ -216,10 +216,10 @@ def test_shipped_checkpoint_answers(tmp_path: Path) -> None:
     (["train.py", "--stpes", "3"], "--stpes"),
     (["train.py", "--steps", "many"], "--steps"),
     (["train.py", "--model", "5b"], "'5b'"),
-    (["train.py", "--model", "4b"], "--start"),
+    (["train.py", "--model", "4b"], "--start-from"),
     (["train.py", "--stage", "middle"], "'middle'"),
     (["train.py", "--lr", "-1"], "--lr"),
-    (["train.py", "--start", "nowhere"], "nowhere"),
+    (["train.py", "--start-from", "nowhere"], "nowhere"),
     (["train.py", "--data", "nowhere.json"], "there is no data file nowhere.json"),
     (["train.py", "--data", "empty.json"], "empty.json holds no records"),
     (["train.py", "--data", "broken.json"], "broken.json is not valid JSON"),

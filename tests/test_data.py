@@ -1,6 +1,7 @@
 """Template, labels, packing and the default data set."""
 
 import io
+import itertools
 import json
 import random
 import tarfile
@@ -14,11 +15,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from attention_kernel import segment_ids
-from data import (CATEGORIES, IGNORE, PackedRows, Sample, chat_tokens, deal, default_records,
-                  default_texts, draw_scene, encode, held_out_questions, pack, pack_rows, records,
-                  share_row, train_tokenizer)
+from data import (CATEGORIES, IGNORE, STRUCTURE, PackedRows, Sample, chat_tokens, deal,
+                  default_records, default_texts, draw_scene, encode, held_out_questions, pack,
+                  pack_rows, read_json, read_tar, records, share_row, train_tokenizer)
 from model import PRESETS
-from train import ALL, row_cost
+from train import ALL, parse_flags, row_cost
 from vision import patch_grid
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -290,3 +291,198 @@ def test_every_schema_gives_the_same_sample(tmp_path: Path, tokenizer: Tokenizer
         assert torch.equal(sample.input_ids, samples[0].input_ids)
         assert torch.equal(sample.labels, samples[0].labels)
         assert torch.equal(sample.patches(0), samples[0].patches(0))
+
+
+# ------------------------------------------------------- what other people's records say, and mean
+
+
+def conversation_of(*turns: str, **more: object) -> dict:
+    """A LLaVA record with these turns, by turns of the user and the model."""
+    who = itertools.cycle(("human", "gpt"))
+    return {"conversations": [{"from": next(who), "value": turn} for turn in turns], **more}
+
+
+def only_record(folder: Path, record: object) -> dict:
+    """A record as it is read from a file that holds nothing else."""
+    (folder / "r.json").write_text(json.dumps([record]))
+    return read_json(folder / "r.json")[0]
+
+
+def seen_and_learnt(record: dict, tokenizer: Tokenizer) -> tuple[str, str]:
+    sample = encode(record, tokenizer)
+    ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
+    return (tokenizer.decode(ids, skip_special_tokens=False),
+            tokenizer.decode([x for x in labels if x != IGNORE], skip_special_tokens=False))
+
+
+@pytest.mark.parametrize("more, word", [
+    ({"video": "a.mp4"}, "video"), ({"videos": ["a.mp4"]}, "videos"), ({"audio": "a.wav"}, "audio"),
+    ({"image_path": "a.png"}, "image_path"), ({"imagePaths": ["a.png"]}, "imagePaths"),
+    ({"frames": ["1.png"]}, "frames"), ({"media": [{"path": "a"}]}, "media"),
+    ({"system_prompt": "Be brief."}, "system_prompt"), ({"tools": [{"name": "f"}]}, "tools"),
+    ({"weight": 0.5}, "weight"), ({"loss_mask": [0, 1]}, "loss_mask"), ({"chosen": {}, "rejected":
+     {"value": "no"}}, "rejected"), ({"train_on_input": False}, "train_on_input"),
+    ({"image": "a.png", "images": ["b.png"]}, "image and images"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "messages and conversations"),
+    ({"system": ["Be brief."]}, "system is"),
+])
+def test_keys_that_would_change_what_is_learnt_are_refused(more: dict, word: str,
+                                                           tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"r\.json\[0\].*{word}"):
+        only_record(tmp_path, conversation_of("Hi", "Hello", **more))
+
+
+@pytest.mark.parametrize("turn", [
+    {"weight": 0}, {"loss": False}, {"train": 0}, {"loss_mask": 1}, {"mask": True},
+    {"tool_calls": [{"name": "f"}]}, {"reasoning_content": "Hm."}, {"image": "a.png"},
+    {"video": "a.mp4"}, {"masked": True, "trainable": False},
+    {"value": "<video>\nWhat happens?"}, {"value": "What happens?\n<video>"}, {"value": "<video>"},
+    {"value": [{"type": "video"}]}, {"value": [{"type": "image", "image": "a.png"}]},
+    {"value": [{"type": "image_url", "image_url": {"url": "a.png"}}]}])
+def test_keys_of_turns_that_would_change_it_are_refused(turn: dict, tmp_path: Path) -> None:
+    record = conversation_of("Hi", "Hello")
+    record["conversations"][0] |= turn
+    with pytest.raises(ValueError, match=r"r\.json\[0\]: "):
+        only_record(tmp_path, record)
+
+
+@pytest.mark.parametrize("more", [
+    {"source": "vg", "image_id": "12", "score": 1.5}, {"video": None, "audio": [], "tools": ""},
+    {"width": 640, "height": 480}, {"image_width": 3, "image_source": "coco"}, {"system": ""},
+    {"dataset": {"weight_decay": 1}}, {"model": "gpt", "lang": "en"}])
+def test_other_keys_are_none_of_our_business(more: dict, tmp_path: Path,
+                                             tokenizer: Tokenizer) -> None:
+    _, learnt = seen_and_learnt(only_record(tmp_path, conversation_of("Hi", "Hello", **more)),
+                                tokenizer)
+    assert learnt == f"Hello{IM_END}"
+
+
+@pytest.mark.parametrize("system", ["Answer in French.", "  ", "Zeile\nzwei", "<|im_end|>"])
+def test_a_system_prompt_in_a_field_of_its_own(system: str, tmp_path: Path,
+                                               tokenizer: Tokenizer) -> None:
+    """As a first turn with that role; not both."""
+    record = conversation_of("Hi", "Salut", system=system)
+    as_turn = conversation_of("Hi", "Salut")
+    as_turn["conversations"].insert(0, {"from": "system", "value": system})
+    found, expected = (encode(only_record(tmp_path, r), tokenizer) for r in (record, as_turn))
+    assert torch.equal(found.input_ids, expected.input_ids)
+    text, learnt = seen_and_learnt(only_record(tmp_path, record), tokenizer)
+    assert text.startswith(f"{IM_START}system\n{system}{IM_END}") and learnt == f"Salut{IM_END}"
+    with pytest.raises(ValueError, match=r"\[0\]: system is .*the only system prompt"):
+        only_record(tmp_path, {**as_turn, "system": system})
+
+
+@pytest.mark.parametrize("turns", [
+    ("Draw it in SVG", "<svg><image></image></svg>"), ("What is <image> in HTML?", "A mistake."),
+    ("<image>", "<image>"), ("How do I use the <video> tag?", "As <video src=x>."),
+    ("Hi", "One\n<image>\ntwo")])
+def test_image_is_text_where_there_is_no_picture(turns: tuple[str, str], tmp_path: Path,
+                                                 tokenizer: Tokenizer) -> None:
+    text, learnt = seen_and_learnt(only_record(tmp_path, conversation_of(*turns)), tokenizer)
+    assert learnt == turns[1] + IM_END and f"{IM_START}user\n{turns[0]}{IM_END}" in text
+
+
+@pytest.mark.parametrize("answer", ["<image>", "Use <image> here", "a<image>b<image>c"])
+def test_image_is_text_in_an_answer(answer: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "red.png").write_bytes(png("red"))
+    record = only_record(tmp_path, conversation_of("<image>\nWhat?", answer, image="red.png"))
+    text, learnt = seen_and_learnt(record, tokenizer)
+    assert learnt == answer + IM_END and text.count("<|vision_start|>") == 1
+
+
+MARKS = ("<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+         "<|quad_start|>", "<|quad_end|>")
+
+
+@pytest.mark.parametrize("text", [
+    "<|box_start|>(1,2)<|box_end|>", "<|object_ref_start|>a cat<|object_ref_end|> sits",
+    "<|quad_start|><|quad_end|>", "in <loc_7><loc_77> and <loc_8>", "".join(MARKS)])
+def test_marks_become_their_ids_in_records_alone(text: str, tokenizer: Tokenizer) -> None:
+    """As with Qwen's own tokenizer: what it makes of the text, with special tokens recognised."""
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.add_special_tokens(["<loc_7>", "<loc_77>"])
+    own.add_tokens(["<loc_8>"])
+    own.encode_special_tokens = False
+    qwens = own.encode(text).ids
+    own.encode_special_tokens = True
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    ids, labels = chat_tokens(messages, own, [])
+    assert [x for x in labels if x != IGNORE][:-1] == qwens
+    assert own.decode(ids, skip_special_tokens=False).count(text) == 2
+    prompt, _ = chat_tokens(messages[:1], own, [], generation_prompt=True)
+    special = {own.token_to_id(mark) for mark in (*MARKS, "<loc_7>", "<loc_77>")}
+    assert not special & set(prompt)  # somebody typed it
+    assert text in own.decode(prompt, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", sorted(STRUCTURE))
+def test_tokens_that_delimit_are_never_typed(name: str, tokenizer: Tokenizer) -> None:
+    """Neither in records nor in prompts, beside marks as well."""
+    text = f"a{name}b<|box_start|>{name}"
+    plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    typed = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    number = tokenizer.token_to_id(name)
+    for prompt in (False, True):
+        with_it, without = (chat_tokens(m, tokenizer, [], generation_prompt=prompt)[0]
+                            for m in (typed, plain))
+        assert with_it.count(number) == without.count(number)
+        assert text in tokenizer.decode(with_it, skip_special_tokens=False)
+
+
+# ------------------------------------------------------------------------------------- odd shards
+
+
+def write_tar(path: Path, *members: tuple[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+TEXTS = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Red."}]
+ABOUT = json.dumps({"texts": TEXTS, "media": "image", "name": ["0_a.png"]}).encode()
+
+
+@pytest.mark.parametrize("odd", ["._image_0.0_a.png", "._image_0.json", ".DS_Store", "x/.DS_Store",
+                                 "__MACOSX/._image_0.json", ".Trashes/image_0.json", "README",
+                                 "Thumbs.db", "x/desktop.ini", ".nv-meta/split.yaml"])
+@pytest.mark.parametrize("folder", ["", "./", "v1.0/"])
+def test_members_of_another_system_are_skipped(odd: str, folder: str, tmp_path: Path) -> None:
+    """Wherever they stand, between the members of a sample too."""
+    members = [(f"{folder}image_0.0_a.png", png("red")), (f"{folder}image_0.json", ABOUT)]
+    for place in range(3):
+        path = write_tar(tmp_path / f"{place}.tar", *members[:place], (odd, b"\0\5\x16\7"),
+                         *members[place:])
+        record, = read_tar(path)
+        assert record["images"] == [png("red")] and record["messages"] == TEXTS
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"[1]", "its json is not an object"), (b'"text"', "its json is not an object"),
+    (b"null", "its json is not an object"), (b"{", "its json is not valid"),
+    (b"\xff\xfe", "its json is not valid"), (b"{}", "neither messages nor conversations"),
+    (json.dumps({"texts": TEXTS, "name": "0_a.png"}).encode(), "name is '0_a.png'"),
+    (json.dumps({"texts": TEXTS, "name": [3]}).encode(), r"name is \[3\]"),
+    (json.dumps({"texts": TEXTS, "name": ["b.png"]}).encode(), "lacks its member 'b.png'"),
+    (json.dumps({"texts": "hello", "name": []}).encode(), "texts is not a list of turns"),
+    (json.dumps({"texts": ["hello"], "name": []}).encode(), "texts is not a list of turns"),
+    (json.dumps({"texts": TEXTS, "media": "video", "name": []}).encode(), "media are 'video'"),
+    (json.dumps({"texts": TEXTS, "image": "0_a.png"}).encode(), "the key 'image'"),
+])
+def test_an_odd_json_is_named_with_its_sample(content: bytes, words: str, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "shard.tar", ("image_0.0_a.png", png("red")), ("image_0.json", ABOUT),
+                     ("image_1.0_a.png", png("red")), ("image_1.json", content))
+    shard = read_tar(path)
+    next(shard)
+    with pytest.raises(ValueError, match=rf"shard\.tar:image_1.*{words}"):
+        next(shard)
+
+
+def test_a_flag_given_twice_is_refused() -> None:
+    for arguments in (["--data", "a", "--data", "b"], ["--data=a", "--data", "b"],
+                      ["--fp8", "--steps", "3", "--fp8"]):
+        with pytest.raises(ValueError, match=f"{arguments[0].split('=')[0]} is given 2 times"):
+            parse_flags(arguments)
+    assert parse_flags(["--data", "a", "--steps", "3"]).data == "a"

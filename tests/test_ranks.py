@@ -310,9 +310,9 @@ def test_flops_are_those_of_the_products() -> None:
 
 
 def test_learning_rates_and_decay_by_part() -> None:
-    config = TrainConfig(model="4b", stage="mid", start="x", lr=2e-5, vision_lr=2e-6,
+    config = TrainConfig(model="4b", stage="mid", start_from="x", lr=2e-5, vision_lr=2e-6,
                          merger_lr=4e-5)
-    recipe = config.recipes()["mid"]
+    recipe = config.recipes(PRESETS["4b"])["mid"]
     assert recipe.min_lr == pytest.approx(2e-6)
     model = LlavaOneVision(SMALL)
     rates = {p: (group["lr_factor"] * recipe.lr, group["weight_decay"])
