@@ -613,6 +613,8 @@ def verify(flags: argparse.Namespace) -> Iterator[str]:
     yield (f"the weights of {flags.path} are whole: {len(tensors):,} tensors, "
            f"{sum(p.numel() for p in model.parameters()):,} parameters, all finite, "
            + ", ".join(f"{count:,} of {kind}" for kind, count in kinds.items()))
+    if model.config.tie_word_embeddings:
+        yield "lm_head.weight is not there: the head is the embedding"
     absent = [name for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
                                 "preprocessor_config.json") if not (flags.path / name).is_file()]
     if absent:

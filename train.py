@@ -552,22 +552,26 @@ def matrix_rate(ranks: Ranks) -> tuple[float, str]:
     """FLOP/s that MFU is a share of, of one rank, and where the number comes from.
 
     The data sheet's for a known GPU (of the SXM kind) and bfloat16; else the best of five products
-    of two 2048 x 2048 matrices.
+    of two 2048 x 2048 matrices, or of smaller ones where those would take long: many CPUs multiply
+    in bfloat16 a hundred times as slowly as in float32.
     """
     if ranks.device.type == "cuda" and ranks.dtype == torch.bfloat16:
         card = torch.cuda.get_device_name(ranks.device)
         for name, (rate, _) in GPUS.items():
             if name in card:
                 return rate, f"data sheet of {name}"
-    a = torch.randn(2048, 2048, device=ranks.device).to(ranks.dtype)
-    seconds = []
-    for _ in range(6):
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        float((a @ a)[0, 0])  # reading a number waits for the product
-        seconds.append(time.perf_counter() - started)
-    return 2 * 2048**3 / min(seconds[1:]), "measured, product of 2048 x 2048"
+    for size in (256, 512, 1024, 2048):
+        a = torch.randn(size, size, device=ranks.device).to(ranks.dtype)
+        seconds = []
+        for _ in range(6):
+            if ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            float(nn.functional.linear(a, a)[0, 0])  # reading a number waits for the product
+            seconds.append(time.perf_counter() - started)
+        if min(seconds) > 0.1:  # the next one would take eight times as long
+            break
+    return 2 * size**3 / min(seconds[1:]), f"measured, product of {size} x {size}"
 
 
 def memory_of_rank(device: torch.device) -> float:
@@ -926,8 +930,7 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
     if config.fp8:
         check_device(ranks.device)
         convert_to_fp8(meta_model(sizes))
-    tokenizer = load_tokenizer(Path(start)) if start else train_tokenizer(
-        default_texts(config.seed), sizes.vocab_size)
+    first_records = {}
     for name, recipe in recipes.items():
         if config.out and (Path(config.out) / name).exists():
             raise ValueError(f"{Path(config.out) / name} is there already")
@@ -942,9 +945,13 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
                 f"rows of {recipe.seq_length:,} tokens over --context-parallel {ranks.context} and "
                 f"{ranks.count // ranks.replicas} shards of the model need about {needed:,.0f} GiB "
                 f"of a rank, most of it for {max(memory, key=memory.get)}, and it has {there:,.0f}")
-        encode(next(records(recipe.data, config.seed)), tokenizer, max_pixels=recipe.max_pixels)
+        first_records[name] = next(records(recipe.data, config.seed))
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
+    tokenizer = load_tokenizer(Path(start)) if start else train_tokenizer(
+        default_texts(config.seed), sizes.vocab_size)
+    for name, record in first_records.items():
+        encode(record, tokenizer, max_pixels=recipes[name].max_pixels)
     return tokenizer
 
 

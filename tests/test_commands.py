@@ -2,19 +2,24 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from ranks import fast_command
+from ranks import fast_command, in_ranks
 from safetensors.torch import load_file, save_file
 
-from model import PRESETS, LlavaOneVision, meta_model
+import train
+from convert import load_tokenizer, save_checkpoint
+from model import PRESETS, LlavaOneVision, ModelConfig, meta_model
 from train import STAGES
+from vision import VisionConfig
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "assets" / "tiny"
@@ -54,7 +59,7 @@ def test_training_writes_log_and_checkpoints(trained: Path) -> None:
 
 def test_align_trains_the_merger_alone(trained: Path, tmp_path: Path) -> None:
     start = trained / "runs" / "short" / "mid"
-    done = command(tmp_path, "train.py", "--stage", "align", "--start-from", start, "--steps", "2",
+    done = fast_command(tmp_path, "train.py", "--stage", "align", "--start-from", start, "--steps", "2",
                    "--questions", "0", "--out", "out")
     assert done.returncode == 0, done.stderr
     before = load_file(start / "model.safetensors")
@@ -64,9 +69,15 @@ def test_align_trains_the_merger_alone(trained: Path, tmp_path: Path) -> None:
 
 
 def test_sampling_prefers_the_newest_run(trained: Path) -> None:
-    done = command(trained, "sample.py", SCENE, "What is this?", "--max-new-tokens", "3")
+    done = fast_command(trained, "sample.py", SCENE, "What is this?", "--max-new-tokens", "3")
     assert done.returncode == 0, done.stderr
     assert "runs/short/instruct (your newest run)" in done.stderr
+
+
+def train_in(folder: Path, stages: list[str], out: str) -> None:
+    os.chdir(folder)
+    for stage in stages:
+        train.run(train.TrainConfig(stage=stage, steps=3, questions=0, out=out))
 
 
 def test_training_is_reproducible(tmp_path: Path) -> None:
@@ -75,10 +86,7 @@ def test_training_is_reproducible(tmp_path: Path) -> None:
     On one thread: with two, a busy machine's matrix library may add in another order.
     """
     for stages, out in ((["all"], "once"), (["align", "mid", "instruct"], "again")):
-        for stage in stages:
-            done = command(tmp_path, "train.py", "--stage", stage, "--steps", "3", "--questions",
-                           "0", "--out", out, OMP_NUM_THREADS="1")
-            assert done.returncode == 0, done.stderr
+        in_ranks(1, train_in, tmp_path, stages, out)
     first, second = (LlavaOneVision.from_pretrained(tmp_path / out / "instruct").state_dict()
                      for out in ("once", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -89,7 +97,7 @@ def test_torchrun(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                 "2", ROOT / "train.py"]
     flags = ["--context-parallel", "2", "--dtype", "bfloat16", "--steps", "2", "--log-every", "1",
-             "--recompute", "layer", "--questions", "1", "--out", "out"]
+             "--seq-length", "256", "--recompute", "layer", "--questions", "1", "--out", "out"]
     done = subprocess.run([*torchrun, *flags], cwd=tmp_path, text=True, capture_output=True,
                           timeout=300)
     assert done.returncode == 0, done.stderr
@@ -98,11 +106,11 @@ def test_torchrun(tmp_path: Path) -> None:
     steps = [line for line in lines if "step" in line]
     assert [line["stage"] for line in steps] == [s for s in STAGES for _ in range(2)]
     for line in steps:
-        assert 0 < line["mfu"] < line["hfu"] < 1 and 0 <= line["padding"] < 0.1
+        assert 0 < line["mfu"] < line["hfu"] < 1 and 0 <= line["padding"] < 0.5
         assert {"loss", "lr", "norm", "tokens_per_second", "labels_per_second", "wait",
                 "images_per_second", "memory_gib", "seconds_left", "rank_balance"} <= line.keys()
-    alone = command(tmp_path, "train.py", *flags[4:6], "--log-every", "1", "--stage", "align",
-                    "--questions", "0", "--dtype", "bfloat16", "--out", "alone")
+    alone = command(tmp_path, "train.py", *flags[2:10], "--stage", "align", "--questions", "0",
+                    "--out", "alone")
     assert alone.returncode == 0, alone.stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "alone" / "log.jsonl").open()
               if "loss" in line]
@@ -111,20 +119,20 @@ def test_torchrun(tmp_path: Path) -> None:
 
 def test_an_fp8_run_writes_ordinary_checkpoints(tmp_path: Path) -> None:
     """As a plain run's; exported in FP8 it can be trained on; broken weights are refused."""
-    flags = ["--fp8", "--questions", "0", "--out"]
-    done = command(tmp_path, "train.py", "--dtype", "bfloat16", "--steps", "2", *flags, "run")
-    assert done.returncode == 0 and "torch.bfloat16, FP8" in done.stdout, done.stderr
+    flags = ["--fp8", "--seq-length", "256", "--questions", "0", "--out"]
+    done = fast_command(tmp_path, "train.py", "--steps", "2", *flags, "run")
+    assert done.returncode == 0 and "torch.float32, FP8" in done.stdout, done.stderr
     tensors = load_file(tmp_path / "run" / "instruct" / "model.safetensors")
     assert tensors.keys() == meta_model(PRESETS["tiny"]).state_dict().keys()
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
-    done = command(tmp_path, "convert.py", "export", "run", "--fp8", "--out", "served")
+    done = fast_command(tmp_path, "convert.py", "export", "run", "--fp8", "--out", "served")
     assert done.returncode == 0 and "21 matrices in FP8" in done.stdout, done.stderr
     start = ["--stage", "instruct", "--steps", "1", "--start-from"]
-    done = command(tmp_path, "train.py", *start, "served", *flags, "more")
+    done = fast_command(tmp_path, "train.py", *start, "served", *flags, "more")
     assert done.returncode == 0, done.stderr
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
     save_file(tensors, tmp_path / "run" / "instruct" / "model.safetensors")
-    done = command(tmp_path, "train.py", *start, "run/instruct", *flags, "broken")
+    done = fast_command(tmp_path, "train.py", *start, "run/instruct", *flags, "broken")
     assert done.returncode == 2 and not (tmp_path / "broken").exists()
     assert done.stderr == "train.py: the weights of model.layers.1.mlp.down_proj are not finite\n"
 
@@ -160,7 +168,7 @@ def test_training_refusals(tmp_path: Path, arguments: list[str], ranks: int, mes
 
 
 def test_plan(tmp_path: Path) -> None:
-    done = command(tmp_path, "train.py", "--plan", "--model", "8b", "--gpus", "128", "--gpu",
+    done = fast_command(tmp_path, "train.py", "--plan", "--model", "8b", "--gpus", "128", "--gpu",
                    "a100", "--tokens", "64e9", "--price", "0.6")
     assert done.returncode == 0, done.stderr
     for figure in ("8,527,214,624", "GiB", "45.0% HFU", "26,667 A100-hours", "11,366", "$4,9"):
@@ -172,28 +180,117 @@ def test_a_bad_record_in_the_middle_stops_in_one_sentence(trained: Path, tmp_pat
     good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
     bad = {"id": "the bad one", "messages": [{"role": "user", "content": "<image>"}]}
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*[good] * 300, bad])))
-    done = command(tmp_path, "train.py", "--start-from", trained / "runs/short/mid", "--stage", "mid",
+    done = fast_command(tmp_path, "train.py", "--start-from", trained / "runs/short/mid", "--stage", "mid",
                    "--data", "data.jsonl", "--steps", "50")
     assert done.returncode == 2
     assert done.stderr.startswith("train.py: record the bad one") and done.stderr.count("\n") == 1
 
 
 def test_start_must_fit_the_preset(trained: Path, tmp_path: Path) -> None:
-    done = command(tmp_path, "train.py", "--model", "4b", "--start-from", trained / "runs/short/mid")
+    done = fast_command(tmp_path, "train.py", "--model", "4b", "--start-from",
+                   trained / "runs/short/mid")
     assert done.returncode == 2 and "is not of the size 4b" in done.stderr
+
+
+def write_records(folder: Path, name: str = "records.json", count: int = 30) -> Path:
+    """A file of records with a picture each."""
+    Image.new("RGB", (60, 60), "red").save(folder / "red.png")
+    turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]
+    records = [{"id": f"record {i}", "image": "red.png", "conversations": turns}
+               for i in range(count)]
+    (folder / name).write_text(json.dumps(records))
+    return folder / name
+
+
+def write_checkpoint(folder: Path, **changes: object) -> Path:
+    """A fresh model of any size with the shipped tokenizer."""
+    model = LlavaOneVision(replace(PRESETS["tiny"], **changes)).init_weights()
+    save_checkpoint(model, load_tokenizer(SHIPPED), folder)
+    return folder
+
+
+@pytest.mark.parametrize("changes", [
+    None, {"hidden_size": 96, "vision": VisionConfig(2, 64, 2, 96, 96)},
+    {"num_hidden_layers": 1, "num_key_value_heads": 2},
+    {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+    {"tie_word_embeddings": True}], ids=str)
+def test_checkpoints_of_any_size_can_be_trained(changes: dict | None, tmp_path: Path) -> None:
+    """The sizes are those of config.json; the shipped one, too, which is no preset's."""
+    start = SHIPPED if changes is None else write_checkpoint(tmp_path / "odd", **changes)
+    write_records(tmp_path)
+    done = fast_command(tmp_path, "train.py", "--stage", "instruct", "--start-from", start,
+                        "--data", "records.json", "--steps", "1", "--out", "own")
+    assert done.returncode == 0, done.stderr
+    before, after = (ModelConfig.from_dir(d) for d in (start, tmp_path / "own" / "instruct"))
+    assert before == after
+
+
+def test_a_loss_that_is_not_finite_names_its_samples(tmp_path: Path) -> None:
+    """Finite weights, but logits beyond float32: one sentence, and no checkpoint."""
+    start = write_checkpoint(tmp_path / "start")
+    tensors = load_file(start / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e38
+    save_file(tensors, start / "model.safetensors")
+    write_records(tmp_path)
+    done = fast_command(tmp_path, "train.py", "--stage", "instruct", "--start-from", start,
+                        "--data", "records.json", "--steps", "2", "--out", "own")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "train.py: the loss of step 1 of stage instruct is " in done.stderr
+    assert "no weight was changed; its samples are record " in done.stderr
+    line = json.loads((tmp_path / "own" / "log.jsonl").read_text().splitlines()[-1])
+    assert len(line["samples"]) > 10 and {*line["samples"]} <= {f"record {i}" for i in range(30)}
+    assert not (tmp_path / "own" / "instruct").exists()
+
+
+# ------------------------------------------------------------------------- commands of the README
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def test_readme_commands_run_as_written(tmp_path: Path) -> None:
+    """All but the tests themselves, in the order in which one makes what another reads.
+
+    What is put in their place is small: directories and files of the names in the README, 2 ranks
+    for 8, one step of two rows for a run; and setting up, which CI does, is left out.
+    """
+    for file in [*ROOT.glob("*.py"), ROOT / "assets"]:
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    parts = Path(__file__).parent / "parity" / "stage0"
+    for name, target in {"RICE-VIT": parts / "vit", "QWEN3": parts / "llm", "QWEN2.5-VL": SHIPPED,
+                         "CHECKPOINT": SHIPPED, "OTHER": tmp_path / "RELEASE"}.items():
+        (tmp_path / name).symlink_to(target)
+    for name in ("captions.json", "questions.json", "records.json"):
+        write_records(tmp_path, name)
+    commands = readme_commands()
+    assert len(commands) >= 12 and sum("torchrun" in line for line in commands) == 3
+    for line in sorted(commands, key=lambda line: "convert.py merge" not in line):
+        if "pytest" in line:
+            continue
+        line = re.sub(r"^python3 -m venv .* && (?=\S+/python )", "", line)
+        if "train.py" in line and "--plan" not in line:
+            line += " --steps 1 --rows 2 --questions 1"
+        line = line.replace("--nproc-per-node 8", "--nproc-per-node 2")
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, text=True, capture_output=True,
+                              timeout=300)
+        assert done.returncode == 0, (line, done.stderr)
+        assert done.stdout, line
 
 
 def test_shipped_checkpoint_answers(tmp_path: Path) -> None:
     """Right after installation, with a trace, several pictures, and text alone."""
-    done = command(tmp_path, "sample.py", SCENE, "How many objects are there?", "--trace")
+    done = fast_command(tmp_path, "sample.py", SCENE, "How many objects are there?", "--trace")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "3"
     assert "shipped" in done.stderr and "merger" in done.stderr
     sign = ROOT / "assets" / "examples" / "sign.png"
-    done = command(tmp_path, "sample.py", SCENE, sign,
+    done = fast_command(tmp_path, "sample.py", SCENE, sign,
                    "Which number is printed in the second picture?")
     assert (done.returncode, done.stdout.strip()) == (0, "47")
-    done = command(tmp_path, "sample.py", "Hello <|im_end|> there", "--temperature", "1",
+    done = fast_command(tmp_path, "sample.py", "Hello <|im_end|> there", "--temperature", "1",
                    "--top-p", "0.9", "--max-new-tokens", "5", "--seed", "3")
     assert done.returncode == 0 and done.stdout
 
@@ -215,6 +312,13 @@ def test_shipped_checkpoint_answers(tmp_path: Path) -> None:
     (["sample.py", "What?", "--checkpoint", "nowhere"], "nowhere"),
     (["train.py", "--stpes", "3"], "--stpes"),
     (["train.py", "--steps", "many"], "--steps"),
+    (["train.py", "--data", "odd.json", "--data", "nowhere.json"], "--data is given 2 times"),
+    (["sample.py", "What?", "--seed=1", "--seed", "2"], "--seed is given 2 times"),
+    (["data.py", "inspect", "--count", "1", "--count", "2"], "--count is given 2 times"),
+    (["convert.py", "verify", "--out", "x", "--out", "y"], "--out is given 2 times"),
+    (["train.py", "--data", "video.json"], "video.json[0]: the key 'video' is not supported"),
+    (["sample.py", "huge.png", "What?"], "huge.png cannot be read as a picture"),
+    (["vision.py", "text.png"], "text.png cannot be read as a picture"),
     (["train.py", "--model", "5b"], "'5b'"),
     (["train.py", "--model", "4b"], "--start-from"),
     (["train.py", "--stage", "middle"], "'middle'"),
@@ -240,6 +344,8 @@ def test_refusals(tmp_path: Path, arguments: list[str], message: str) -> None:
     record = {"image": "gone.png", "messages": [{"role": "user", "content": "<image>"},
                                                 {"role": "assistant", "content": "?"}]}
     (tmp_path / "unseen.json").write_text(json.dumps([record]))
+    (tmp_path / "video.json").write_text(json.dumps([record | {"video": "a.mp4"}]))
+    Image.new("1", (14000, 13000)).save(tmp_path / "huge.png")
     present = set(tmp_path.rglob("*"))
     done = fast_command(tmp_path, *arguments)
     assert done.returncode == 2, done.stdout + done.stderr

@@ -499,6 +499,94 @@ def test_moe_config_round_trip(tmp_path: Path) -> None:
         assert ModelConfig.from_dir(tmp_path / name) == PRESETS[name]
 
 
+# ------------------------------------------------------------ what a file switches on by itself
+
+
+SWITCHES = {  # what a tokenizer.json may ask for, and the word that verify uses
+    "truncation": (lambda t: t.enable_truncation(8), "truncation"),
+    "left truncation": (lambda t: t.enable_truncation(5, direction="left"), "truncation"),
+    "padding": (lambda t: t.enable_padding(length=64, pad_token="<|endoftext|>"), "padding"),
+    "padding to multiples": (lambda t: t.enable_padding(pad_to_multiple_of=32), "padding"),
+    "dropout": (lambda t: setattr(t.model, "dropout", 0.5), "dropout"),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_tokenizer_does_what_is_asked_of_it_alone(name: str, tmp_path: Path,
+                                                    run: Callable) -> None:
+    """Loaded, it cuts words as without; verify tells of it; export does not hand it on."""
+    change, word = SWITCHES[name]
+    folder = tmp_path / "asks"
+    shutil.copytree(SHIPPED, folder)
+    tokenizer = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
+    change(tokenizer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    said = run("verify", folder)
+    assert re.search(rf"tokenizer\.json asks for {word}.*: it is ignored", said)
+    assert "asks for" not in run("verify", SHIPPED)
+    text = "Which word is printed above the number in the second picture? 47 " * 3
+    plain, loaded = load_tokenizer(SHIPPED), load_tokenizer(folder)
+    assert plain.encode(text).ids == loaded.encode(text).ids == loaded.encode(text).ids
+    run("export", folder, "--out", tmp_path / "out")
+    assert "asks for" not in run("verify", tmp_path / "out")
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|endoftext|>"])
+def test_tokens_that_would_be_found_in_any_text_are_refused(token: str, tmp_path: Path) -> None:
+    """Not marked as special, the name of such a token, typed by somebody, would be one."""
+    content = json.loads((SHIPPED / "tokenizer.json").read_text())
+    next(x for x in content["added_tokens"] if x["content"] == token)["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(f"{token} is not special")):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("outside", [True, False, None])
+@pytest.mark.parametrize("inside", [True, False, None])
+def test_where_it_is_said_that_the_head_is_tied(head: bool, outside: bool | None,
+                                                inside: bool | None, tmp_path: Path,
+                                                run: Callable) -> None:
+    """A head in the files is read.  Without one, it is the embedding, unless config.json says
+    anywhere that it is not: then it was lost."""
+    folder = tmp_path / "copy"
+    shutil.copytree(SHIPPED, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for section, value in ((config, outside), (config["text_config"], inside)):
+        section.pop("tie_word_embeddings", None)
+        if value is not None:
+            section["tie_word_embeddings"] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    lost = tensors["lm_head.weight"]
+    save_file({k: v for k, v in tensors.items() if head or k != "lm_head.weight"},
+              folder / "model.safetensors")
+    if head:
+        assert torch.equal(LlavaOneVision.from_pretrained(folder).lm_head.weight, lost)
+    elif False in (outside, inside):
+        with pytest.raises(ValueError, match="lacks the tensor lm_head.weight"):
+            LlavaOneVision.from_pretrained(folder)
+    else:
+        model = LlavaOneVision.from_pretrained(folder)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert "the head is the embedding" in run("verify", folder)
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"text_config__layer_types": ["sliding_attention"]}, "layer_types"),
+    ({"text_config__partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"text_config__attention_dropout": 0.1}, "attention_dropout"),
+    ({"vision_config__hidden_act": "quick_gelu"}, "hidden_act"),
+    ({"vision_config__in_channels": 4}, "in_channels"),
+])
+def test_settings_that_would_change_the_model_are_refused(changes: dict, word: str,
+                                                          tmp_path: Path) -> None:
+    shutil.copy(SHIPPED / "config.json", tmp_path)
+    change_json("config.json", **changes)(tmp_path)
+    with pytest.raises(ValueError, match=word):
+        ModelConfig.from_dir(tmp_path)
+
+
 # -------------------------------------------------------------------------------------------- FP8
 
 

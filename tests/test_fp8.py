@@ -25,6 +25,17 @@ from model import PRESETS, GroupedLinear, LlavaOneVision, SwiGlu
 from train import TINY, Ranks, make_optimizer, shard
 
 ROUNDING = 2**-4  # relative error of a number in e4m3 at most, in its normal range
+# Root mean square of that over all mantissas is 0.026; of a product of two such numbers 0.036.
+MEAN_ERROR = 0.04
+
+
+def of_sums(summands: int) -> float:
+    """Error of a product of FP8 matrices, over the sum of magnitudes: what the sums are rounded by.
+
+    Float32 in the interpreter and on a CPU.  A GPU's FP8 units align 32 products at a time to the
+    largest and keep 13 bits: 2^-13 for each of the four groups of a block, twice that for luck.
+    """
+    return 2**-9 if DEVICE == "cuda" else (summands + 8) * 2**-24
 
 
 def twin(call: Callable, *arguments: object) -> object:
@@ -82,10 +93,11 @@ def test_products_equal_their_twin(seed: int, kernels: None,
         theirs = twin(matmul_op, *left, *right, None, torch.float32)
         size = (left.dequantize().abs() @ right.dequantize().abs().T).cpu()  # of the summands
         assert ours.shape == (len(a), len(b))
-        assert ((ours - theirs).abs() <= 2e-6 * size).all()
+        allowed = of_sums(a.shape[1]) * size
+        assert ((ours - theirs).abs() <= allowed).all()
         low = fp8_matmul(left, right, torch.bfloat16).cpu()
         assert low.dtype == torch.bfloat16
-        torch.testing.assert_close(low.float(), theirs, rtol=2**-7, atol=2e-6 * float(size.max()))
+        assert ((low.float() - theirs).abs() <= 2 * allowed + 2**-8 * theirs.abs()).all()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -95,9 +107,9 @@ def test_products_of_groups_equal_one_by_one(seed: int, kernels: None,
     if DEVICE == "cpu":
         monkeypatch.setattr(fp8_kernel, "has_copy_engine", lambda x: seed % 2 == 0)
     torch.manual_seed(seed)
-    counts = torch.randint(0, 200, (5,)) * torch.randint(0, 2, (5,)) * (seed > 0)
+    counts = (torch.randint(0, 200, (5,)) * torch.randint(0, 2, (5,)) * (seed > 0)).to(DEVICE)
     rows, n, k = int(counts.sum()), 256, 128
-    x, w, dy = torch.randn(rows, k), torch.randn(5 * n, k), torch.randn(rows, n)
+    x, w, dy = (torch.randn(shape, device=DEVICE) for shape in ((rows, k), (5 * n, k), (rows, n)))
     groups = Groups.of(counts, rows)
     assert groups.room % BLOCK == 0 and groups.room >= int(groups.starts[-1]) * BLOCK
     x_rows, x_columns = quantize_fp8(groups.spread(x), transposed=True)
@@ -114,10 +126,11 @@ def test_products_of_groups_equal_one_by_one(seed: int, kernels: None,
         part = slice(start, start + len(xs))
         by_rows = [quantize_fp8(m)[0].dequantize() for m in (xs, dys)]
         by_columns = [quantize_fp8(m, transposed=True)[1].dequantize() for m in (xs, dys)]
-        for found, expected in ((y[part], by_rows[0] @ whole[expert].T),
-                                (dx[part], by_rows[1] @ whole[expert]),
-                                (dw.chunk(5)[expert], by_columns[1] @ by_columns[0].T)):
-            torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
+        for found, a, b in ((y[part], by_rows[0], whole[expert]),
+                            (dx[part], by_rows[1], whole[expert].T),
+                            (dw.chunk(5)[expert], by_columns[1], by_columns[0])):
+            exact, size = (a.double() @ b.double().T), a.abs() @ b.abs().T
+            assert ((found - exact).abs() <= of_sums(a.shape[1]) * size).all()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -187,7 +200,7 @@ def test_gradients_are_within_the_step_of_the_format(seed: int) -> None:
             exact = a @ b.T
             assert ((ours - exact).abs() <= bound(a, b)).all() if a.numel() else (ours == 0).all()
             if a.numel() and len(x_e) > 20:
-                assert (ours - exact).norm() < 0.04 * exact.norm()  # errors average out
+                assert (ours - exact).norm() < MEAN_ERROR * exact.norm()
 
 
 def test_only_the_large_matrices_of_the_decoder_are_converted() -> None:
@@ -389,8 +402,8 @@ def test_the_file_prints_its_errors() -> None:
     assert done.returncode == 0, done.stderr
     ours, low = (re.search(rf"^{name} +(\S+) +(\S+) +(\S+)$", done.stdout, re.M).groups()
                  for name in ("this file", "bfloat16"))
-    assert all(0.02 < float(error) < 0.04 for error in ours)
-    assert all(float(error) < 0.004 for error in low)
+    assert all(0.02 < float(error) < MEAN_ERROR for error in ours)
+    assert all(float(error) < 2**-8 for error in low)  # two factors of 2^-9 and the result
 
 
 def test_kernels_compile_without_spills() -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import random
 import re
 import subprocess
@@ -17,10 +18,12 @@ import torch
 from PIL import Image
 from context_memory import resident
 from ranks import in_ranks
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention_kernel
 import convert
+import train as train_module
 from convert import load_tokenizer, save_checkpoint
 from data import PackedRows, Sample, default_records, pack
 from fp8_kernel import convert_to_fp8, quantize_weights
@@ -60,8 +63,10 @@ def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(flags: dict, data: Path, steps: int) -> dict:
-    """Losses of `steps` steps of 4 rows, gradients of the first and weights after the last."""
+    """Losses of `steps` steps of 4 rows, gradients of the first and weights after the last; of twice
+    as many steps if rows are short."""
     config = TrainConfig(**{"rows": 4, "seq_length": 640} | flags)
+    steps *= 2 if config.seq_length < 300 else 1
     ranks = join_ranks(find_ranks(config))
     torch.manual_seed(0)
     size = SMALL_MOE if config.model == "tiny-moe" else SMALL
@@ -111,12 +116,12 @@ LAYOUTS = {
         {**EXPERTS, "expert_parallel": 2, "replicas": 2}, {**EXPERTS, "expert_parallel": 4},
         {**EXPERTS, "expert_parallel": 2, "context_parallel": 2, "recompute": "layer"}],
 }
-STEPS = 8  # 20 pass, too, and take twice as long
+STEPS = 4  # 20 pass, too, and take four times as long
 
 
 def train_all(layouts: list[dict], data: Path, steps: int) -> list[tuple[dict, dict]]:
     """Every layout twice, the second time briefly."""
-    found = [(train(flags, data, steps), train(flags, data, 2)) for flags in layouts]
+    found = [(train(flags, data, steps), train(flags, data, 1)) for flags in layouts]
     torch.distributed.destroy_process_group()
     return found
 
@@ -139,7 +144,7 @@ def alone(records_file: Path) -> Callable[..., dict]:
     for count, layouts in LAYOUTS.items() for i, flags in enumerate(layouts)])
 def test_ranks_equal_one_process(count: int, number: int, trained: dict[int, list],
                                  alone: Callable[..., dict]) -> None:
-    """Losses of 8 steps to 1e-5, gradients to 1e-4, rows of mixed kinds; twice the same bits."""
+    """Losses of 4 steps to 1e-5, gradients to 1e-4, rows of mixed kinds; twice the same bits."""
     flags = LAYOUTS[count][number]
     expected = alone(**{k: v for k, v in flags.items()
                         if k in ("rows", "token_mean", "seq_length", *EXPERTS)})
@@ -155,7 +160,7 @@ def test_ranks_equal_one_process(count: int, number: int, trained: dict[int, lis
         assert (first["weights"][name] - weight).norm() < 1e-3 * weight.norm(), name
     for name, by_layer in expected["routing"].items():
         assert first["routing"][name] == pytest.approx(by_layer, rel=1e-5), name
-    assert again["losses"] == first["losses"][:2]
+    assert again["losses"] == first["losses"][:len(again["losses"])]
     assert all(torch.equal(again["gradients"][name], x) for name, x in first["gradients"].items())
     kinds = first["kinds"].union(*(other["kinds"] for other, _ in others))
     if "seq_length" in flags:  # short rows: these occurred
@@ -225,36 +230,129 @@ def test_bfloat16_and_compiled_layers(records_file: Path, alone: Callable[..., d
     torch.testing.assert_close(compiled["losses"], alone(**EXPERTS)["losses"][:4], rtol=1e-5,
                                atol=0)
     expected = train({**EXPERTS, "fp8": True}, records_file, 4)["losses"]
-    # compiled sums round differently, and that changes some 8-bit numbers
-    torch.testing.assert_close(fast["losses"][0], expected[0], rtol=1e-4, atol=0)
-    torch.testing.assert_close(fast["losses"], expected, rtol=2e-3, atol=0)
+    # compiled sums round differently, and that turns some 8-bit numbers
+    torch.testing.assert_close(fast["losses"], expected, rtol=FLIPPED, atol=0)
 
 
-FP8_LAYOUTS = {  # two rows for each rank or group, and steps of 3 micro-batches of 3
+FP8_LAYOUTS = {  # two rows for each rank or group; or three
     3: [{"rows": 9}, {**EXPERTS, "recompute": "layer"}],
     4: [{"replicas": 2, "recompute": "selective"}, {"context_parallel": 2},
         {**EXPERTS, "expert_parallel": 2}]}
+# Half a step of e4m3.  Where two ways of adding differ by a float32 rounding, an 8-bit number may
+# be rounded the other way, and what follows it again: so far apart may the two ways end.
+FLIPPED = 2**-4
+
+
+def train_alone(layouts: list[dict], data: Path, steps: int) -> list[dict]:
+    """Every layout by one process, on one thread as each rank has it."""
+    return [train({k: v for k, v in flags.items() if k in ("fp8", "rows", "seq_length", *EXPERTS)},
+                  data, steps) for flags in layouts]
 
 
 @pytest.mark.parametrize("count", FP8_LAYOUTS)
 def test_fp8_on_ranks_equals_one_process(count: int, records_file: Path) -> None:
-    """Shards end within squares of 128; losses of 3 steps, gradients of the first.
+    """Shards end within squares of 128; losses of 2 steps, gradients of the first.
 
-    Ranks quantise the same weights and rows, so these are equal to rounding; but where a row is
-    shared, or experts meet those of several ranks, blocks of weight gradients are of other tokens.
+    Ranks quantise the same weights and, on as many threads, compute rows by the same calls: the
+    first step's gradients differ by the order in which rows are added, in float32.  Where a row is
+    shared, or experts meet those of several ranks, blocks of weight gradients are of other tokens:
+    both ways round two factors.  Later steps start from weights that differ by a rounding.
     """
-    layouts = [{"rows": 2 * count, "fp8": True, **flags} for flags in FP8_LAYOUTS[count]]
-    found = in_ranks(count, train_all, layouts, records_file, 3)[0]
-    for flags, (first, again) in zip(layouts, found):
-        expected = train({k: v for k, v in flags.items() if k in ("fp8", "rows", *EXPERTS)},
-                         records_file, 3)
+    layouts = [{"rows": 2 * count, "seq_length": 320, "fp8": True, **flags}
+               for flags in FP8_LAYOUTS[count]]
+    found = in_ranks(count, train_all, layouts, records_file, 2)[0]
+    alone, = in_ranks(1, train_alone, layouts, records_file, 2)
+    for flags, (first, again), expected in zip(layouts, found, alone):
         mixed = {"expert_parallel", "context_parallel"} & flags.keys()
-        torch.testing.assert_close(first["losses"], expected["losses"], rtol=1e-3, atol=0)
-        assert again["losses"] == first["losses"][:2]
-        assert first["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-5)
+        torch.testing.assert_close(first["losses"], expected["losses"], rtol=FLIPPED, atol=0)
+        assert again["losses"] == first["losses"][:1]
+        assert first["losses"][0] == pytest.approx(expected["losses"][0],
+                                                   rel=FLIPPED if mixed else 1e-6)
         for name, gradient in expected["gradients"].items():
             error = (first["gradients"][name] - gradient).norm() / gradient.norm()
-            assert error < (0.05 if mixed else 1e-4), (flags, name, error)
+            assert error < (2 * FLIPPED if mixed else 1e-5), (flags, name, error)
+
+
+# --------------------------------------------------------------------------- what is not finite
+
+
+def meet(kind: str, data: Path) -> dict:
+    """A good step, then one in which something is not finite on the last rank; what came of it."""
+    config = TrainConfig(rows=4, seq_length=640)
+    ranks = join_ranks(find_ranks(config))
+    torch.manual_seed(0)
+    model = LlavaOneVision(SMALL).init_weights()
+    shard(model, "none", False, ranks)
+    optimizer = make_optimizer(model, RECIPE)
+    stream = iter(PackedRows(str(data), load_tokenizer(SHIPPED), 640, 0, rows=4, rank=ranks.rank,
+                             data_ranks=ranks.data_ranks))
+
+    def local(x: torch.Tensor) -> torch.Tensor:
+        return (x.to_local() if isinstance(x, DTensor) else x).detach()
+
+    def state() -> list[torch.Tensor]:
+        moments = [x for entry in optimizer.state.values() for x in entry.values()]
+        return [local(x).clone() for x in [*model.parameters(), *moments]]
+
+    train_step(model, optimizer, next(stream), 1e-3, 1.0, ranks)
+    before, step, compute = state(), next(stream), train_module.backward
+    last = ranks.rank == ranks.count - 1
+
+    def spoilt(*arguments: object) -> torch.Tensor:
+        loss = compute(*arguments)
+        if last:
+            gradient = local(model.model.layers[0].mlp.up_proj.weight.grad)
+            gradient.view(-1)[-1] = math.inf if kind == "infinite gradient" else math.nan
+        return loss
+
+    if kind.endswith("gradient"):
+        train_module.backward = spoilt
+    elif last:
+        row = next(row for row in step.rows if row.patches is not None)
+        row.patches[3, 5] = math.inf if kind == "infinite pixel" else math.nan
+    loss, norm = train_step(model, optimizer, step, 1e-3, 1.0, ranks)
+    train_module.backward = compute
+    same = all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    good = train_step(model, optimizer, next(stream), 1e-3, 1.0, ranks)  # it goes on from there
+    return {"decided on": (loss, norm), "same": same, "good": good}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kind", ["infinite gradient", "NaN gradient", "infinite pixel",
+                                  "NaN pixel"])
+def test_a_bad_step_changes_nothing(kind: str, count: int, records_file: Path) -> None:
+    """On any rank; all ranks see the same numbers, of which one at least is not finite."""
+    found = in_ranks(count, meet, kind, records_file)
+    for of_rank in found:
+        assert of_rank["same"] and all(math.isfinite(x) for x in of_rank["good"])
+        assert not math.isfinite(sum(of_rank["decided on"]))
+        assert repr(of_rank["decided on"]) == repr(found[0]["decided on"])
+
+
+def save_spoilt(value: float, folder: Path) -> str:
+    """What a rank is told that saves a model with this number in the last rank's part."""
+    ranks = join_ranks(find_ranks(TrainConfig()))
+    model = LlavaOneVision(SMALL).init_weights()
+    shard(model, "none", False, ranks)
+    if ranks.rank == ranks.count - 1:
+        local = model.model.layers[1].mlp.up_proj.weight.detach()
+        (local.to_local() if ranks.mesh is not None else local).view(-1)[-1] = value
+    try:
+        save_checkpoint(model, load_tokenizer(SHIPPED), folder / "run")
+    except ValueError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.4e38])  # the last: in bfloat16
+def test_no_checkpoint_has_a_number_that_is_not_finite(value: float, count: int,
+                                                       tmp_path: Path) -> None:
+    """All ranks are told alike, and nothing is left behind."""
+    for said in in_ranks(count, save_spoilt, value, tmp_path):
+        assert said == ("model.layers.1.mlp.up_proj.weight has a number that is not finite as "
+                        "torch.bfloat16: no checkpoint is written")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("recompute, calls", [("none", 1), ("selective", 1), ("layer", 2)])

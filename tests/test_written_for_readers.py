@@ -2,18 +2,19 @@
 
 import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from PIL import Image
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 import model as model_module
 import vision as vision_module
 from model import PRESETS, LlavaOneVision, packed_positions
-from train import parse_flags, plan
+from train import TrainConfig, parse_flags, plan
 from vision import VisionConfig
 
 ROOT = Path(__file__).parent.parent
@@ -105,3 +106,13 @@ def test_readme_plan_is_what_the_command_prints() -> None:
     flags = re.search(r"train.py (--plan .*)", text)[1].split()
     printed = "\n".join(plan(parse_flags(flags)))
     assert f"```\n{printed}\n```" in text
+
+
+def test_no_flag_abbreviates_one_of_torchruns() -> None:
+    """torchrun reads what begins one of its flags as that flag, or refuses it as ambiguous, even
+    behind the script's name.  Compared with the torchrun that is installed."""
+    theirs = torchrun_parser()._option_string_actions
+    assert "--start-method" in theirs
+    ours = [f"--{entry.name.replace('_', '-')}" for entry in fields(TrainConfig)]
+    begun = {flag: [name for name in theirs if name.startswith(flag)] for flag in ours}
+    assert not {flag: names for flag, names in begun.items() if names}

@@ -1,0 +1,48 @@
+"""Every launch of a kernel is one that a GPU would take, and `launch_walk.py` knows others."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("launch_walk.py")
+LACKING = [reason for here, reason in (
+    (sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64"),
+     "the CUDA driver's stand-in is for Linux on x86-64 or aarch64"),
+    (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"), "no C compiler"),
+    (Path(sysconfig.get_path("include"), "Python.h").is_file(),
+     "no Python.h, which Triton compiles its launcher with"),
+    (not torch.cuda.is_available(), "there is a GPU: the other tests launch the kernels on it"),
+) if not here]
+pytestmark = pytest.mark.skipif(bool(LACKING), reason="; ".join(LACKING))
+
+
+def walk(*flags: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items()
+                   if name != "TRITON_LIBCUDA_PATH"}  # the script sets it, to tell what it has done
+    return subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True,
+                          env=environment, timeout=900)
+
+
+def test_all_launches_are_legal() -> None:
+    done = walk()
+    assert done.returncode == 0, done.stdout + done.stderr
+    *groups, total = done.stdout.splitlines()
+    launches, maps = map(int, re.fullmatch(r"(\d+) launches, (\d+) tensor maps, all legal",
+                                           total).groups())
+    assert len(groups) >= 13 and launches > 600 and maps > 450, done.stdout
+
+
+def test_an_illegal_launch_is_named() -> None:
+    done = walk("--break")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "all legal" not in done.stdout
+    last = done.stderr[done.stderr.rindex("attention, 2 heads"):]  # the case, and why
+    assert ": packed: " in last and "stride of 258 bytes" in last, done.stderr
