@@ -260,7 +260,7 @@ def load_keys(x, of_token, of_head, first_k, start, length_k, group, E: tl.const
 
     x is a pointer to (Tk, G, E), with its strides, or, with DESCRIPTORS, its tensor descriptor:
     Hopper's copy engine then fetches the tile and no register holds an address.  Rows behind the
-    segment's end are the last row again, or with DESCRIPTORS what is there, the next segment.  Their
+    segment's end are the last row again; with DESCRIPTORS they belong to the next segment.  Their
     weights are zero, but zero times NaN is NaN: with BOUNDARY such foreign rows become zero.
     """
     index = start + tl.arange(0, BLOCK_N)
@@ -390,6 +390,27 @@ def dq_kernel(
     tl.store(dq + place, acc * (scale / LOG2E), mask=inside)
 
 
+@triton.jit
+def tokens_that_see(first, q_positions, first_q, length_q, length_k, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EXPLICIT: tl.constexpr):
+    """Of a tile of keys that begins at `first`: the token before which none sees a key of the tile,
+    and the token from which on all see the whole of it."""
+    begin, whole = 0, 0
+    if EXPLICIT:
+        # right for any order; in rising order, as ranks hold them, all blind tokens are skipped
+        last = -1
+        while (begin < length_q) & (last < first):
+            token = tl.minimum(begin + tl.arange(0, BLOCK_M), length_q - 1)
+            last = tl.max(last_visible_key(token, q_positions, first_q, length_q, length_k,
+                                           CAUSAL, EXPLICIT))
+            begin += tl.where(last < first, BLOCK_M, 0)
+        whole = length_q
+    elif CAUSAL:
+        begin = tl.maximum(first + length_q - length_k, 0)
+        whole = tl.minimum(first + BLOCK_N, length_k) - 1 + length_q - length_k
+    return begin, whole
+
+
 @triton.jit(do_not_specialize=["tokens_q"])
 def dkdv_kernel(
     q, grad,       # (Tq, H, E) as pointers or, with DESCRIPTORS, as descriptors of R heads at once
@@ -417,27 +438,15 @@ def dkdv_kernel(
     v_tile = load_keys(v, v_token, v_head, first_k, first, length_k, group, E, BLOCK_N, BLOCK_E,
                        False, False)
 
-    # tokens before `begin` see no key of the tile, those from `whole` on see all of them
-    begin, whole = 0, 0
-    if EXPLICIT:
-        # right for any order; in rising order, as ranks hold them, all blind tokens are skipped
-        last = -1
-        while (begin < length_q) & (last < first):
-            token = tl.minimum(begin + tl.arange(0, BLOCK_M), length_q - 1)
-            last = tl.max(last_visible_key(token, q_positions, first_q, length_q, length_k,
-                                           CAUSAL, EXPLICIT))
-            begin += tl.where(last < first, BLOCK_M, 0)
-        whole = length_q
-    elif CAUSAL:
-        begin = tl.maximum(first + length_q - length_k, 0)
-        whole = tl.minimum(first + BLOCK_N, length_k) - 1 + length_q - length_k
+    begin, whole = tokens_that_see(first, q_positions, first_q, length_q, length_k, BLOCK_M,
+                                   BLOCK_N, CAUSAL, EXPLICIT)
     begin, end = begin * R, length_q * R
     whole = begin + tl.cdiv(tl.maximum(whole * R - begin, 0), BLOCK_M) * BLOCK_M
     key = first + tl.arange(0, BLOCK_N)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-    # first the diagonal, then the rows that see it all; where rows come by descriptors, a last block
-    # that reaches into the next segment is apart, for its foreign rows become zero (see load_keys)
+    # First the diagonal, then the rows that see it all.  Where rows come by descriptors, a last
+    # block that reaches into the next segment is apart: its foreign rows become zero (load_keys).
     tail = end
     if DESCRIPTORS:
         tail = begin + (end - begin) // BLOCK_M * BLOCK_M
@@ -636,8 +645,8 @@ def triton_backward(
     table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, True, tile.BLOCK_M)
     dq_kernel[(slots, groups)](
         q, *((described(x, tile.BLOCK_N, 1) for x in (k, v)) if descriptors else (k, v)),
-        *strides(q, k, v), out, grad, lse, dq, delta, cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens, scale2, **common,
-        DESCRIPTORS=descriptors, **tile._asdict())
+        *strides(q, k, v), out, grad, lse, dq, delta, cu_seqlens_q, cu_seqlens_k, q_positions,
+        table, tokens, scale2, **common, DESCRIPTORS=descriptors, **tile._asdict())
 
     tile = tile_for("dkdv", target, width)
     # a described tile holds all heads of a group, so their number must be a power of 2
@@ -646,8 +655,8 @@ def triton_backward(
     table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, False, tile.BLOCK_N)
     dkdv_kernel[(slots, groups)](
         *((described(x, rows, ratio) for x in (q, grad)) if descriptors else (q, grad)), k, v,
-        *strides(q, k, v), lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens, scale2,
-        **common, DESCRIPTORS=descriptors, **tile._asdict())
+        *strides(q, k, v), lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, q_positions, table,
+        tokens, scale2, **common, DESCRIPTORS=descriptors, **tile._asdict())
     return dq, dk, dv
 
 
@@ -811,15 +820,20 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
                          f"got {cu_seqlens.tolist()[:8]}...{cu_seqlens[-1]}")
 
 
+def check_tensors(**arguments: object) -> None:
+    """Raise ValueError naming an argument that is a list or the like."""
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, not a {type(x).__name__}")
+
+
 def check_arguments(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     softmax_scale: float | None, causal: bool, q_positions: Tensor | None,
 ) -> None:
     """Raise ValueError for what would otherwise read out of bounds or attend to the wrong keys."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("cu_seqlens_q", cu_seqlens_q),
-                    ("cu_seqlens_k", cu_seqlens_k), ("q_positions", q_positions)):
-        if not isinstance(x, Tensor) and (x is not None or name != "q_positions"):
-            raise ValueError(f"{name} must be a tensor, not a {type(x).__name__}")
+    check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+                  **({} if q_positions is None else {"q_positions": q_positions}))
     if not (q.dim() == k.dim() == v.dim() == 3) or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"need q (Tq, H, E) and k, v (Tk, G, E), got {tuple(q.shape)}, "
                          f"{tuple(k.shape)}, {tuple(v.shape)}")

@@ -268,10 +268,10 @@ def check_finite(model: LlavaOneVision, dtype: torch.dtype) -> None:
     """
     names = [name for name, _ in model.named_parameters()]
     first = len(names)
-    for number, parameter in enumerate(model.parameters()):
+    for i, parameter in enumerate(model.parameters()):
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not local.detach().to(dtype).isfinite().all():
-            first = min(first, number)
+            first = min(first, i)
     if dist.is_initialized():
         found = torch.tensor(first, device=local.device)
         dist.all_reduce(found, dist.ReduceOp.MIN)

@@ -66,15 +66,15 @@ ASSETS = Path(__file__).parent / "assets"
 # {"id", "messages": [{"role", "content"}], "images": [picture, path or file content], "category"}
 Record = dict
 
-# Keys of other people's records that are used.  Other keys are ignored, such as the name of a source,
-# unless a word in them says that they would change what is learnt: such a record is refused.
+# Keys of other people's records that are used.  Other keys, such as the name of a source, are
+# ignored, unless a word in them says that they would change what is learnt: the record is refused.
 RECORD_KEYS = {"id", "image", "images", "messages", "conversations", "system"}
 SHARD_KEYS = {"id", "texts", "media", "name", "system"}
 TURN_KEYS = {"role", "content", "from", "value"}
 MEDIA_WORDS = {"image", "picture", "photo", "video", "frame", "audio", "speech", "sound", "media"}
 ABOUT_MEDIA = {"id", "width", "height", "size", "source", "license", "hash", "count", "type"}
-LEARNING_WORDS = {"system", "weight", "loss", "mask", "masked", "train", "trainable", "learn", "tool",
-                  "function", "reasoning", "thinking", "chosen", "rejected"}
+LEARNING_WORDS = {"system", "weight", "loss", "mask", "masked", "train", "trainable", "learn",
+                  "tool", "function", "reasoning", "thinking", "chosen", "rejected"}
 # where other tools put a video or a sound: at either end of a turn, on a line of its own
 OTHER_PLACES = re.compile(r"\A<(video|audio)>(\n|\Z)|\n<(video|audio)>\Z")
 

@@ -455,7 +455,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def backward(model: LlavaOneVision, step: Step, ranks: Ranks, token_mean: str) -> Tensor:
-    """Gradients of the step's loss, summed over rows and ranks; returns this rank's summand of it."""
+    """Gradients of the step's loss, summed over rows and ranks; returns this rank's part of it."""
     total = torch.zeros((), device=ranks.device)
     for i, (row, labels) in enumerate(zip(step.rows, step.row_labels)):
         weight = (1 / max(1, step.sums["labels"]) if token_mean == "global" else

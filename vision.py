@@ -171,7 +171,8 @@ def exif_orientation(exif: bytes) -> int | None:
         for at in range(first + 2, first + 2 + 12 * entries, 12):
             tag, kind, count = struct.unpack_from(f"{order}HHI", tiff, at)
             if tag == ExifTags.Base.Orientation and kind in (3, 4) and count == 1:
-                return struct.unpack_from(f"{order}H" if kind == 3 else f"{order}I", tiff, at + 8)[0]
+                number = "H" if kind == 3 else "I"  # of 16 or of 32 bits
+                return struct.unpack_from(order + number, tiff, at + 8)[0]
     except struct.error:  # it is cut off
         pass
     return None

@@ -35,7 +35,8 @@ TYPES = {"cu_seqlens": "*i64", "cu_seqlens_q": "*i64", "cu_seqlens_k": "*i64",
          "q_positions": "*i64", "table": "*i32", "lse": "*fp32", "delta": "*fp32", "scale": "fp32",
          "tokens_q": "i32", "tokens_k": "i32", "segments": "i32", "slots": "i32",
          "split_keys": "i32"} | dict.fromkeys(STRIDES, "i32")
-ALIGNED = ("rows", "columns", "columns_out", *STRIDES)  # multiples of 16, if a kernel may specialise on them
+# multiples of 16, if a kernel may specialise on them
+ALIGNED = ("rows", "columns", "columns_out", *STRIDES)
 FP8 = {"quantize rows": ("bf16", "fp32"), "quantize square": ("bf16", "fp32"),
        "transpose": ("fp8e4nv",), "product square": ("bf16", "fp32"), "product rows": ("fp32",),
        "product square, experts": ("bf16",), "product rows, experts": ("bf16", "fp32")}
@@ -139,7 +140,6 @@ def faults(row: dict[str, int], capability: int, matrix: str | None) -> str:
 def attention_rows(capability: int) -> Iterator[tuple[str, dict[str, int], str]]:
     """(description, counts, faults) of each configuration."""
     for kernel, target, dtype, width, ratio, mask in configurations(capability):
-        if len(sys.argv) > 3 and kernel not in sys.argv[3]: continue  # XX
         row = compile_one(kernel, target, dtype, width, ratio, mask, capability)
         tile = tile_of(kernel, target, width)
         matrix = {"float32": None, "ampere": "HMMA", "hopper": "HGMMA"}[target]
@@ -180,7 +180,7 @@ def main() -> None:
     print(f"Triton {triton.__version__}")
     print(f"{'kernel, sm, dtype':21}{'E, R, mask':12}{'block':>6}{'warps, stages':>14}"
           f"{'regs':>6} {'spills':>6} {'KiB':>4}" + "".join(f"{name:>9}" for name in INSTRUCTIONS))
-    for capability in [int(x) for x in capabilities[:1]] or tables:
+    for capability in [int(x) for x in capabilities] or tables:
         for text, row, fault in tables[capability](capability):
             wrong += bool(fault)
             print(f"{text:53}" + f"{row['registers']:6} {row['spills']:6} {row['shared']:4}"

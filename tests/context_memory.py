@@ -50,7 +50,8 @@ def forward_and_backward(tokens: int, recompute: str) -> dict[str, float]:
     if ranks.count > 1:
         dist.all_reduce(loss)
         dist.destroy_process_group()
-    return {"loss": float(loss), "peak": peak, "pairs": float((positions + 1).sum()), "seconds": seconds}
+    return {"loss": float(loss), "peak": peak, "pairs": float((positions + 1).sum()),
+            "seconds": seconds}
 
 
 def compare(tokens: int, ranks: int, recompute: str = "none") -> tuple[float, float, float]:

@@ -59,8 +59,8 @@ def test_training_writes_log_and_checkpoints(trained: Path) -> None:
 
 def test_align_trains_the_merger_alone(trained: Path, tmp_path: Path) -> None:
     start = trained / "runs" / "short" / "mid"
-    done = fast_command(tmp_path, "train.py", "--stage", "align", "--start-from", start, "--steps", "2",
-                   "--questions", "0", "--out", "out")
+    done = fast_command(tmp_path, "train.py", "--stage", "align", "--start-from", start, "--steps",
+                        "2", "--questions", "0", "--out", "out")
     assert done.returncode == 0, done.stderr
     before = load_file(start / "model.safetensors")
     after = load_file(tmp_path / "out" / "align" / "model.safetensors")
@@ -180,8 +180,8 @@ def test_a_bad_record_in_the_middle_stops_in_one_sentence(trained: Path, tmp_pat
     good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
     bad = {"id": "the bad one", "messages": [{"role": "user", "content": "<image>"}]}
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*[good] * 300, bad])))
-    done = fast_command(tmp_path, "train.py", "--start-from", trained / "runs/short/mid", "--stage", "mid",
-                   "--data", "data.jsonl", "--steps", "50")
+    done = fast_command(tmp_path, "train.py", "--start-from", trained / "runs/short/mid", "--stage",
+                        "mid", "--data", "data.jsonl", "--steps", "50")
     assert done.returncode == 2
     assert done.stderr.startswith("train.py: record the bad one") and done.stderr.count("\n") == 1
 

@@ -472,7 +472,8 @@ def test_members_of_another_system_are_skipped(odd: str, folder: str, tmp_path: 
     (json.dumps({"texts": TEXTS, "image": "0_a.png"}).encode(), "the key 'image'"),
 ])
 def test_an_odd_json_is_named_with_its_sample(content: bytes, words: str, tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "shard.tar", ("image_0.0_a.png", png("red")), ("image_0.json", ABOUT),
+    path = write_tar(tmp_path / "shard.tar",
+                     ("image_0.0_a.png", png("red")), ("image_0.json", ABOUT),
                      ("image_1.0_a.png", png("red")), ("image_1.json", content))
     shard = read_tar(path)
     next(shard)

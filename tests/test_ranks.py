@@ -63,8 +63,10 @@ def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(flags: dict, data: Path, steps: int) -> dict:
-    """Losses of `steps` steps of 4 rows, gradients of the first and weights after the last; of twice
-    as many steps if rows are short."""
+    """Losses of `steps` steps of 4 rows, gradients of the first and weights after the last.
+
+    Of short rows twice as many.
+    """
     config = TrainConfig(**{"rows": 4, "seq_length": 640} | flags)
     steps *= 2 if config.seq_length < 300 else 1
     ranks = join_ranks(find_ranks(config))

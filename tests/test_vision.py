@@ -62,8 +62,8 @@ ODD_EXIF = {  # what the file says, and whether the picture is turned
     "orientation 65535": (exif(entry(0x112, 3, 1, b"\xff\xff")), False),
     "orientation as text": (exif(entry(0x112, 2, 2, b"6")), False),
     "orientation undefined": (exif(entry(0x112, 7, 1, b"\6")), False),
-    "orientation as a fraction": (exif(entry(0x112, 5, 1, b"\x1a"), end=struct.pack("<III", 0, 6, 1)),
-                                  False),
+    "orientation as a fraction": (exif(entry(0x112, 5, 1, b"\x1a"),
+                                       end=struct.pack("<III", 0, 6, 1)), False),
     "width as text beside it": (exif(entry(0x100, 2, 4, b"112"), TURNED), True),
     "maker as a fraction": (exif(entry(0x10f, 5, 1, b"\x26"), TURNED,
                                  end=struct.pack("<III", 0, 1, 1)), True),
@@ -87,7 +87,7 @@ def picture_file(kind: str, metadata: bytes = b"", mode: str = "RGB") -> bytes:
 
 
 def same_grid(content: bytes) -> tuple[int, int, int]:
-    """The grid of a picture's header, which must be that of its pixels; nothing may be warned of."""
+    """The grid of a picture's header, which must be that of its pixels; without a warning."""
     with warnings.catch_warnings(action="error"):
         grid = patch_grid(content)
         assert image_to_patches(open_image(content))[1] == grid
@@ -219,7 +219,7 @@ def test_very_large_pictures(kind: str, size: tuple[int, int], fits: bool, tmp_p
         if fits:
             assert patch_grid(file)[1] > 100
         for read in (() if fits else (patch_grid, open_image)):
-            with pytest.raises(ValueError, match=r"huge\.\w+ cannot be read as a picture: .*exceeds"):
+            with pytest.raises(ValueError, match=r"huge\.\w+ cannot be read as .*exceeds"):
                 read(file)
 
 
