@@ -355,23 +355,19 @@ def test_strided_inputs(layout: str, descriptors: bool, kernels: None,
     if DEVICE == "cpu":
         monkeypatch.setattr(attention_kernel, "has_copy_engine", lambda x: descriptors)
     torch.manual_seed(0)
-    if layout == "qkv":
-        tensors = torch.randn(40, 3, 2, 16).unbind(1)
-    elif layout == "chunk":
-        tensors = torch.randn(40, 6, 16).chunk(3, dim=1)
-    elif layout == "transposed":
-        tensors = torch.randn(3, 2, 40, 16).transpose(1, 2).unbind(0)
-    elif layout == "expanded":
-        tensors = [torch.randn(40, 1, 16).expand(-1, 2, -1) for _ in range(3)]
-    else:
-        tensors = torch.randn(3, 40 * 2 * 16 + 1)[:, 1:].unflatten(1, (40, 2, 16)).unbind(0)
+    sizes = {"qkv": (40, 3, 2, 16), "chunk": (40, 6, 16), "transposed": (3, 2, 40, 16),
+             "expanded": (3, 40, 1, 16), "misaligned": (3, 40 * 2 * 16 + 1)}
+    whole = torch.randn(sizes[layout], device=DEVICE).half()
+    tensors = {"qkv": lambda: whole.unbind(1), "chunk": lambda: whole.chunk(3, dim=1),
+               "transposed": lambda: whole.transpose(1, 2).unbind(0),
+               "expanded": lambda: whole.expand(-1, -1, 2, -1).unbind(0),
+               "misaligned": lambda: whole[:, 1:].unflatten(1, (40, 2, 16)).unbind(0)}[layout]()
     cu_seqlens = torch.tensor([0, 13, 40], device=DEVICE)
     common = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": 27,
               "max_seqlen_k": 27, "causal": True}
-    tensors = [x.to(DEVICE, torch.float16) if layout != "misaligned" else x.half()
-               for x in tensors]
-    as_is, copied = ([f(x).detach().requires_grad_() for x in tensors]
-                     for f in (lambda x: x, Tensor.contiguous))
+    as_is = [x.detach().requires_grad_() for x in tensors]
+    copied = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+              for x in tensors]
     weight = torch.randn(40, 2, 16, device=DEVICE).half()
     for ours, theirs in zip(*(results(flash_attn_varlen_func, dict(zip("qkv", qkv)) | common,
                                       weight) for qkv in (as_is, copied))):
