@@ -495,12 +495,13 @@ def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, 
     totals = torch.stack([loss, norm / ranks.count])
     if ranks.count > 1:
         dist.all_reduce(totals)
-    if totals.isfinite().all():
+    total_loss, total_norm = totals.tolist()
+    if math.isfinite(total_loss + total_norm):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         optimizer.step()
     optimizer.zero_grad()
-    return float(totals[0]), float(totals[1])
+    return total_loss, total_norm
 
 
 # ------------------------------------------------------------------------------------- accounting
