@@ -514,7 +514,7 @@ TILES = {
     ("decode", "float32"): (Tile(16, 32, 4, 2), Tile(16, 32, 8, 1)),
     ("dq", "hopper"): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("dq", "ampere"): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    ("dq", "float32"): (Tile(32, 32, 8, 2), Tile(8, 32, 4, 2)),
+    ("dq", "float32"): (Tile(16, 32, 4, 2), Tile(8, 32, 4, 2)),
     ("dkdv", "hopper"): (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
     ("dkdv", "ampere"): (Tile(32, 128, 8, 2), Tile(64, 64, 8, 2)),
     ("dkdv", "float32"): (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1)),
@@ -529,8 +529,11 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 
 
 def has_copy_engine(x: Tensor) -> bool:
-    """Hopper and newer GPUs fetch tiles by tensor descriptors; on older ones those are slow."""
-    return compute_capability(x.device) >= (9, 0)
+    """Hopper and B200 fetch tiles by tensor descriptors, and have 227 KiB for them.
+
+    Older GPUs have no engine for it.  sm_120 (RTX 50) has one, but 99 KiB, too few for its tiles.
+    """
+    return compute_capability(x.device)[0] in (9, 10)
 
 
 def architecture(x: Tensor) -> str:
@@ -876,7 +879,7 @@ def flash_attn_varlen_func(
     causal: bool = False, return_lse: bool = False, q_positions: Tensor | None = None, *,
     dropout_p: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of packed segments; names and meaning are those of flash-attn's function.
+    """Attention of packed segments; names and meanings are those of flash-attn's function.
 
     q: (Tq, H, E); k, v: (Tk, G, E), H a multiple of G; of any strides but of the last dimension.
     cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 or int64, first row of each segment, then the total.
@@ -884,7 +887,8 @@ def flash_attn_varlen_func(
     softmax_scale: factor on the scores, default E ** -0.5.
     causal: query i of a segment sees keys up to i + len_k - len_q (bottom-right alignment).
     q_positions: (Tq,) with causal=True: the query sees keys up to this position of its segment.
-    dropout_p: 0 and nothing else; there is no dropout.
+    dropout_p: 0 and nothing else; there is no dropout.  Pass what follows max_seqlen_k by name:
+    flash-attn has dropout_p in front of softmax_scale.
 
     Returns out (Tq, H, E), and with return_lse the log-sum-exp of the scores, (H, Tq) float32 and
     without a gradient.  A query that sees no key gets 0 and -inf.  Raises ValueError on what does

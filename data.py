@@ -44,8 +44,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from vision import (MAX_PIXELS, MERGE, MIN_PIXELS, Picture, image_to_patches, open_image,
-                    patch_grid)
+from vision import (MALFORMED, MAX_PIXELS, MERGE, MIN_PIXELS, Picture, image_to_patches,
+                    open_image, patch_grid)
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 IGNORE = -100  # label of a token that is not learnt
@@ -70,13 +70,19 @@ Record = dict
 # ignored, unless a word in them says that they would change what is learnt: the record is refused.
 RECORD_KEYS = {"id", "image", "images", "messages", "conversations", "system"}
 SHARD_KEYS = {"id", "texts", "media", "name", "system"}
+PICTURE_KEYS = {"image", "images", "name"}
 TURN_KEYS = {"role", "content", "from", "value"}
-MEDIA_WORDS = {"image", "picture", "photo", "video", "frame", "audio", "speech", "sound", "media"}
-ABOUT_MEDIA = {"id", "width", "height", "size", "source", "license", "hash", "count", "type"}
+MEDIA_WORDS = {"image", "img", "picture", "pic", "photo", "video", "clip", "movie", "frame",
+               "audio", "speech", "sound", "media"}
+# a key that ends so tells of a medium, or of something else, but is none
+ABOUT = {"id", "index", "type", "format", "size", "width", "height", "w", "h", "wh", "ratio",
+         "resolution", "quality", "source", "license", "hash", "md5", "count", "caption",
+         "category"}
 LEARNING_WORDS = {"system", "weight", "loss", "mask", "masked", "train", "trainable", "learn",
                   "tool", "function", "reasoning", "thinking", "chosen", "rejected"}
-# where other tools put a video or a sound: at either end of a turn, on a line of its own
-OTHER_PLACES = re.compile(r"\A<(video|audio)>(\n|\Z)|\n<(video|audio)>\Z")
+# where other tools put a video or a sound: in front of a turn, or at its end on a line of its own
+OTHER_PLACES = re.compile(
+    r"\A<(video|audio)>(?!\s*<(source|track|/))|\n<(video|audio)>\Z")  # no HTML
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -256,7 +262,7 @@ class Sample:
             if list(grid) != self.grid_thw[i].tolist():
                 raise ValueError(f"picture {i + 1} is not of the size that its header says")
             return patches
-        except ValueError as error:
+        except MALFORMED as error:
             raise ValueError(f"record {self.name}: {error}") from error
 
 
@@ -462,32 +468,42 @@ def share_row(samples: list[Sample], rank: int, ranks: int, visual_ids: list[int
 def refuse_unused(raw: dict, known: set[str], place: str) -> None:
     """Raise ValueError for a key that is not used, though it may change what is learnt.
 
-    An empty value (None, "", [] or {}) says nothing and passes.
+    An empty value says nothing and passes; a number or a flag is no medium.
     """
     for key, value in raw.items():
-        if key in known or value in (None, "", [], {}):
+        if key in known or value in (None, "", [], {}, "[]", "{}"):
             continue
         # "videoPaths" and "video_paths" have the words video and path
-        words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", key)]
-        found = {*words, *(word.removesuffix("s") for word in words)}
-        media = MEDIA_WORDS & found and words[-1] not in ABOUT_MEDIA
-        if media or LEARNING_WORDS & found:
+        words = [word.lower() if word.lower() in LEARNING_WORDS else word.lower().removesuffix("s")
+                 for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", key)] or [""]
+        # where a picture is named, another name tells of it
+        if words[-1] in ABOUT or words[-1] in ("name", "url") and (raw.keys() & PICTURE_KEYS):
+            continue
+        media = MEDIA_WORDS & {*words} and not isinstance(value, (bool, int, float))
+        learning = words[0] in LEARNING_WORDS or words[-1] in ("weight", "loss", "mask")
+        if media or learning:
             raise ValueError(f"{place}: the key {key!r} is not supported, but would change what "
                              "is learnt; remove it or the record")
 
 
 def check_turn(turn: dict, place: str) -> None:
     """Raise ValueError for what a turn of a record says and training would not heed."""
-    refuse_unused(turn, TURN_KEYS, place)
+    role = turn.get("role", turn.get("from"))
+    # to learn answers and nothing else is what is done anyway
+    as_done = {key for key in ("weight", "loss", "train", "trainable")
+               if turn.get(key) == (role in ("assistant", "gpt"))}
+    refuse_unused(turn, TURN_KEYS | as_done, place)
     content = turn["content"] if "content" in turn else turn.get("value")
     items = content if isinstance(content, list) else [{"type": "text", "text": content}]
     for item in items:
         if not isinstance(item, dict):
             continue  # check_messages refuses it
-        refuse_unused(item, {"type", "text"}, place)
-        text = item.get("text")
+        if more := [key for key in item if key not in ("type", "text") and item[key]]:
+            raise ValueError(f"{place}: an item of a turn has {more[0]!r}, only type and text are "
+                             "supported: pictures are named in images")
+        text = item.get("text") if role in ("user", "human") else None
         if item.get("type") == "video" or isinstance(text, str) and OTHER_PLACES.search(text):
-            raise ValueError(f"{place}: there is a video or a sound in it, only pictures are "
+            raise ValueError(f"{place}: there is a video or a sound in a turn, only pictures are "
                              "supported")
 
 
@@ -527,7 +543,7 @@ def read_json(path: Path) -> list[Record]:
         text = path.read_text(encoding="utf-8-sig")
         lines = ([json.loads(line) for line in text.split("\n") if line.strip()]
                  if path.suffix == ".jsonl" else json.loads(text))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(lines, list) or not all(isinstance(raw, dict) for raw in lines):
         raise ValueError(f"{path} is not a list of records")
@@ -535,6 +551,8 @@ def read_json(path: Path) -> list[Record]:
     for i, raw in enumerate(lines):
         place = f"{path}[{i}]"
         refuse_unused(raw, RECORD_KEYS, place)
+        if raw.get("texts"):
+            raise ValueError(f"{place} has texts, which are for shards: name them messages")
         if raw.get("image") and raw.get("images"):
             raise ValueError(f"{place} has image and images: which is meant?")
         names = raw.get("images") or raw.get("image") or []
@@ -554,7 +572,7 @@ def sample_of_shard(fields: dict[str, bytes], place: str) -> Record:
         raw = json.loads(fields["json"])
     except KeyError:
         raise ValueError(f"{place} lacks its member 'json'") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{place}: its json is not valid: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{place}: its json is not an object")
@@ -591,7 +609,7 @@ def read_tar(path: Path) -> Iterator[Record]:
         for key, group in groupby(members(), key=lambda member: member[0]):
             fields = {field: content for _, field, content in group}
             yield sample_of_shard(fields, f"{path}:{key}")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is no shard of samples: {error}") from error
 
 

@@ -56,7 +56,7 @@ def stream_answer(model: LlavaOneVision, tokenizer: Tokenizer, batch: Batch, max
     for token in model.generate(**inputs, max_new_tokens=max_new_tokens, stop_ids=stop_ids,
                                 temperature=temperature, top_p=top_p):
         ids += [int(token)] if int(token) not in stop_ids else []
-        text = tokenizer.decode(ids)
+        text = tokenizer.decode(ids, skip_special_tokens=False)  # such as those of boxes
         if not text.endswith("\ufffd"):  # half of a character of several bytes: wait for the rest
             yield text.removeprefix(shown)
             shown = text

@@ -812,8 +812,9 @@ def refuse_step(step: Step, loss: float, norm: float, where: str, ranks: Ranks, 
         names = [name for of_rank in gathered for name in of_rank]
     names = list(dict.fromkeys(names))  # ranks that share a row have the same ones
     if ranks.rank:
-        sys.exit(2)  # the first rank says it
-    log.line(f"{where} is not finite", samples=names, loss=loss, norm=norm)
+        time.sleep(2)  # the first rank says it, before torchrun ends the others
+        sys.exit(2)
+    log.line(f"{where} is not finite", samples=names, loss=str(loss), norm=str(norm))
     more = f" and {len(names) - 8} more, all in log.jsonl" if len(names) > 8 else ""
     raise ValueError(f"the loss of {where} is {loss}, its gradient norm {norm}; no weight was "
                      f"changed; its samples are {', '.join(names[:8])}{more}")
@@ -871,7 +872,8 @@ def evaluate(model: LlavaOneVision, tokenizer: Tokenizer, per_category: int,
             packed = pack([encode(prompt, tokenizer, generation_prompt=True) for prompt in prompts])
             steps = model.generate(**packed.inputs(device), max_new_tokens=24, stop_ids=(stop,))
             for record, ids in zip(chunk, torch.stack(list(steps), dim=1).tolist()):
-                answer = tokenizer.decode(ids[:ids.index(stop)] if stop in ids else ids)
+                ids = ids[:ids.index(stop)] if stop in ids else ids
+                answer = tokenizer.decode(ids, skip_special_tokens=False)
                 right += answer == record["messages"][-1]["content"][0]["text"]
         scores[category] = 100 * right / len(questions)
     return scores
@@ -983,7 +985,8 @@ def run(config: TrainConfig) -> Path:
             save_checkpoint(model, tokenizer, out / name)
         except ValueError:
             if ranks.rank:
-                sys.exit(2)  # the first rank says it
+                time.sleep(2)  # the first rank says it, before torchrun ends the others
+                sys.exit(2)
             raise
         start, model = str(out / name), None
         gc.collect()  # hooks tie a sharded model into cycles, and the next one needs its memory

@@ -62,7 +62,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of text or colour profile; Pillow's own limit is 2^20
 # What Pillow's decoders raise for a malformed file, beside its own OSError and SyntaxError.
 MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
-             struct.error, zlib.error, Image.DecompressionBombError)
+             NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError)
 # EXIF orientation -> what makes the picture upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -126,12 +126,14 @@ def without_pixels(file: BinaryIO) -> BinaryIO:
     chunks = [file.read(len(PNG_SIGNATURE))]
     while len(header := file.read(8)) == 8:
         size, kind = struct.unpack(">I4s", header)
-        if kind in (b"IDAT", b"fdAT"):
+        if kind == b"IEND":
+            break
+        if kind in (b"IDAT", b"acTL", b"fcTL", b"fdAT"):  # pixels, and those of an animation
             file.seek(size + 4, io.SEEK_CUR)  # the 4 bytes are the checksum
-            continue
-        if kind == b"IEND":  # one empty chunk of pixels in front of the end
-            chunks.append(struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT")))
-        chunks += [header, file.read(size + 4)]
+        else:
+            chunks += [header, file.read(size + 4)]
+    for kind in (b"IDAT", b"IEND"):  # both empty
+        chunks.append(struct.pack(">I4sI", 0, kind, zlib.crc32(kind)))
     return io.BytesIO(b"".join(chunks))
 
 
@@ -183,7 +185,8 @@ def orientation(image: Image.Image) -> int:
 
     The one reading of it, for headers and for pixels.
     """
-    found = exif_orientation(image.info.get("exif", b""))
+    exif = image.info.get("exif")  # or a text of that name
+    found = exif_orientation(exif) if isinstance(exif, bytes) else None
     try:
         if found is None:  # a TIFF's own tag, or XMP
             with warnings.catch_warnings(action="ignore"):
@@ -215,6 +218,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # what says how it lay is no longer true
         image.info = {key: image.info[key] for key in ("transparency",) if key in image.info}
     clear = image.info.get("transparency")  # a colour that stands for transparency
+    if isinstance(clear, str) or isinstance(clear, tuple) and max(clear) > 255:
+        # a text of that name; or a colour of 16 bits, of which the pixels have the upper 8
+        image = image.copy()
+        del image.info["transparency"]
+        if isinstance(clear, tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip rather than scale
         grey = np.asarray(image)
         white = grey == (-1 if clear is None else clear)
@@ -223,8 +232,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"a picture's numbers are of mode {image.mode}, whose scale is unknown: "
                          "save it with 8 or 16 bits a channel")
     elif image.has_transparency_data:
-        if isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits; the pixels have the upper 8
-            image.info["transparency"] = tuple(value >> 8 for value in clear)
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)

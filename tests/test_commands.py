@@ -237,7 +237,8 @@ def test_a_loss_that_is_not_finite_names_its_samples(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "train.py: the loss of step 1 of stage instruct is " in done.stderr
     assert "no weight was changed; its samples are record " in done.stderr
-    line = json.loads((tmp_path / "own" / "log.jsonl").read_text().splitlines()[-1])
+    line = json.loads((tmp_path / "own" / "log.jsonl").read_text().splitlines()[-1],
+                      parse_constant=pytest.fail)  # NaN is no JSON
     assert len(line["samples"]) > 10 and {*line["samples"]} <= {f"record {i}" for i in range(30)}
     assert not (tmp_path / "own" / "instruct").exists()
 

@@ -1,5 +1,6 @@
 """Template, labels, packing and the default data set."""
 
+import gzip
 import io
 import itertools
 import json
@@ -318,7 +319,10 @@ def seen_and_learnt(record: dict, tokenizer: Tokenizer) -> tuple[str, str]:
 @pytest.mark.parametrize("more, word", [
     ({"video": "a.mp4"}, "video"), ({"videos": ["a.mp4"]}, "videos"), ({"audio": "a.wav"}, "audio"),
     ({"image_path": "a.png"}, "image_path"), ({"imagePaths": ["a.png"]}, "imagePaths"),
-    ({"frames": ["1.png"]}, "frames"), ({"media": [{"path": "a"}]}, "media"),
+    ({"frames": ["1.png"]}, "frames"), ({"img": "a.png"}, "img"), ({"clip": "a.mp4"}, "clip"),
+    ({"img_path": "a.png"}, "img_path"), ({"image_url": "http://x/a.png"}, "image_url"),
+    ({"texts": [{"role": "user", "content": "x"}]}, "for shards"),
+    ({"media": [{"path": "a"}]}, "media"),
     ({"system_prompt": "Be brief."}, "system_prompt"), ({"tools": [{"name": "f"}]}, "tools"),
     ({"weight": 0.5}, "weight"), ({"loss_mask": [0, 1]}, "loss_mask"), ({"chosen": {}, "rejected":
      {"value": "no"}}, "rejected"), ({"train_on_input": False}, "train_on_input"),
@@ -333,10 +337,12 @@ def test_keys_that_would_change_what_is_learnt_are_refused(more: dict, word: str
 
 
 @pytest.mark.parametrize("turn", [
-    {"weight": 0}, {"loss": False}, {"train": 0}, {"loss_mask": 1}, {"mask": True},
+    {"weight": 1}, {"loss": True}, {"train": 1}, {"loss_mask": 1}, {"mask": True},
+    {"weight": 0.5}, {"sample_weight": 2},
     {"tool_calls": [{"name": "f"}]}, {"reasoning_content": "Hm."}, {"image": "a.png"},
     {"video": "a.mp4"}, {"masked": True, "trainable": False},
-    {"value": "<video>\nWhat happens?"}, {"value": "What happens?\n<video>"}, {"value": "<video>"},
+    {"value": "<video>\nWhat happens?"}, {"value": "<video>Describe it."},
+    {"value": "What happens?\n<video>"}, {"value": "<video>"},
     {"value": [{"type": "video"}]}, {"value": [{"type": "image", "image": "a.png"}]},
     {"value": [{"type": "image_url", "image_url": {"url": "a.png"}}]}])
 def test_keys_of_turns_that_would_change_it_are_refused(turn: dict, tmp_path: Path) -> None:
@@ -349,7 +355,11 @@ def test_keys_of_turns_that_would_change_it_are_refused(turn: dict, tmp_path: Pa
 @pytest.mark.parametrize("more", [
     {"source": "vg", "image_id": "12", "score": 1.5}, {"video": None, "audio": [], "tools": ""},
     {"width": 640, "height": 480}, {"image_width": 3, "image_source": "coco"}, {"system": ""},
-    {"dataset": {"weight_decay": 1}}, {"model": "gpt", "lang": "en"}])
+    {"dataset": {"weight_decay": 1}}, {"model": "gpt", "lang": "en"}, {"num_images": 1},
+    {"has_image": True, "has_video": False, "tools": "[]"}, {"reasoning_type": "spatial"},
+    {"image_ids": ["1"], "image_sizes": [[3, 4]]},
+    {"images": [], "image_url": "http://x", "image_name": "a"},
+    {"is_train": True, "coordinate_system": "xyxy", "annotation_tool": "cvat"}])
 def test_other_keys_are_none_of_our_business(more: dict, tmp_path: Path,
                                              tokenizer: Tokenizer) -> None:
     _, learnt = seen_and_learnt(only_record(tmp_path, conversation_of("Hi", "Hello", **more)),
@@ -375,7 +385,8 @@ def test_a_system_prompt_in_a_field_of_its_own(system: str, tmp_path: Path,
 @pytest.mark.parametrize("turns", [
     ("Draw it in SVG", "<svg><image></image></svg>"), ("What is <image> in HTML?", "A mistake."),
     ("<image>", "<image>"), ("How do I use the <video> tag?", "As <video src=x>."),
-    ("Hi", "One\n<image>\ntwo")])
+    ("Hi", "One\n<image>\ntwo"), ("HTML?", "<video>\n<source src=a.mp4>\n</video>"),
+    ("<video>\n<source src=a.mp4>\n</video>\nWhat is wrong?", "<video>")])
 def test_image_is_text_where_there_is_no_picture(turns: tuple[str, str], tmp_path: Path,
                                                  tokenizer: Tokenizer) -> None:
     text, learnt = seen_and_learnt(only_record(tmp_path, conversation_of(*turns)), tokenizer)
@@ -487,3 +498,28 @@ def test_a_flag_given_twice_is_refused() -> None:
         with pytest.raises(ValueError, match=f"{arguments[0].split('=')[0]} is given 2 times"):
             parse_flags(arguments)
     assert parse_flags(["--data", "a", "--steps", "3"]).data == "a"
+
+
+def test_turns_may_say_what_is_done_anyway(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """That answers are learnt, and questions not."""
+    record = conversation_of("Hi", "Hello")
+    for turn, learn in zip(record["conversations"], (0, 1)):
+        turn |= {"weight": learn, "loss": bool(learn), "train": learn}
+    _, learnt = seen_and_learnt(only_record(tmp_path, record), tokenizer)
+    assert learnt == f"Hello{IM_END}"
+    record["conversations"][1]["weight"] = 0
+    with pytest.raises(ValueError, match="'weight'"):
+        only_record(tmp_path, record)
+
+
+def test_a_cut_shard_is_named(tmp_path: Path) -> None:
+    """Compressed or not; and JSON nested without end."""
+    whole = write_tar(tmp_path / "whole.tar", ("a.0_a.png", png("red") * 50), ("a.json", ABOUT))
+    cut = tmp_path / "cut.tar"
+    for content in (gzip.compress(whole.read_bytes())[:-40], whole.read_bytes()[:3000]):
+        cut.write_bytes(content)
+        with pytest.raises(ValueError, match="cut.tar is no shard of samples"):
+            list(read_tar(cut))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="deep.json is not valid JSON"):
+        read_json(tmp_path / "deep.json")

@@ -33,7 +33,8 @@ def of_sums(summands: int) -> float:
     """Error of a product of FP8 matrices, over the sum of magnitudes: what the sums are rounded by.
 
     Float32 in the interpreter and on a CPU.  A GPU's FP8 units align 32 products at a time to the
-    largest and keep 13 bits: 2^-13 for each of the four groups of a block, twice that for luck.
+    largest and keep 13 bits.  A block has four such groups, and each cuts both the products and the
+    sum so far: eight times 2^-13 at most, of which signs leave less than half.
     """
     return 2**-9 if DEVICE == "cuda" else (summands + 8) * 2**-24
 

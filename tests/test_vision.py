@@ -296,3 +296,31 @@ def test_pictures_of_unknown_scale_are_refused(mode: str) -> None:
 def test_too_narrow() -> None:
     with pytest.raises(ValueError, match="2001 x 10"):
         smart_resize(10, 2001)
+
+
+@pytest.mark.parametrize("frames", [2, 3, 5])
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "TIFF"])
+def test_animations_are_their_first_picture(kind: str, frames: int) -> None:
+    colours = ("red", "white", "blue", "green", "black")
+    first, *others = (Image.new("RGB", (112, 56), colour) for colour in colours[:frames])
+    file = io.BytesIO()
+    first.save(file, kind, save_all=True, append_images=others)
+    assert same_grid(file.getvalue()) == (1, 4, 8)
+    red, _, blue = to_rgb(open_image(file.getvalue())).getpixel((3, 3))
+    assert red > 200 and blue < 50
+
+
+@pytest.mark.parametrize("end", [-12, -4])
+def test_a_png_may_end_behind_its_pixels(end: int) -> None:
+    assert same_grid(picture_file("PNG")[:end]) == (1, 4, 8)
+
+
+@pytest.mark.parametrize("keyword", [b"exif", b"transparency", b"xmp", b"icc_profile"])
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt"])
+def test_texts_with_the_names_of_metadata(keyword: bytes, kind: bytes) -> None:
+    """Pillow keeps the texts of a PNG beside its own notes, under their keywords."""
+    between = {b"tEXt": b"\0", b"zTXt": b"\0\0", b"iTXt": bytes(5)}[kind]
+    text = zlib.compress(b"any text") if kind == b"zTXt" else b"any text"
+    content = picture_file("PNG")
+    content = content[:33] + chunk(kind, keyword + between + text) + content[33:]
+    assert same_grid(content) == (1, 4, 8)
