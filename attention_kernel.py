@@ -217,16 +217,10 @@ def load_rows(x, place, E: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def query_rows(row, first_q, length_q, tokens_q, group, groups, R: tl.constexpr, E: tl.constexpr,
-               BLOCK_E: tl.constexpr):
-    """Token and head of each row; offsets of the rows in out and the gradients, (rows, BLOCK_E),
-    and in lse and delta.  Rows behind the segment's end repeat its last token: no load masks rows.
-    """
-    token = tl.minimum(row // R, length_q - 1)
-    head = group * R + row % R
-    place = ((first_q + token).to(tl.int64) * (groups * R) + head) * E
-    return (token, head, place[:, None] + tl.arange(0, BLOCK_E)[None, :],
-            head * tokens_q + first_q + token)
+def query_rows(row, length_q, group, R: tl.constexpr):
+    """Token and head of each row.  Rows behind the segment's end repeat its last token: no load
+    masks rows."""
+    return tl.minimum(row // R, length_q - 1), group * R + row % R
 
 
 @triton.jit
@@ -297,8 +291,7 @@ def forward_kernel(
     first_q, length_q = segment_bounds(cu_seqlens_q, segment)
     first_k, length_k = segment_bounds(cu_seqlens_k, segment)
     row = tl.load(table + 2 * slot + 1) + tl.arange(0, BLOCK_M)
-    token, head, place, statistic = query_rows(row, first_q, length_q, tokens_q, group, groups, R,
-                                               E, BLOCK_E)
+    token, head = query_rows(row, length_q, group, R)
     q_tile = load_rows(q, strided(first_q, token, head, q_token, q_head, BLOCK_E), E, BLOCK_E)
     last_key = last_visible_key(token, q_positions, first_q, length_q, length_k, CAUSAL, EXPLICIT)
     begin = split * split_keys
@@ -332,6 +325,8 @@ def forward_kernel(
             m = m_new
 
     rows = tokens_q * groups * R
+    place = strided(first_q, token, head, groups * R * E, E, BLOCK_E)
+    statistic = head * tokens_q + first_q + token
     inside = (row < length_q * R)[:, None] & (tl.arange(0, BLOCK_E) < E)[None, :]
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     tl.store(out + split.to(tl.int64) * rows * E + place, acc, mask=inside)
@@ -359,8 +354,9 @@ def dq_kernel(
     first_q, length_q = segment_bounds(cu_seqlens_q, segment)
     first_k, length_k = segment_bounds(cu_seqlens_k, segment)
     row = tl.load(table + 2 * slot + 1) + tl.arange(0, BLOCK_M)
-    token, head, place, statistic = query_rows(row, first_q, length_q, tokens_q, group, groups, R,
-                                               E, BLOCK_E)
+    token, head = query_rows(row, length_q, group, R)
+    place = strided(first_q, token, head, groups * R * E, E, BLOCK_E)
+    statistic = head * tokens_q + first_q + token
     q_tile = load_rows(q, strided(first_q, token, head, q_token, q_head, BLOCK_E), E, BLOCK_E)
     grad_tile = load_rows(grad, place, E, BLOCK_E)
     out_tile = load_rows(out, place, E, BLOCK_E)
@@ -455,8 +451,8 @@ def dkdv_kernel(
         to_row = tl.minimum(whole, end) if part == 0 else tail if part == 1 else end
         for start in range(from_row, to_row, BLOCK_M):
             row = start + tl.arange(0, BLOCK_M)
-            token, head, place, statistic = query_rows(row, first_q, length_q, tokens_q, group,
-                                                       groups, R, E, BLOCK_E)
+            token, head = query_rows(row, length_q, group, R)
+            statistic = head * tokens_q + first_q + token
             if DESCRIPTORS:
                 corner = [first_q + start // R, group * R, 0]
                 q_tile = q.load(corner).reshape(BLOCK_M, BLOCK_E)
@@ -467,6 +463,7 @@ def dkdv_kernel(
             else:
                 q_tile = load_rows(q, strided(first_q, token, head, q_token, q_head, BLOCK_E), E,
                                    BLOCK_E)
+                place = strided(first_q, token, head, groups * R * E, E, BLOCK_E)
                 grad_tile = load_rows(grad, place, E, BLOCK_E)
             # a row behind the segment's end belongs to another: its weight is exp2(s - inf) = 0
             lse_row = tl.load(lse + statistic, mask=row < length_q * R, other=float("inf")) * LOG2E
@@ -507,7 +504,7 @@ class Tile(NamedTuple):
 # it waits for memory.
 TILES = {
     ("forward", "hopper"): (Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
-    ("forward", "ampere"): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    ("forward", "ampere"): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
     ("forward", "float32"): (Tile(16, 32, 4, 2), Tile(16, 32, 8, 1)),
     ("decode", "hopper"): (Tile(16, 128, 4, 3), Tile(16, 64, 4, 3)),
     ("decode", "ampere"): (Tile(16, 128, 4, 2), Tile(16, 64, 4, 2)),

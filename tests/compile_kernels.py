@@ -1,6 +1,8 @@
 """Compile every kernel configuration that ships, for GPUs that need not be here, and print a table.
 
-Usage: python tests/compile_kernels.py [attention|fp8 [90|89|80 ...]]
+Usage: python tests/compile_kernels.py [attention|fp8 [90|89|80 ...]] [--common]
+
+--common: of attention a third, causal masks in bfloat16 at both widths and some others.
 
 sm_90: Hopper, H100; sm_89: Ada; sm_80: Ampere, A100, which has no FP8: that is refused, and said.
 Per configuration: registers of a thread, spilled loads and stores, shared memory, matrix
@@ -28,6 +30,7 @@ import fp8_kernel  # noqa: E402
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_KIB = {80: 99, 89: 99, 90: 227}  # what one program may use; 80: on its kin, sm_86
 INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "LDGSTS", "STG.E.U8")
+COMMON = "--common"
 KERNELS = {"forward": "forward_kernel", "decode": "forward_kernel", "dq": "dq_kernel",
            "dkdv": "dkdv_kernel", "table": "tile_table_kernel"}
 STRIDES = tuple(f"{x}_{of}" for x in "qkv" for of in ("token", "head"))
@@ -46,9 +49,10 @@ def configurations(capability: int) -> Iterator[tuple[str, str, str, int, int, s
     """(kernel, architecture, dtype, width, heads per group, mask) of all that can be launched."""
     common = "hopper" if capability == 90 else "ampere"
     attend = [name for name in KERNELS if name != "table"]
+    masks = ("causal",) if COMMON in sys.argv else ("full", "causal", "explicit")
     for target, dtype in ((common, "bf16"), ("float32", "fp32")):
         for kernel, (width, ratio), mask in itertools.product(
-                attend, ((64, 1), (128, 4)), ("full", "causal", "explicit")):
+                attend, ((64, 1), (128, 4)), masks):
             yield kernel, target, dtype, width, ratio, mask
     for kernel in attend:  # float16, an odd width, a ratio that is no power of 2
         yield kernel, common, "fp16", 96, 5, "causal"
@@ -174,7 +178,8 @@ def refusal(capability: int) -> Iterator[tuple[str, dict[str, int], str]]:
 
 
 def main() -> None:
-    wrong, (kind, *capabilities) = 0, sys.argv[1:] or ["attention"]
+    arguments = [word for word in sys.argv[1:] if word != COMMON]
+    wrong, (kind, *capabilities) = 0, arguments or ["attention"]
     tables = {"attention": {90: attention_rows, 80: attention_rows},
               "fp8": {90: fp8_rows, 89: fp8_rows, 80: refusal}}[kind]
     print(f"Triton {triton.__version__}")

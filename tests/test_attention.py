@@ -439,8 +439,12 @@ def test_operator_compiles_and_checkpoints() -> None:
 
 
 def test_kernels_compile_without_spills(capfd: pytest.CaptureFixture) -> None:
-    """All that ships, for sm_90 and sm_80: no spills, shared memory fits, matrix instructions."""
-    command = [sys.executable, Path(__file__).parent / "compile_kernels.py", "attention"]
+    """For sm_90 and sm_80: no spills, shared memory fits, matrix instructions.
+
+    A third of what can be launched; `python tests/compile_kernels.py` compiles all of it.
+    """
+    script = Path(__file__).parent / "compile_kernels.py"
+    command = [sys.executable, script, "attention", "--common"]
     running = {sm: subprocess.Popen([*command, sm], stdout=subprocess.PIPE, text=True,
                                     stderr=subprocess.STDOUT) for sm in ("90", "80")}
     for sm, process in running.items():
@@ -448,7 +452,7 @@ def test_kernels_compile_without_spills(capfd: pytest.CaptureFixture) -> None:
         with capfd.disabled():
             print("\n" + table)
         assert process.returncode == 0, table
-        assert len(re.findall(rf"^\w+ +{sm} ", table, re.MULTILINE)) > 50
+        assert len(re.findall(rf"^\w+ +{sm} ", table, re.MULTILINE)) > 20
 
 
 @pytest.mark.parametrize("change, message", [
