@@ -7,12 +7,17 @@ bit patterns of bfloat16 matrices: conversions are done by PyTorch here, product
 """
 
 import os
+import tempfile
 
 import numpy as np
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# PyTorch's compiler would take what it compiled for other vector instructions from its cache
+CAPABILITY = torch.backends.cpu.get_cpu_capability().replace(" ", "-")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR",
+                      f"{tempfile.gettempdir()}/torchinductor-of-tests-{CAPABILITY}")
 
 
 def interpret_faithfully() -> None:
