@@ -42,17 +42,14 @@ any dtype, any device), `attention_tiled` (the loop above in PyTorch, forward an
 kernels.  `flash_attn_varlen_func` is what the models call: the kernels on a GPU, PyTorch's own
 attention segment by segment on a CPU.
 
-Run `python attention_kernel.py`: prints errors against float64 and timings beside PyTorch's other
-ways on this machine (on a CPU, one product with a mask).
+Run `python attention_kernel.py`: prints errors against float64 beside those of PyTorch's attention.
+`python -m benchmarks.attention` prints timings.
 """
 
 import functools
-import inspect
 import itertools
 import math
 import os
-import random
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -61,7 +58,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # ------------------------------------------------------------------ step 1: the dense definition
@@ -73,6 +69,12 @@ def segment_ids(cu_seqlens: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
 
+def packed_positions(cu_seqlens: Tensor) -> Tensor:
+    """Position of every token in its segment, (T,): cu_seqlens [0, 2, 5] -> [0, 1, 0, 1, 2]."""
+    segment = segment_ids(cu_seqlens)
+    return torch.arange(len(segment), device=segment.device) - cu_seqlens[segment]
+
+
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None = None,
@@ -82,7 +84,7 @@ def attention_reference(
     segment_q, segment_k = segment_ids(cu_seqlens_q), segment_ids(cu_seqlens_k)
     visible = segment_q[:, None] == segment_k[None, :]  # (Tq, Tk)
     if causal:
-        position_k = torch.arange(len(k), device=k.device) - cu_seqlens_k[segment_k]
+        position_k = packed_positions(cu_seqlens_k)
         if q_positions is None:  # bottom-right: the last query stands at the last key
             from_end = cu_seqlens_q[segment_q + 1] - torch.arange(len(q), device=q.device)
             q_positions = cu_seqlens_k.diff()[segment_q] - from_end
@@ -901,44 +903,17 @@ def flash_attn_varlen_func(
     return (out, lse.detach()) if return_lse else out
 
 
-# ------------------------------------------------------------------------- errors and timings
-
-MEAN = 753  # tokens of a training sample of the instruction data, packed into rows of 8k or 32k
+# ------------------------------------------------------------------------------------------- errors
 
 
-def packed_lengths(tokens: int, seed: int = 0) -> list[int]:
-    """Random segments, exponential around MEAN like the real ones, that fill a row."""
-    rng, lengths = random.Random(seed), []
-    while sum(lengths) < tokens:
-        lengths.append(min(1 + int(rng.expovariate(1 / MEAN)), tokens - sum(lengths)))
-    return lengths
-
-
-def random_row(lengths: list[int], heads: int, groups: int, width: int, dtype: torch.dtype,
+def random_row(lengths: list[int], heads: int, key_heads: int, width: int, dtype: torch.dtype,
                device: str, causal: bool) -> tuple[list[Tensor], dict]:
     """q, k, v of a packed row, and the other arguments of `flash_attn_varlen_func`."""
     qkv = [torch.randn(sum(lengths), n, width, device=device).to(dtype).requires_grad_()
-           for n in (heads, groups, groups)]
+           for n in (heads, key_heads, key_heads)]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     return qkv, {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens,
                  "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths), "causal": causal}
-
-
-def dense_sdpa(lengths: list[int], rest: dict, backend: SDPBackend) -> Callable[..., Tensor]:
-    """PyTorch's dense attention on segments of equal length, by one of its kernels."""
-    if len(set(lengths)) > 1:
-        raise ValueError("segments differ in length")
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        copies = q.shape[1] // k.shape[1]
-        if copies > 1 and backend == SDPBackend.EFFICIENT_ATTENTION:  # it knows no groups
-            k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
-        rows = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(*rows, is_causal=rest["causal"],
-                                                 enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2).flatten(0, 1)
-    return attend
 
 
 def masked_sdpa(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
@@ -951,50 +926,11 @@ def masked_sdpa(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
     )[0].transpose(0, 1)
 
 
-def torch_varlen(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
-    """PyTorch's own varlen function (2.11 and later; groups of heads since 2.12)."""
-    from torch.nn.attention.varlen import varlen_attn
-    cu_seqlens, longest = rest["cu_seqlens_q"], rest["max_seqlen_q"]
-    groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        copies = q.shape[1] // k.shape[1]
-        if copies > 1 and not groups:
-            k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest,
-                           window_size=(-1, 0) if rest["causal"] else (-1, -1),
-                           **({"enable_gqa": True} if groups else {}))
-    return attend
-
-
-def flex(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
-    """FlexAttention, compiled, with its block mask made beforehand."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    segment = segment_ids(rest["cu_seqlens_q"])
-
-    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        same = segment[i] == segment[j]
-        return same & (i >= j) if rest["causal"] else same
-
-    mask = create_block_mask(visible, None, None, len(segment), len(segment), segment.device)
-    torch.compiler.reset()  # each shape is compiled anew; the compiler counts and gives up at 8
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(*(x.transpose(0, 1)[None] for x in (q, k, v)),
-                                    block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-
-
-def competitors(device: str) -> dict[str, Callable[..., Callable[..., Tensor]]]:
-    if device == "cpu":
-        return {"masked SDPA": masked_sdpa}
-    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION,
-                "efficient": SDPBackend.EFFICIENT_ATTENTION}
-    return {name: functools.partial(dense_sdpa, backend=x) for name, x in backends.items()} | {
-        "varlen": torch_varlen, "flex": flex}
-
-
-def print_errors(device: str) -> None:
-    """Root-mean-square errors against float64, beside one masked PyTorch product."""
-    print(f"{'rms error against float64':32}{'out':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
+def main() -> None:
+    """Print root-mean-square errors against float64, beside one masked PyTorch product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    print(f"{f'rms error against float64, {device}':32}{'out':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         qkv, rest = random_row([1, 300, 40, 171], 8, 2, 64, dtype, device, causal=True)
         weight = torch.randn_like(qkv[0])
@@ -1007,91 +943,6 @@ def print_errors(device: str) -> None:
             found = [out, *torch.autograd.grad((out * weight).sum(), qkv)]
             errors = [(a.double() - b).square().mean().sqrt() for a, b in zip(found, expected)]
             print(f"{f'{name}, {dtype}':32}" + "".join(f"{e:10.1e}" for e in errors))
-
-
-def median_ms(call: Callable[[], object], device: str) -> float:
-    """Median time of a call in milliseconds, warmed up."""
-    if device == "cuda":
-        return triton.testing.do_bench(call, return_mode="median")
-    times = []
-    for _ in range(8):
-        started = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - started))
-    return sorted(times[1:])[3]
-
-
-def passes_ms(attend: Callable[..., Tensor], qkv: list[Tensor], device: str) -> list[float]:
-    """Milliseconds of the forward pass, of the backward pass, and of both."""
-    out = attend(*qkv)
-    grad = torch.randn_like(out)
-    forward = median_ms(lambda: attend(*qkv), device)
-    backward = median_ms(lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True), device)
-    return [forward, backward, forward + backward]
-
-
-def print_timings(title: str, shapes: dict[str, tuple], device: str, dtype: torch.dtype) -> None:
-    """TFLOP/s of this file and of the others; last, how many times faster than the best of them.
-
-    Counted are the pairs of query and key that see each other: 4 E operations each and per head
-    forward (two products), 10 E backward (five), whatever a kernel really computes.
-    """
-    others, reasons = competitors(device), {}
-    print(f"\n{title:38}{'pass':>9}{'ms':>9}{'TFLOP/s':>9}"
-          + "".join(f"{name:>12}" for name in others) + f"{'times best':>12}")
-    for label, (lengths, heads, groups, width, causal) in shapes.items():
-        qkv, rest = random_row(lengths, heads, groups, width, dtype, device, causal)
-        ours = passes_ms(functools.partial(flash_attn_varlen_func, **rest), qkv, device)
-        found = {}
-        for name, prepare in others.items():
-            try:
-                found[name] = passes_ms(prepare(lengths, rest), qkv, device)
-            except (ValueError, TypeError, ImportError, RuntimeError) as error:  # cannot do this
-                found[name] = [math.inf] * 3
-                reasons[name] = str(error).split("\n")[0][:100]
-        pairs = sum(n * (n + 1) / 2 if causal else n * n for n in lengths)
-        for i, (name, factor) in enumerate((("forward", 4), ("backward", 10), ("both", 14))):
-            rate = factor * pairs * heads * width / 1e9
-            best = min(times[i] for times in found.values())
-            print(f"{label if i == 0 else '':38}{name:>9}{ours[i]:9.3f}{rate / ours[i]:9.3g}"
-                  + "".join(f"{rate / times[i]:12.3g}" for times in found.values())
-                  + f"{best / ours[i]:12.2f}", flush=True)
-    for name, reason in reasons.items():
-        print(f"0 for {name}: {reason}")
-
-
-def print_machine() -> str:
-    """Say what is measured on; returns the device, cuda where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else (
-        f"CPU, {torch.get_num_threads()} threads")
-    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, "
-          f"Triton {triton.__version__}")
-    return device
-
-
-def main() -> None:
-    device = print_machine()
-    torch.manual_seed(0)
-    print_errors(device)
-    if device == "cpu":
-        rows = {"8 x 512": [512] * 8, "8 of 46 to 1,500": [100, 900, 250, 1500, 46, 700, 300, 300],
-                "64 x 64": [64] * 64}
-        print_timings("4,096 tokens, 8 heads, 2 groups of 64",
-                      {label: (n, 8, 2, 64, True) for label, n in rows.items()}, device,
-                      torch.float32)
-        return
-    for width, heads, groups in ((64, 16, 16), (128, 32, 8)):
-        for causal in (False, True):
-            shapes = {f"{16384 // n} x {n}": ([n] * (16384 // n), heads, groups, width, causal)
-                      for n in (512, 1024, 2048, 4096, 8192, 16384)}
-            title = f"{heads} heads, {groups} groups of {width}, {'causal' if causal else 'full'}"
-            print_timings(title, shapes, device, torch.bfloat16)
-    rows = {f"text, {n} tokens of {MEAN} on average": (packed_lengths(n), 32, 8, 128, True)
-            for n in (8192, 32768)}
-    sizes = random.Random(0).choices((256, 576, 1024, 1296, 2304, 4096), k=16)
-    rows[f"pictures, {sum(sizes)} patches, 16 of 64"] = (sizes, 16, 16, 64, False)
-    print_timings("packed", rows, device, torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 In and out: a model and its tokenizer, or a directory with config.json, *.safetensors and
 tokenizer.json.  What a run writes and what was released are read by the same code.
-Called by `train.py` and `sample.py`, and by people; calls `model.py`, which reads the weights, and
-`data.py` for its kind of command line.
+Called by `model.py`, `train.py` and `sample.py`, and by people; calls `model.py`, `vision.py`,
+`fp8_kernel.py`, and `data.py` for its kind of command line.
 
 The idea.  A layout says for each parameter of the model which tensors of a directory its rows are:
 
@@ -18,7 +18,7 @@ so every conversion is one loop: read a parameter's rows by one layout, write th
 parameter and one file to be written are in memory at a time, whatever the size of the model.
 
 Run `python convert.py merge --vit DIR --llm DIR --tokenizer DIR --out DIR`: stage 0, from a ViT and
-a Qwen3; `split DIR --out DIR` is its inverse.  `export RUN --out DIR`: what training wrote, with
+a Qwen3.  `export RUN --out DIR`: what training wrote, with
 all the files that Hugging Face code wants beside it.  `verify DIR [DIR]`: is a directory whole, and
 how far is it from another.
 """
@@ -26,18 +26,22 @@ how far is it from another.
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -46,13 +50,11 @@ from torch.distributed.tensor import DTensor
 
 from data import STRUCTURE, flag_parser, refuse_in_one_sentence
 from fp8_kernel import BLOCK, Fp8Linear, convert_to_fp8, quantize_fp8
-from model import (SCALES, LlavaOneVision, ModelConfig, ProgressBar, Stored, check_names,
-                   decoder_fields, find_checkpoint, init_linear, meta_model, number,
-                   read_json_object, read_parameter, refuse_others, released_names, tensor_files,
-                   whole_numbers, with_head)
+from model import LlavaOneVision, ModelConfig, init_linear, meta_model
 from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, Merger, VisionConfig
 
 SHARD = 5e9  # bytes of a file of weights at most
+SCALES = "_scale_inv"  # behind the name of a weight in FP8: the name of its scales
 PUBLISHED = "lmms-lab/LLaVA-OneVision-1.5-8B-Instruct"  # whose modelling code config.json points at
 VIT_NAMES = (  # in turn: what in our names of the ViT is what in those of its own checkpoint
     ("visual.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
@@ -85,6 +87,113 @@ CHAT_TEMPLATE = r"""
 {%- if add_generation_prompt %}{{ begin('assistant') }}{% endif %}
 """.strip()
 Layout = dict[str, list[str]]  # the tensors whose rows, one after the other, are a parameter's
+
+
+
+# ------------------------------------------------------------------------------ configuration files
+
+
+def read_json_object(file: Path) -> dict:
+    """The JSON object in a file.  Raises ValueError naming the file if there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return content
+
+
+def number(file: Path, section: dict, key: str) -> float:
+    """A positive number of a configuration file.  Raises ValueError if it is none."""
+    value = section.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{file}: {key} is {value!r}, not a positive number")
+    return value
+
+
+def whole_numbers(file: Path, section: dict, *keys: str) -> dict[str, int]:
+    """Positive whole numbers of a configuration file, by name.  Raises ValueError."""
+    for key in keys:
+        if number(file, section, key) % 1:
+            raise ValueError(f"{file}: {key} is {section[key]}, not a whole number")
+    return {key: int(section[key]) for key in keys}
+
+
+def refuse_others(file: Path, section: dict, supported: dict[str, Any]) -> None:
+    """Raise ValueError if a setting is there and has another value than the one supported."""
+    for key, value in supported.items():
+        if section.get(key) not in (None, value):
+            raise ValueError(f"{file}: {key} is {section[key]}, only {value} is supported")
+
+
+def decoder_fields(file: Path, text: dict) -> dict[str, Any]:
+    """The decoder's fields of a ModelConfig, from a `text_config` or Qwen3's own `config.json`.
+
+    Raises ValueError naming the file and what it lacks.
+    """
+    rope = text.get("rope_parameters") or text  # transformers 5 nests the base
+    scaling = text.get("rope_scaling") or rope
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+        raise ValueError(f"{file}: rope_parameters or rope_scaling is no object")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{file}: rotary scaling {kind!r} is not supported")
+    refuse_others(file, text, {"attention_bias": False, "hidden_act": "silu",
+                               "use_sliding_window": False, "partial_rotary_factor": 1.0,
+                               "attention_dropout": 0.0})
+    kinds = text.get("layer_types") or []
+    if not isinstance(kinds, list) or {*map(str, kinds)} - {"full_attention"}:
+        raise ValueError(f"{file}: layer_types has others than full_attention, which is not "
+                         "supported")
+    fields = whole_numbers(
+        file, text, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")
+    fields |= {key: number(file, text, key) for key in ("rms_norm_eps", "initializer_range")}
+    if text.get("num_experts"):
+        refuse_others(file, text, {"decoder_sparse_step": 1, "mlp_only_layers": [],
+                                   "norm_topk_prob": True})
+        fields |= whole_numbers(file, text, "num_experts", "num_experts_per_tok",
+                                "moe_intermediate_size")
+        if fields["num_experts_per_tok"] > fields["num_experts"]:
+            raise ValueError(f"{file}: num_experts_per_tok is {fields['num_experts_per_tok']}, of "
+                             f"{fields['num_experts']} experts")
+    return {**fields, "rope_theta": number(file, rope, "rope_theta"),
+            "tie_word_embeddings": text.get("tie_word_embeddings") is not False}
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The sizes of a checkpoint, from its `config.json` as transformers 4 or 5 writes it.
+
+    tie_word_embeddings is true unless the file says false, inside or outside of text_config:
+    published files often say nothing, and then the head is tied if there is none.
+    Raises ValueError naming the file and what it lacks.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is no checkpoint: it has no config.json")
+    raw = read_json_object(file)
+    text, vision = raw.get("text_config"), raw.get("vision_config")
+    if not isinstance(text, dict) or not isinstance(vision, dict):
+        raise ValueError(f"{file} lacks text_config or vision_config")
+    quantized = raw.get("quantization_config") or {}
+    if not isinstance(quantized, dict):
+        raise ValueError(f"{file}: quantization_config is no object")
+
+    refuse_others(file, quantized, {"quant_method": "fp8", "fmt": "e4m3",
+                                    "weight_block_size": [BLOCK, BLOCK]})
+    refuse_others(file, vision, {"patch_size": 14, "spatial_merge_size": 2, "in_channels": 3,
+                                 "temporal_patch_size": 1, "hidden_act": "gelu"})
+    if raw.get("tie_word_embeddings") is False:  # transformers 5 says it here, 4 in text_config
+        text = {**text, "tie_word_embeddings": False}
+    sizes = whole_numbers(file, vision, "depth", "embed_dim", "num_heads", "intermediate_size",
+                          "text_hidden_size")
+    eps = number(file, vision, "layer_norm_eps")
+    return ModelConfig(
+        **decoder_fields(file, text),
+        image_token_id=int(number(file, raw, "image_token_id")),
+        video_token_id=int(number(file, raw, "video_token_id")),
+        vision=VisionConfig(**sizes, layer_norm_eps=eps))
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
@@ -129,6 +238,241 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
             "text_hidden_size": vision.text_hidden_size,
         },
     }
+
+
+# --------------------------------------------------------------------------------- weights, as read
+
+
+class Stored(NamedTuple):
+    """Where a tensor of a checkpoint is."""
+
+    file: Path
+    key: str  # the file's name for it
+    scales: "Stored | None" = None  # of squares of 128 x 128, if it is in FP8
+
+
+def canonical_name(key: str) -> str:
+    """The name of a file's tensor in this model: both published layouts become the first one."""
+    for prefix, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if key.startswith(prefix):
+            return ours + key.removeprefix(prefix)
+    return key
+
+
+def open_tensors(file: Path) -> Any:
+    """The safetensors file, memory-mapped.  Raises ValueError naming it if it cannot be read."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def tensor_files(path: Path) -> dict[str, Stored]:
+    """Where each tensor of a checkpoint directory is, by our name for it; its scales with it.
+
+    Raises ValueError for a directory without weights, an unreadable file, an index that names a
+    tensor its file does not have, or a tensor that is there twice.
+    """
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+                isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map of file names")
+        if (path / "model.safetensors").exists() and "model.safetensors" not in weight_map.values():
+            raise ValueError(f"{path} has a model.safetensors beside the files of its index")
+        files = sorted({path / name for name in weight_map.values()})
+    else:
+        weight_map, files = {}, [path / "model.safetensors"]
+    found: dict[str, Stored] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{path} has no {file.name}")
+        for key in open_tensors(file).keys():
+            name = canonical_name(key)
+            if name in found:
+                raise ValueError(f"{file}: {key} is also in {found[name][0]}")
+            if weight_map and key not in weight_map:
+                raise ValueError(f"{file}: {key} is not in {index.name}")
+            found[name] = Stored(file, key)
+    for key, name in weight_map.items():
+        if found.get(canonical_name(key), (None,))[0] != path / name:
+            raise ValueError(f"{index} places {key} in {name}, which does not have it")
+    for name in [name for name in found if name.endswith(SCALES)]:
+        if (weight := name.removesuffix(SCALES)) in found:
+            found[weight] = found[weight]._replace(scales=found.pop(name))
+    return found
+
+
+def released_names(model: LlavaOneVision) -> dict[str, list[str]]:
+    """The names in files of each parameter: its own, but for stacked experts one for each."""
+    def names(name: str) -> list[str]:
+        stem, stacked, matrix = name.partition(".experts.")
+        if not stacked:
+            return [name]
+        return [f"{stem}.experts.{e}.{matrix}" for e in range(model.config.num_experts)]
+
+    return {name: names(name) for name, _ in model.named_parameters()}
+
+
+def check_names(path: Path, tensors: dict[str, Stored],
+                names: dict[str, list[str]], prefixes: tuple[str, ...] = (),
+                suffixes: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless a directory has the tensors named, and no others but such as begin or
+    end so."""
+    known = dict.fromkeys(name for pieces in names.values() for name in pieces)
+    for name in known:
+        if name not in tensors:
+            raise ValueError(f"{path} lacks the tensor {name}")
+    for name, (file, key, _) in tensors.items():
+        if not (name in known or name.startswith(prefixes) or name.endswith(suffixes)):
+            raise ValueError(f"{file} has a tensor {key} that the model does not have")
+
+
+def with_head(config: ModelConfig, tensors: dict[str, Stored]) -> ModelConfig:
+    """The configuration of files that have these tensors: a head that may be tied is, if it is not
+    among them."""
+    tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
+    return replace(config, tie_word_embeddings=tied)
+
+
+def find_checkpoint(path: Path, side: str = "",
+                    ) -> tuple[LlavaOneVision, dict[str, Stored]]:
+    """The model that a directory is of, on the meta device, and where its tensors are.
+
+    side: "vision" or "decoder" makes the other side None.
+    Raises ValueError naming what is missing or not the model's.
+    """
+    config, tensors = read_config(path), tensor_files(path)
+    model, others = meta_model(with_head(config, tensors)), ()
+    if side == "vision":
+        model.model = model.lm_head = None
+        others = "model.", "lm_head."
+    elif side == "decoder":
+        model.visual, others = None, ("visual.",)
+    elif side:
+        raise ValueError(f"there is no side {side!r} of a model, only vision and decoder")
+    check_names(path, tensors, released_names(model), prefixes=others)
+    return model, tensors
+
+
+def from_fp8(part: Tensor, top: int, shape: list[int], scales: Stored) -> Tensor:
+    """Rows of a matrix in e4m3 from the row `top` on, times the scales of their squares: float32.
+
+    Raises ValueError naming the scales if they are not those of a matrix of this shape.
+    """
+    reader = open_tensors(scales.file).get_slice(scales.key)
+    squares = [-(-size // BLOCK) for size in shape]
+    kind = reader.get_dtype()
+    if len(shape) != 2 or reader.get_shape() != squares or kind not in ("F32", "BF16"):
+        raise ValueError(f"{scales.file}: {scales.key} is of type {kind} and shape "
+                         f"{reader.get_shape()}, an FP8 matrix of {shape} needs F32 and {squares}")
+    rows = torch.arange(top, top + len(part)) // BLOCK
+    factors = reader[:].float()[rows].repeat_interleave(BLOCK, 1)[:, :shape[1]]
+    return part.float() * factors
+
+
+def read_parameter(pieces: list[Stored], like: Tensor, dtype: torch.dtype | None,
+                   device: str | torch.device | None) -> Tensor:
+    """A parameter whose rows are those of one or more tensors, in turn.
+
+    Distributed like `like`: then this rank reads its own rows alone.  They are copied from the
+    mapped file, which is opened for each parameter, so that its pages do not stay.
+    """
+    begin, end = 0, len(like)
+    if isinstance(like, DTensor):
+        chunk, = like.__create_chunk_list__()  # what distributed checkpoints ask it, too
+        begin, end = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]  # shards are of rows
+    rows = len(like) // len(pieces)  # of a piece
+    wanted = range(begin // rows, -(-end // rows)) if begin < end else range(1)
+    read, reader, opened = [], None, None
+    for number in wanted:
+        file, key, scales = pieces[number]
+        if file != opened:
+            reader, opened = open_tensors(file), file
+        stored = reader.get_slice(key)
+        if (shape := tuple(stored.get_shape())) != (rows, *like.shape[1:]):
+            raise ValueError(f"{file}: {key} has shape {shape}, "
+                             f"the model needs {(rows, *like.shape[1:])}")
+        kinds = ("F64", "F32", "F16", "BF16") if scales is None else ("F8_E4M3",)
+        if stored.get_dtype() not in kinds:
+            raise ValueError(f"{file}: {key} has numbers of type {stored.get_dtype()}, the model "
+                             + ("needs floating point" if scales is None else "has scales for FP8"))
+        first = number * rows
+        part = stored[(top := max(begin - first, 0)):max(min(end - first, rows), 0)]
+        if scales is not None:
+            part = from_fp8(part, top, stored.get_shape(), scales).to(dtype or torch.bfloat16)
+        read.append(part.to(device=device, dtype=dtype, copy=len(wanted) == 1))
+    local = read[0] if len(read) == 1 else torch.cat(read)
+    if not isinstance(like, DTensor):
+        return local
+    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape,
+                              stride=like.stride())
+
+
+class ProgressBar:
+    """A line with a bar and MB/s on standard error, if that is a terminal; erased at the end."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.total = sum(parameter.numel() for parameter in parameters)
+        self.numbers, self.megabytes, self.started = 0, 0.0, time.monotonic()
+        self.shown = sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def advance(self, parameter: Tensor) -> None:
+        """A parameter was read, or this rank's part of it."""
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        self.numbers += parameter.numel()
+        self.megabytes += local.nbytes / 1e6
+        if self.shown:
+            speed = self.megabytes / (time.monotonic() - self.started)
+            bar = "#" * (30 * self.numbers // self.total)
+            print(f"\r\033[Kreading [{bar:30}] {self.megabytes:,.0f} MB, {speed:,.0f} MB/s",
+                  end="", file=sys.stderr, flush=True)
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None,
+               device: str | torch.device | None = None,
+               prepare: Callable[[LlavaOneVision], None] | None = None,
+               side: str = "") -> LlavaOneVision:
+    """Read a model from a directory of safetensors, one file or several with an index.
+
+    Both published key layouts are read (`visual.*`, `model.*` and `model.visual.*`,
+    `model.language_model.*`).  FP8 matrices with `weight_scale_inv` beside them become bfloat16.
+    The head is tied to the embedding if the files have no head and config.json allows it.
+    dtype, device: default to those of the files and the CPU.
+    prepare: called with the model while it is on the meta device.  If it shards parameters
+    (`fully_shard`), this rank reads only its slices of them.
+    side: "vision" loads the ViT and merger alone (the decoder is None), "decoder" all the rest.
+    Raises ValueError naming the tensor and the file if one is missing, unknown, misshapen or
+    not of floating point.
+    """
+    model, tensors = find_checkpoint(Path(path), side)
+    if prepare is not None:
+        prepare(model)
+    parameters, names = dict(model.named_parameters()), released_names(model)
+    state: dict[str, Tensor] = {}
+    with ProgressBar(parameters.values()) as bar:
+        for name, parameter in parameters.items():
+            pieces = [tensors[piece] for piece in names[name]]
+            state[name] = read_parameter(pieces, parameter, dtype, device)
+            bar.advance(state[name])
+    tied = model.config.tie_word_embeddings and side != "vision"
+    if tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    if tied:  # loading with assign has made two parameters of the one
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+# ------------------------------------------------------------------------------------ the tokenizer
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -190,15 +534,17 @@ def load_checkpoint(
     path: str | Path, dtype: torch.dtype, device: torch.device,
     prepare: Callable[[LlavaOneVision], None] | None = None,
 ) -> tuple[LlavaOneVision, Tokenizer]:
-    """Model and tokenizer of a directory; `prepare` as in `LlavaOneVision.from_pretrained`.
+    """Model and tokenizer of a directory; `prepare` as in `load_model`.
 
     Raises ValueError if they do not belong together.
     """
     path = Path(path)
-    config = ModelConfig.from_dir(path)
     tokenizer = load_tokenizer(path)
-    check_tokenizer(path, tokenizer, config)
-    return LlavaOneVision.from_pretrained(path, dtype, device, prepare), tokenizer
+    check_tokenizer(path, tokenizer, read_config(path))
+    return load_model(path, dtype, device, prepare), tokenizer
+
+
+# -------------------------------------------------------------------------- checkpoints, as written
 
 
 @contextmanager
@@ -320,16 +666,6 @@ def newest_checkpoint() -> tuple[Path, str]:
 
 
 # ---------------------------------------------------------------------------- from layout to layout
-
-
-def nested_layout(layout: Layout) -> Layout:
-    """The other published layout, the names that the modules have in Hugging Face's model."""
-    def nested(name: str) -> str:
-        if name.startswith("visual."):
-            return f"model.{name}"
-        return name.replace("model.", "model.language_model.", 1) if name[:6] == "model." else name
-
-    return {name: [nested(piece) for piece in pieces] for name, pieces in layout.items()}
 
 
 def source_layouts(layout: Layout) -> tuple[Layout, Layout]:
@@ -494,54 +830,6 @@ def merge(flags: argparse.Namespace) -> Iterator[str]:
             yield f"{path}: all {len(apart)} tensors are in {flags.out}, equal as {flags.dtype}"
 
 
-def split(flags: argparse.Namespace) -> Iterator[str]:
-    """The inverse of `merge`: OUT/vit and OUT/llm, each as published; the merger is left out."""
-    model, tensors = find_checkpoint(flags.path)
-    tokenizer, config = load_tokenizer(flags.path), model.config
-    released = released_names(model)
-    vit_layout, llm_layout = source_layouts(released)
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if config.tie_word_embeddings or torch.equal(*(
-            read_parameter([tensors[name]], model.get_parameter(name), None, None)
-            for name in (embedding, head))):
-        config = replace(config, tie_word_embeddings=True)
-        llm_layout.pop(head, None)
-    width = model.config.vision.embed_dim  # what Hugging Face's class has behind the last layer
-    norm = {"vision_model.post_layernorm.weight": torch.ones(width, dtype=flags.dtype),
-            "vision_model.post_layernorm.bias": torch.zeros(width, dtype=flags.dtype)}
-    with new_directory(flags.out) as partial:
-        for name, layout, more, texts in (
-                ("vit", vit_layout, norm, {"config.json": vit_json(config, flags.dtype)}),
-                ("llm", llm_layout, {}, {"config.json": llm_json(config, flags.dtype),
-                                         "tokenizer.json": tokenizer.to_str(pretty=True)})):
-            read = read_tensors(model, released, tensors, layout, flags.dtype)
-            write_directory(partial / name, chain(read, more.items()), texts)
-    yield f"{flags.out / 'vit'} and {flags.out / 'llm'}: head " + (
-        "tied to the embedding" if config.tie_word_embeddings else "of its own")
-
-
-def vit_json(config: ModelConfig, dtype: torch.dtype) -> str:
-    """`config.json` of the ViT alone, for Hugging Face's MLCDVisionModel."""
-    vision = config.vision
-    return json.dumps({
-        "architectures": ["MLCDVisionModel"], "model_type": "mlcd_vision_model",
-        "hidden_size": vision.embed_dim, "num_hidden_layers": vision.depth,
-        "num_attention_heads": vision.num_heads, "intermediate_size": vision.intermediate_size,
-        "layer_norm_eps": vision.layer_norm_eps, "hidden_act": "gelu", "image_size": 560,
-        "patch_size": 14, "num_channels": 3, "num_key_value_groups": 1, "attention_dropout": 0.0,
-        "initializer_range": config.initializer_range,
-        "torch_dtype": str(dtype).removeprefix("torch.")}, indent=2)
-
-
-def llm_json(config: ModelConfig, dtype: torch.dtype) -> str:
-    """`config.json` of the decoder alone, for Hugging Face's Qwen3 or Qwen3-MoE."""
-    kind = "Qwen3Moe" if config.num_experts else "Qwen3"
-    about = config_json(config, dtype)
-    return json.dumps({**about["text_config"], "architectures": [f"{kind}ForCausalLM"],
-                       "model_type": "qwen3_moe" if config.num_experts else "qwen3",
-                       "torch_dtype": about["torch_dtype"]}, indent=2)
-
-
 def to_fp8(tensors: Iterable[tuple[str, Tensor]], names: set[str],
            dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Those named in e4m3, each followed by the scales of its squares; the others as dtype."""
@@ -564,24 +852,24 @@ def export(flags: argparse.Namespace) -> Iterator[str]:
     model, tensors = find_checkpoint(path)
     tokenizer, released = load_tokenizer(path), released_names(model)
     check_tokenizer(path, tokenizer, model.config)
-    target, more = nested_layout(released) if flags.layout == "nested" else released, {}
-    found = read_tensors(model, released, tensors, target, None if flags.fp8 else flags.dtype)
+    more = {}
+    found = read_tensors(model, released, tensors, released, None if flags.fp8 else flags.dtype)
     if flags.fp8:
         convert_to_fp8(model)
         linear = {name: module for name, module in model.named_modules()
                   if isinstance(module, nn.Linear)}
         in_fp8 = {piece for name, module in linear.items() if isinstance(module, Fp8Linear)
-                  for piece in target[f"{name}.weight"]}
+                  for piece in released[f"{name}.weight"]}
         found = to_fp8(found, in_fp8, flags.dtype)
         more["quantization_config"] = {
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
             "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": [
                 piece.removesuffix(".weight") for name in linear  # a tied head is in no file
-                for piece in target.get(f"{name}.weight", [f"{name}.weight"])
+                for piece in released.get(f"{name}.weight", [f"{name}.weight"])
                 if piece not in in_fp8]}
     write_directory(flags.out, found,
                     side_files(model.config, tokenizer, flags.dtype, flags.code, **more))
-    yield (f"{path} -> {flags.out}: {len(tensors):,} tensors, {flags.layout} names, {flags.dtype}, "
+    yield (f"{path} -> {flags.out}: {len(tensors):,} tensors, {flags.dtype}, "
            + (f"{len(in_fp8):,} matrices in FP8, " if flags.fp8 else "")
            + (f"code of {flags.code}" if not model.config.num_experts else
               "no auto_map: there is no published code that reads mixtures of experts"))
@@ -653,7 +941,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(
         dest="command", required=True,
         parser_class=lambda prog, description: flag_parser(description))
-    for command in (merge, split, export, verify):
+    for command in (merge, export, verify):
         # what goes in
         what = command.__doc__.splitlines()[0]
         sub = commands.add_parser(command.__name__, help=what, description=what)
@@ -680,11 +968,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         if command is export:
             sub.add_argument("--fp8", action="store_true",
                              help="the decoder's large matrices in FP8, to be served")
-            sub.add_argument("--layout", default="released", choices=["released", "nested"],
-                             help="names visual.* or model.visual.*, as in the README")
-        if command in (merge, export):
-            sub.add_argument("--code", default=PUBLISHED, metavar="OWNER/NAME",
-                             help="repository whose code config.json's auto_map names")
+        sub.add_argument("--code", default=PUBLISHED, metavar="OWNER/NAME",
+                         help="repository whose code config.json's auto_map names")
     flags = parser.parse_args(arguments)
     if flags.command != "verify":
         flags.dtype = getattr(torch, flags.dtype)

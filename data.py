@@ -1,8 +1,9 @@
 """Records -> packed rows: chat template, labels, packing, and the default data set.
 
 In: records (conversations with pictures) from JSON, from WebDataset tar shards, or drawn on the
-fly.  Out: `Batch`, one packed row of tokens and one of patches, ready for `model.py`.
-Called by `train.py` and `sample.py`; calls `vision.py`.
+fly.  Out: `Row`, one packed row of tokens and one of patches, ready for `model.py`.
+Called by `parallel.py`, `train.py`, `sample.py` and `convert.py`; calls `vision.py` and
+`assets/scenes.py`.
 
 The idea.  A conversation is text between special tokens (Qwen's ChatML):
 
@@ -35,15 +36,16 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count, groupby, islice, takewhile
+from itertools import groupby, islice, takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from assets.scenes import drawn_records
 from vision import (MALFORMED, MAX_PIXELS, MERGE, MIN_PIXELS, Picture, image_to_patches,
                     open_image, patch_grid)
 
@@ -267,7 +269,7 @@ class Sample:
 
 
 @dataclass
-class Batch:
+class Row:
     """One packed row."""
 
     input_ids: Tensor  # (T,) int64
@@ -310,14 +312,14 @@ def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
                   (min_pixels, max_pixels), name)
 
 
-def pack(samples: list[Sample], cut: bool = True) -> Batch:
+def lay_out(samples: list[Sample], cut: bool = True) -> Row:
     """Lay samples end to end.  The label of a token becomes the target of the one before it.
 
     Pictures are decoded and cut only with `cut`.
     """
     lengths = torch.tensor([len(s.input_ids) for s in samples])
     grids = torch.cat([s.grid_thw for s in samples])
-    return Batch(
+    return Row(
         input_ids=torch.cat([s.input_ids for s in samples]),
         targets=torch.cat([F.pad(s.labels[1:], (0, 1), value=IGNORE) for s in samples]),
         cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)),
@@ -327,7 +329,7 @@ def pack(samples: list[Sample], cut: bool = True) -> Batch:
         names=[s.name for s in samples])
 
 
-def pack_rows(samples: Iterator[Sample], seq_length: int,
+def plan_rows(samples: Iterator[Sample], seq_length: int,
               pool_size: int = 64) -> Iterator[tuple[list[Sample], int]]:
     """Rows of at most `seq_length` tokens: the oldest waiting sample, then always the longest fit.
 
@@ -372,8 +374,6 @@ def pack_rows(samples: Iterator[Sample], seq_length: int,
 
 # ------------------------------------------------------------------------------ dealing to ranks
 
-CHUNK = 128  # tokens that stay together when a group of ranks shares a row
-
 
 def deal(work: list[float], ranks: int) -> list[list[int]]:
     """Deal items to ranks so that all finish together: in rounds, one item to each rank.
@@ -390,76 +390,6 @@ def deal(work: list[float], ranks: int) -> list[list[int]]:
             dealt[rank].append(item)
             had[rank] += work[item]
     return dealt
-
-
-@dataclass
-class Share(Batch):
-    """A rank's part of a packed row that a group of ranks works on: some tokens, some pictures.
-
-    In every layer the group gathers its keys and values, in front of the first its visual tokens:
-    all ranks' end to end, each padded to the number of the fullest.  The rank needs some of them.
-    """
-
-    position_ids: Tensor  # (T,) of the rank's tokens in their samples
-    cu_seqlens_k: Tensor  # (S + 1,) samples of which the rank has tokens, whole
-    key_rows: Tensor  # (Tk,) where their keys are among the gathered ones
-    key_room: int  # keys that a rank brings, padding included
-    visual_rows: Tensor  # (M,) where the rank's visual tokens are among the gathered ones
-    visual_room: int
-
-    def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor | None]:
-        """The arguments of `model(...)` but for `shared_row`."""
-        return {**super().inputs(device), "position_ids": self.position_ids.to(device)}
-
-
-def owner_of(dealt: list[list[int]]) -> Tensor:
-    """The rank that each item was dealt to."""
-    owners = torch.empty(sum(map(len, dealt)), dtype=torch.int64)
-    for rank, items in enumerate(dealt):
-        owners[items] = rank
-    return owners
-
-
-def gathered_places(owners: Tensor, ranks: int) -> tuple[Tensor, int]:
-    """Where each item lies when all ranks' items are gathered, and the room of each rank."""
-    owned = F.one_hot(owners, ranks)  # (items, ranks)
-    room = max(1, int(owned.sum(dim=0).max()))
-    before = (owned.cumsum(dim=0) - owned).gather(1, owners[:, None])[:, 0]  # of the same rank
-    return owners * room + before, room
-
-
-def share_row(samples: list[Sample], rank: int, ranks: int, visual_ids: list[int]) -> Share:
-    """One rank's part of a packed row: chunks of tokens dealt by attention work, pictures by size.
-
-    A rank may end up without tokens (a row of few chunks) or pictures.
-    """
-    row = pack(samples, cut=False)
-    tokens, lengths = len(row.input_ids), row.cu_seqlens.diff()
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (T,) of the row
-    position = torch.arange(tokens) - row.cu_seqlens[segment]
-    work = [float((chunk + 1).sum()) for chunk in position.split(CHUNK)]  # pairs of query and key
-    owners = owner_of(deal(work, ranks)).repeat_interleave(CHUNK)[:tokens]
-    mine = owners == rank
-    queries = torch.bincount(segment[mine], minlength=len(lengths))
-    present = queries > 0  # samples that the rank has tokens of
-    places, key_room = gathered_places(owners, ranks)
-
-    pictures = [(sample, i) for sample in samples for i in range(len(sample.images))]
-    sizes = torch.tensor([int(sample.grid_thw[i].prod()) for sample, i in pictures])
-    picture_owners = owner_of(deal(sizes.tolist(), ranks))
-    visual_owners = picture_owners.repeat_interleave(sizes.to(torch.int64) // MERGE**2)
-    visual_places, visual_room = gathered_places(visual_owners, ranks)
-    own = [pictures[i] for i in (picture_owners == rank).nonzero()[:, 0]]
-    is_visual = torch.isin(row.input_ids, torch.tensor(visual_ids))
-    return Share(
-        input_ids=row.input_ids[mine], targets=row.targets[mine], position_ids=position[mine],
-        cu_seqlens=F.pad(queries[present].cumsum(0), (1, 0)),
-        patches=torch.cat([sample.patches(i) for sample, i in own]) if own else None,
-        grid_thw=torch.stack([sample.grid_thw[i] for sample, i in own]) if own else None,
-        names=row.names,
-        cu_seqlens_k=F.pad(lengths[present].cumsum(0), (1, 0)),
-        key_rows=places[present[segment]], key_room=key_room,
-        visual_rows=visual_places[mine[is_visual]], visual_room=visual_room)
 
 
 # ---------------------------------------------------------------------- records from people's disks
@@ -613,275 +543,7 @@ def read_tar(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path} is no shard of samples: {error}") from error
 
 
-# --------------------------------------------------------- the default data set, first part: scenes
-
-COLOURS = {"red": (214, 39, 40), "green": (44, 150, 60), "blue": (40, 80, 220),
-           "yellow": (240, 200, 20), "purple": (140, 50, 170), "orange": (250, 130, 20),
-           "brown": (130, 80, 50), "black": (20, 20, 20)}
-BACKGROUNDS = {"white": (255, 255, 255), "cream": (250, 240, 215), "mist": (220, 232, 240)}
-SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
-PLACES = ("top left", "top middle", "top right", "middle left", "center", "middle right",
-          "bottom left", "bottom middle", "bottom right")
-WORDS = ("sun", "cat", "dog", "tree", "fish", "moon", "bird", "star", "milk", "book", "door",
-         "ship", "rain", "king", "lamp", "frog", "hand", "road", "salt", "wolf")
-CATEGORIES = ("colour", "shape", "count", "position", "word", "number", "chart", "two pictures",
-              "flag country", "flag continent", "flag colours")
-FONT = ImageFont.load_default(size=24)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A drawn picture, what a caption says of it, and questions by category."""
-
-    facts: tuple  # everything that is asked about; decides whether the scene is held out
-    draw: Callable[[random.Random], Image.Image]
-    caption: str
-    questions: list[tuple[str, str, str]]  # category, question, answer
-
-    @property
-    def held_out(self) -> bool:
-        """One scene in ten is never trained on; which one depends on its facts alone."""
-        return zlib.crc32(repr(self.facts).encode()) % 10 == 0
-
-
-def draw_shape(draw: ImageDraw.ImageDraw, shape: str, colour: str, x: int, y: int, r: int) -> None:
-    """One filled shape of radius r around (x, y), in pixels."""
-    fill, box = COLOURS[colour], (x - r, y - r, x + r, y + r)
-    if shape == "circle":
-        draw.ellipse(box, fill=fill)
-    elif shape == "ring":
-        draw.ellipse(box, outline=fill, width=4)
-    elif shape == "square":
-        draw.rectangle(box, fill=fill)
-    elif shape == "triangle":
-        draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=fill)
-    elif shape == "diamond":
-        draw.polygon([(x, y - r), (x - r, y), (x, y + r), (x + r, y)], fill=fill)
-    else:
-        draw.rectangle((x - r, y - 3, x + r, y + 3), fill=fill)
-        draw.rectangle((x - 3, y - r, x + 3, y + r), fill=fill)
-
-
-def objects_scene(rng: random.Random) -> Scene:
-    """One to five shapes on a 3 x 3 board: colour, shape, position, counting."""
-    background = rng.choice(list(BACKGROUNDS))
-    objects = [(cell, rng.choice(list(COLOURS)), rng.choice(SHAPES))
-               for cell in sorted(rng.sample(range(9), rng.randint(1, 5)))]
-
-    def draw(rng: random.Random) -> Image.Image:
-        image = Image.new("RGB", (84, 84), BACKGROUNDS[background])
-        for cell, colour, shape in objects:
-            x, y = (28 * i + 14 + rng.randint(-2, 2) for i in (cell % 3, cell // 3))
-            draw_shape(ImageDraw.Draw(image), shape, colour, x, y, rng.randint(9, 11))
-        return image
-
-    shapes = [shape for _, _, shape in objects]
-    colours = [colour for _, colour, _ in objects]
-    questions = [("count", "How many objects are there?", str(len(objects)))]
-    for shape in rng.sample(SHAPES, 2) + rng.sample(shapes, 1):
-        questions.append(("count", f"How many {shape}s are there?".replace("crosss", "crosses"),
-                          str(shapes.count(shape))))
-    taken = {}
-    for cell, colour, shape in objects:
-        taken[cell] = f"{colour} {shape}"
-        if shapes.count(shape) == 1:
-            questions += [("colour", f"What colour is the {shape}?", colour),
-                          ("position", f"Where is the {shape}?", PLACES[cell])]
-        if colours.count(colour) == 1:
-            questions.append(("shape", f"Which shape is {colour}?", shape))
-        if [(c, s) for _, c, s in objects].count((colour, shape)) == 1:
-            questions.append(("position", f"Where is the {colour} {shape}?", PLACES[cell]))
-    for cell in rng.sample(range(9), 1) + rng.sample(list(taken), 1):
-        questions.append(("position", f"What is at the {PLACES[cell]}?",
-                          taken.get(cell, "nothing")))
-    caption = ", ".join(f"{colour} {shape} {PLACES[cell]}" for cell, colour, shape in objects)
-    return Scene(("objects", background, *objects), draw, caption, questions)
-
-
-def sign_scene(rng: random.Random) -> Scene:
-    """A word above a number, or below it: reading."""
-    background = rng.choice(list(BACKGROUNDS))
-    word, number = rng.choice(WORDS), str(rng.randint(10, 99))
-    ink_word, ink_number = rng.choice(list(COLOURS)), rng.choice(list(COLOURS))
-    lines = [(word, ink_word), (number, ink_number)]
-    if rng.random() < 0.5:
-        lines.reverse()
-
-    def draw(rng: random.Random) -> Image.Image:
-        image = Image.new("RGB", (84, 56), BACKGROUNDS[background])
-        for i, (text, ink) in enumerate(lines):
-            x, y = 12 + rng.randint(-2, 2), 28 * i + 14 + rng.randint(-1, 1)
-            ImageDraw.Draw(image).text((x, y), text, COLOURS[ink], FONT, anchor="lm")
-        return image
-
-    questions = [("word", "Which word is printed?", word),
-                 ("number", "Which number is printed?", number),
-                 ("colour", "What colour is the word?", ink_word),
-                 ("colour", "What colour is the number?", ink_number)]
-    caption = ", ".join(f"{ink} {text}" for text, ink in lines)
-    return Scene(("sign", background, *lines), draw, caption, questions)
-
-
-def chart_scene(rng: random.Random) -> Scene:
-    """Two or three bars, one to five units high: reading a chart."""
-    colours = rng.sample(list(COLOURS), rng.randint(2, 3))
-    heights = [rng.randint(1, 5) for _ in colours]
-
-    def draw(rng: random.Random) -> Image.Image:
-        image = Image.new("RGB", (84, 84), BACKGROUNDS["white"])
-        draw = ImageDraw.Draw(image)
-        for unit in range(6):
-            draw.line((0, 78 - 14 * unit, 84, 78 - 14 * unit), fill=(200, 200, 200))
-        for i, (colour, height) in enumerate(zip(colours, heights)):
-            x = 28 * i + 7 + rng.randint(-2, 2)
-            draw.rectangle((x, 78 - 14 * height, x + 13, 78), fill=COLOURS[colour])
-        return image
-
-    questions = [("chart", f"How high is the {colour} bar?", str(height))
-                 for colour, height in zip(colours, heights)]
-    for word, extreme in (("highest", max(heights)), ("lowest", min(heights))):
-        if heights.count(extreme) == 1:
-            questions.append(("chart", f"Which bar is the {word}?",
-                              colours[heights.index(extreme)]))
-    caption = ", ".join(f"{colour} bar {height}" for colour, height in zip(colours, heights))
-    return Scene(("chart", *zip(colours, heights)), draw, caption, questions)
-
-
-# Objects ask for most; digits are learnt last, and by chance not at all if signs are rarer.
-SCENES = (objects_scene, objects_scene, sign_scene, sign_scene, chart_scene)
-
-
-def draw_scene(rng: random.Random, held_out: bool) -> Scene:
-    """A random scene of the training set or of the held-out tenth."""
-    while True:
-        scene = rng.choice(SCENES)(rng)
-        if scene.held_out == held_out:
-            return scene
-
-
-def scene_questions(rng: random.Random, held_out: bool, most: int) -> Record:
-    """One scene, or two side by side (one record in five), with up to `most` questions."""
-    scenes = [draw_scene(rng, held_out) for _ in range(2 if rng.random() < 0.2 else 1)]
-    images = [scene.draw(rng) for scene in scenes]
-    if len(scenes) == 1:
-        return conversation(rng, images, scenes[0].questions, most)
-    questions = [("two pictures", f"{question[:-1]} in the {place} picture?", answer)
-                 for place, scene in zip(("first", "second"), scenes)
-                 for _, question, answer in scene.questions]
-    return conversation(rng, images, questions, most)
-
-
-def scene_caption(rng: random.Random, held_out: bool) -> Record:
-    """One scene, told in full: every word of it is a label."""
-    scene = draw_scene(rng, held_out)
-    return caption_record(scene.draw(rng), scene.caption, "scene caption")
-
-
-# ------------------------------------------------------------------------------- second part: flags
-
-WIDTHS = range(48, 104)  # pixels; every seventh is held out, and so are crops and backgrounds:
-CROPS = (0.0, 0.02, 0.05)  # share cut off each side, a flag's file being 100 pixels wide
-HELD_OUT_CROPS = (0.01, 0.035)  # of left and right; heights differ, and pixels would coincide
-HELD_OUT_BACKGROUNDS = ((200, 180, 140), (90, 120, 110), (60, 50, 80), (235, 225, 245))
-
-
-def read_flags() -> list[Record]:
-    """The shipped flags, pictures decoded."""
-    flags = list(read_tar(ASSETS / "flags.tar"))
-    for flag in flags:
-        flag["images"] = [open_image(flag["images"][0]).convert("RGBA")]
-    return flags
-
-
-def flag_picture(rng: random.Random, flag: Image.Image, held_out: bool) -> Image.Image:
-    """The flag at some size, a little cropped, on a plain background."""
-    width = rng.choice([w for w in WIDTHS if (w % 7 == 0) == held_out])
-    sides = HELD_OUT_CROPS if held_out else CROPS
-    left, top, right, bottom = (rng.choice(crops) for crops in (sides, CROPS, sides, CROPS))
-    background = rng.choice(HELD_OUT_BACKGROUNDS if held_out else
-                            [*COLOURS.values(), *BACKGROUNDS.values()])
-    w, h = flag.size
-    flag = flag.crop((w * left, h * top, w * (1 - right), h * (1 - bottom)))
-    flag = flag.resize((width, round(width * h / w)), Image.Resampling.BILINEAR)
-    margins = [rng.randint(0, 8) for _ in range(4)]
-    size = (flag.width + margins[0] + margins[1], flag.height + margins[2] + margins[3])
-    image = Image.new("RGBA", size, background)
-    image.alpha_composite(flag, (margins[0], margins[2]))
-    return image.convert("RGB")
-
-
-def flag_questions(rng: random.Random, flag: Record, held_out: bool, most: int) -> Record:
-    """A picture of the flag with up to `most` of the questions that the shard has about it."""
-    turns = flag["messages"]
-    questions = [(flag_category(question["content"]), question["content"].removeprefix("<image>\n"),
-                  answer["content"]) for question, answer in zip(turns[::2], turns[1::2])]
-    image = flag_picture(rng, flag["images"][0], held_out)
-    return conversation(rng, [image], questions, most)
-
-
-def flag_category(question: str) -> str:
-    """The category of a question of the shard, by the word that it asks for."""
-    return "flag " + next(word for word in ("country", "continent", "colours") if word in question)
-
-
-def flag_caption(rng: random.Random, flag: Record, held_out: bool) -> Record:
-    """A picture of the flag with all three answers as its caption."""
-    country, continent, colours = (turn["content"] for turn in flag["messages"][1::2])
-    return caption_record(flag_picture(rng, flag["images"][0], held_out),
-                          f"flag of {country}, {continent}, {colours}", "flag caption")
-
-
 # ------------------------------------------------------------------------------- streams of records
-
-
-def conversation(rng: random.Random, images: list[Image.Image],
-                 questions: list[tuple[str, str, str]], most: int) -> Record:
-    """Up to `most` of the questions in random order, pictures in front of the first."""
-    questions = list(dict.fromkeys(questions))  # each once
-    chosen = rng.sample(questions, min(most, len(questions)))
-    messages = []
-    for i, (_, question, answer) in enumerate(chosen):
-        content = [{"type": "text", "text": question}]
-        messages += [{"role": "user", "content": content if i else
-                      [{"type": "image"}] * len(images) + content},
-                     {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    return {"messages": messages, "images": images, "category": chosen[0][0]}
-
-
-def caption_record(image: Image.Image, caption: str, category: str) -> Record:
-    """The form of upstream's stages 1 and 1.5: the user's turn is the picture and nothing else."""
-    return {"messages": [{"role": "user", "content": [{"type": "image"}]},
-                         {"role": "assistant", "content": [{"type": "text", "text": caption}]}],
-            "images": [image], "category": category}
-
-
-def default_records(kind: str, seed: int, held_out: bool = False, most: int = 5,
-                    flag_share: float = 0.45) -> Iterator[Record]:
-    """Endless `captions`, `questions`, or both `mixed`, over drawn scenes and flags.
-
-    The stream depends on the arguments alone; `most` limits the questions of one conversation.
-    """
-    flags, rng = read_flags(), random.Random(f"{kind} {seed} {held_out}")
-    for number in count():
-        captions = kind == "captions" or kind == "mixed" and rng.random() < 0.35
-        if rng.random() < flag_share:
-            flag = rng.choice(flags)
-            record = (flag_caption(rng, flag, held_out) if captions else
-                      flag_questions(rng, flag, held_out, most))
-        else:
-            record = (scene_caption(rng, held_out) if captions else
-                      scene_questions(rng, held_out, most))
-        yield {"id": f"{kind} {number}", **record}
-
-
-def held_out_questions(per_category: int) -> dict[str, list[Record]]:
-    """The test set: single questions about held-out scenes and flags, always the same ones."""
-    chosen: dict[str, list[Record]] = {category: [] for category in CATEGORIES}
-    for record in default_records("questions", seed=0, held_out=True, most=1):
-        if len(chosen[record["category"]]) < per_category:
-            chosen[record["category"]].append(record)
-        if all(len(records) == per_category for records in chosen.values()):
-            return chosen
 
 
 def file_records(path: Path, seed: int) -> Iterator[Record]:
@@ -901,89 +563,85 @@ def file_records(path: Path, seed: int) -> Iterator[Record]:
             raise ValueError(f"{path} holds no records")
 
 
-def records(data: str, seed: int) -> Iterator[Record]:
+def record_stream(data: str, seed: int) -> Iterator[Record]:
     """Endless training records: `captions`, `questions`, `mixed`, or the path of a file."""
     if data in ("captions", "questions", "mixed"):
-        return default_records(data, seed)
+        return drawn_records(data, seed)
     return file_records(Path(data), seed)
 
 
 @dataclass
 class Step:
-    """What a rank trains on in one optimizer step, and what all ranks together do."""
+    """What a rank trains on in one optimizer step, and what all ranks do together."""
 
-    rows: list[Batch | Share]
-    row_labels: list[int]  # tokens learnt of each row, all shares of it together
-    sums: dict[str, float]  # over all ranks: tokens, labels, samples, images, skipped, costs; and
-    # balance, the mean over the largest cost of what the ranks do at the same time
+    rows: list[Any]  # of this rank: Row, or a rank's part of one
+    sums: dict[str, float]  # over all ranks: tokens, labels, samples, images, skipped, costs
+    balance: float  # mean over largest cost of what the ranks do at the same time
 
 
 class PackedRows(torch.utils.data.IterableDataset):
     """Endless steps of `rows` packed rows, for a DataLoader with batch_size=None.
 
-    Every rank reads the whole stream, but of what others train on it decodes no picture.  So the
-    rows of a step are the same whatever the number of ranks, and can be dealt by what they cost.
-    All must see the same files.
-    Ranks form data_ranks groups of context_ranks neighbours; a group shares each of its rows.
-    cost: what a row (without its patches) costs, by name; rows are dealt by the first.
+    Every rank reads every record, but decodes only the pictures it trains on.  So the rows of a
+    step are the same for any number of ranks, and can be dealt by what they cost.  All ranks must
+    have the same files.
+    rank, ranks: this one's number among those that train on different rows, and how many there are.
+    cost: what a row (without its patches) costs, by name; rows are dealt by the first cost.
+    cut: makes what the rank trains on of a row's samples; `lay_out`, or `parallel.share_row`.
     """
 
     def __init__(self, data: str, tokenizer: Tokenizer, seq_length: int, seed: int,
-                 max_pixels: int = MAX_PIXELS, rows: int = 1, rank: int = 0, data_ranks: int = 1,
-                 context_ranks: int = 1,
-                 cost: Callable[[Batch], dict[str, float]] | None = None) -> None:
-        self.data, self.tokenizer, self.seq_length = data, tokenizer, seq_length
-        self.seed, self.max_pixels, self.rows = seed, max_pixels, rows
+                 max_pixels: int = MAX_PIXELS, rows: int = 1, rank: int = 0, ranks: int = 1,
+                 cost: Callable[[Row], dict[str, float]] | None = None,
+                 cut: Callable[[list[Sample]], Any] = lay_out) -> None:
+        self.data, self.tokenizer = data, tokenizer
+        self.seq_length, self.seed, self.max_pixels, self.rows = seq_length, seed, max_pixels, rows
+        self.rank, self.ranks, self.cut = rank, ranks, cut
         self.cost = cost or (lambda row: {"length": float(len(row.input_ids))})
-        self.data_rank, self.context_rank = divmod(rank, context_ranks)
-        self.data_ranks, self.context_ranks = data_ranks, context_ranks
-        self.visual_ids = [tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
 
     def __iter__(self) -> Iterator[Step]:
         worker = torch.utils.data.get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        mine = islice(records(self.data, self.seed), first, None, step)
+        mine = islice(record_stream(self.data, self.seed), first, None, step)
         samples = (encode(record, self.tokenizer, max_pixels=self.max_pixels) for record in mine)
-        stream = pack_rows(samples, self.seq_length)
+        stream = plan_rows(samples, self.seq_length)
         while rows := list(islice(stream, self.rows)):
             yield self.step_of([row for row, _ in rows], sum(skipped for _, skipped in rows))
 
     def step_of(self, rows: list[list[Sample]], skipped: int) -> Step:
-        """This rank's part of a step."""
-        measured = [pack(row, cut=False) for row in rows]
+        """This rank's part of a step: its rows cut, all rows counted."""
+        measured = [lay_out(row, cut=False) for row in rows]
         costs = [self.cost(row) for row in measured]
         work = [next(iter(cost.values())) for cost in costs]
-        dealt = deal(work, self.data_ranks)
-        rounds = [[work[i] for i in together] for together in zip(*dealt)]
-        mine = dealt[self.data_rank]
-        labels = [row.labels for row in measured]
-        return Step(
-            rows=[pack(rows[i]) if self.context_ranks == 1 else
-                  share_row(rows[i], self.context_rank, self.context_ranks, self.visual_ids)
-                  for i in mine],
-            row_labels=[labels[i] for i in mine],
-            sums={"tokens": sum(len(row.input_ids) for row in measured), "labels": sum(labels),
-                  "samples": sum(map(len, rows)), "skipped": skipped,
-                  "images": sum(len(sample.images) for row in rows for sample in row),
-                  "balance": sum(work) / self.data_ranks / sum(map(max, rounds)),
-                  **{name: sum(cost[name] for cost in costs) for name in costs[0]}})
+        dealt = deal(work, self.ranks)
+        # the ranks do their first rows at the same time, then their second ones, ...
+        slowest = [max(work[i] for i in together) for together in zip(*dealt)]
+        sums = {"tokens": sum(len(row.input_ids) for row in measured),
+                "labels": sum(row.labels for row in measured),
+                "samples": sum(len(row) for row in rows),
+                "images": sum(len(sample.images) for row in rows for sample in row),
+                "skipped": skipped}
+        for name in costs[0]:
+            sums[name] = sum(cost[name] for cost in costs)
+        return Step(rows=[self.cut(rows[i]) for i in dealt[self.rank]], sums=sums,
+                    balance=sum(work) / self.ranks / sum(slowest))
 
 
 # ----------------------------------------------------------------------------------- python data.py
 
 
-def default_texts(seed: int) -> Iterator[str]:
+def drawn_texts(seed: int) -> Iterator[str]:
     """Text of 8,000 default records, template included: what the tiny tokenizer learns from."""
     for kind in ("captions", "questions"):
-        for record in islice(default_records(kind, seed), 4000):
+        for record in islice(drawn_records(kind, seed), 4000):
             pieces = render(record["messages"], [1] * len(record["images"]))
             yield from (piece for piece, repeats, _ in pieces if not repeats)
 
 
 def inspect(data: str, count: int, seq_length: int, save: str) -> None:
     """Print records with what is learnt in brackets, then how full packed rows are."""
-    tokenizer = train_tokenizer(default_texts(0), 1024)
-    for number, record in enumerate(islice(records(data, 0), count)):
+    tokenizer = train_tokenizer(drawn_texts(0), 1024)
+    for number, record in enumerate(islice(record_stream(data, 0), count)):
         sample = encode(record, tokenizer)
         print(f"\n{number}: {len(sample.input_ids)} tokens, {int((sample.labels >= 0).sum())} "
               f"learnt, pictures of {[grid[1:] for grid in sample.grid_thw.tolist()]} patches")

@@ -35,12 +35,10 @@ each quantises the rows it holds, and 8 bits a weight are gathered, not 16.
 Shapes: M tokens, K inputs and N outputs of a layer, R rows and C columns of any matrix, B blocks of
 128 columns, X matrices of experts, one above the other.
 
-Run `python fp8_kernel.py`: prints errors against float64 and, on a GPU with FP8, timings.
+Run `python fp8_kernel.py`: prints errors against float64; `python -m benchmarks.fp8`, timings.
 """
 
 import sys
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +50,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attention_kernel import (compute_capability, has_copy_engine, median_ms, print_machine,
-                              uses_kernels)
+from attention_kernel import compute_capability, has_copy_engine, uses_kernels
 
 BLOCK = 128  # numbers that share a scale, along the side that is summed
 E4M3 = torch.float8_e4m3fn
@@ -620,174 +617,54 @@ def quantize_weights(model: nn.Module) -> None:
         raise ValueError(f"the weights of {broken} are not finite")
 
 
-# ------------------------------------------------------------------------- errors and timings
-
-LAYERS = {  # inputs and outputs of the matrices that read the same numbers, together
-    "4b": {"qkv": (2560, 6144), "o": (4096, 2560), "gate+up": (2560, 19456), "down": (9728, 2560)},
-    "8b": {"qkv": (4096, 6144), "o": (4096, 4096), "gate+up": (4096, 24576), "down": (12288, 4096)}}
-Product = Callable[[], Tensor]  # of two matrices that were prepared
-
-
-def this_file(a: Tensor, b: Tensor) -> Product:
-    rows, squares = quantize_fp8(a)[0], quantize_fp8(b, square=True)[0]
-    return lambda: fp8_matmul(rows, squares, a.dtype)
-
-
-def quantise_and_multiply(a: Tensor, b: Quantized) -> Tensor:
-    return fp8_matmul(quantize_fp8(a)[0], b, a.dtype)
-
-
-def bfloat16(a: Tensor, b: Tensor) -> Product:
-    a, b = a.bfloat16(), b.bfloat16()
-    return lambda: a @ b.T
-
-
-def scaled_mm(a: Tensor, b: Tensor, kind: str) -> Product:
-    """PyTorch's product, with a scale for all of a matrix, for each row, or for blocks as here."""
-    recipe = {"tensor": "TensorWise", "row": "RowWise", "block": "BlockWise1x128"}
-    kinds = [getattr(F.ScalingType, recipe[kind])] * 2
-    if kind == "block":
-        kinds[1] = F.ScalingType.BlockWise128x128
-        (a8, scale_a), (b8, scale_b) = quantize_fp8(a)[0], quantize_fp8(b, square=True)[0]
-    else:
-        dims = None if kind == "tensor" else 1
-        scale_a, scale_b = (x.float().abs().amax(dims, keepdim=dims == 1) / 448 for x in (a, b))
-        a8, b8 = ((x.float() / scale).to(E4M3) for x, scale in ((a, scale_a), (b, scale_b)))
-    scale_b = scale_b.T if scale_b.dim() else scale_b
-    return lambda: F.scaled_mm(a8, b8.T, scale_a, kinds[0], scale_b, kinds[1],
-                               output_dtype=torch.bfloat16)
-
-
-WAYS: dict[str, Callable[[Tensor, Tensor], Product]] = {
-    "this file": this_file, "bfloat16": bfloat16,
-    **{f"by {kind}": partial(scaled_mm, kind=kind) for kind in ("tensor", "row", "block")}}
+# ------------------------------------------------------------------------------------------- errors
 
 
 def fp8_of(weight: nn.Parameter) -> Fp8Linear:
+    """A layer with this weight, quantised."""
     layer = Fp8Linear(weight)
     quantize_weights(layer)
     return layer
 
 
-def attempt(reasons: dict[str, str], name: str, call: Callable, *arguments: object) -> Any:
-    """What the call returns; None if it cannot be done here, and the reason is kept."""
-    try:
-        return call(*arguments)
-    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
-        reasons[name] = str(error).strip().split("\n")[0][:90]
-        return None
-
-
-def print_errors(device: str) -> None:
-    """Errors of the three products against float64, relative, root mean square."""
+def error_cases(device: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors a, b of the products a b' of a linear layer; one channel in a hundred of the
+    activations is much larger than the others, as in real ones."""
     torch.manual_seed(0)
     x, w, dy = (torch.randn(*shape, device=device) for shape in ((512, 1024), (768, 1024),
                                                                 (512, 768)))
-    x[:, ::100] *= 30  # activations have channels that are much larger than the others
-    pairs = {"y = x W'": (x, w), "dx = dy W": (dy, w.T.contiguous()),
-             "dW = dy' x": (dy.T.contiguous(), x.T.contiguous())}
-    exact = [a.double() @ b.double().T for a, b in pairs.values()]
-    reasons: dict[str, str] = {}
-    print(f"{'error against float64':24}" + "".join(f"{name:>13}" for name in pairs))
-    for name, way in WAYS.items():
-        if name == "this file":  # as a layer computes them
-            layer, inputs = fp8_of(nn.Parameter(w)), x.clone().requires_grad_()
-            y = layer(inputs)
-            found = [y.detach(), *torch.autograd.grad(y, (inputs, layer.weight), dy)]
-        else:
-            calls = [attempt(reasons, name, way, *pair) for pair in pairs.values()]
-            found = [call and attempt(reasons, name, call) for call in calls]
-        print(f"{name:24}" + "".join(
-            f"{'-':>13}" if ours is None else f"{float((ours - y).norm() / y.norm()):13.2e}"
-            for ours, y in zip(found, exact)))
-    print(*(f"- {name}: {reason}" for name, reason in reasons.items()), sep="\n")
+    x[:, ::100] *= 30
+    return {"y = x W'": (x, w), "dx = dy W": (dy, w.T.contiguous()),
+            "dW = dy' x": (dy.T.contiguous(), x.T.contiguous())}
 
 
-def print_products(model: str) -> None:
-    """TFLOP/s of the product alone, ours also with x quantised before it; bfloat16's is cuBLAS."""
-    reasons: dict[str, str] = {}
-    print(f"\n{model + ', product':18}{'tokens':>7}" + "".join(f"{name:>11}" for name in WAYS)
-          + f"{'quantising':>12}{'/ bfloat16':>12}{'/ by block':>12}")
-    for name, (inputs, outputs) in LAYERS[model].items():
-        for tokens in (8192, 16384):
-            x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
-            w = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16)
-            calls = {way: attempt(reasons, way, prepare, x, w) for way, prepare in WAYS.items()}
-            calls["quantising"] = partial(quantise_and_multiply, x,
-                                          quantize_fp8(w, square=True)[0])
-            ms = {way: call and attempt(reasons, way, median_ms, call, "cuda")
-                  for way, call in calls.items()}
-            print(f"{name:18}{tokens:7}" + "".join(
-                f"{2e-9 * tokens * inputs * outputs / t:11.0f}" if t else f"{'-':>11}"
-                for t in ms.values()) + "".join(
-                f"{ms[other] / ms['this file']:12.2f}" if ms[other] and ms["this file"] else
-                f"{'-':>12}" for other in ("bfloat16", "by block")), flush=True)
-    print(*(f"- {name}: {reason}" for name, reason in reasons.items()), sep="\n")
+def layer_products(pairs: dict[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The three products of `error_cases` as an FP8 layer computes them."""
+    (x, w), (dy, _), _ = pairs.values()
+    layer, inputs = fp8_of(nn.Parameter(w)), x.clone().requires_grad_()
+    y = layer(inputs)
+    return [y.detach(), *torch.autograd.grad(y, (inputs, layer.weight), dy)]
 
 
-def passes_ms(layer: nn.Module, x: Tensor, device: str) -> float:
-    """Milliseconds of a forward and a backward pass."""
-    x = x.detach().requires_grad_()
-    dy = torch.randn_like(layer(x))
-    wanted = [x, *layer.parameters()]
-    return median_ms(lambda: torch.autograd.grad(layer(x), wanted, dy), device)
-
-
-def print_layers(sizes: dict[str, tuple[int, int]], tokens: int, device: str,
-                 dtype: torch.dtype) -> None:
-    """Linear layers, forward and backward: how much faster than in `dtype`, and which share of the
-    time quantising takes (x and dy along both sides, W transposed).  Matrices that read the same
-    numbers are one here; in a model they share the quantised numbers if it is compiled."""
-    print(f"\n{f'{tokens:,} tokens, forward + backward':36}{str(dtype)[6:]:>10}{'FP8':>10}"
-          f"{'ratio':>8}{'quantising':>12}")
-    for name, (inputs, outputs) in sizes.items():
-        layer = nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
-        x, dy = (torch.randn(tokens, n, device=device, dtype=dtype) for n in (inputs, outputs))
-        fast = fp8_of(layer.weight)
-        before, after = passes_ms(layer, x, device), passes_ms(fast, x, device)
-        extra = sum(median_ms(call, device) for call in (
-            partial(quantize_fp8, x, transposed=True), partial(transpose_op, fast.values, 1),
-            partial(quantize_fp8, dy, transposed=True)))
-        print(f"{f'{name}, {inputs} to {outputs}':36}{before:7.2f} ms{after:7.2f} ms"
-              f"{before / after:8.2f}{extra / after:12.1%}", flush=True)
-
-
-def print_decoder_layer(tokens: int) -> None:
-    """A decoder layer of 4B on one document, forward and backward, each compiled."""
-    from model import PRESETS, DecoderLayer
-    config = PRESETS["4b"]
-    x = torch.randn(tokens, config.hidden_size, device="cuda", dtype=torch.bfloat16)
-    cu_seqlens = torch.tensor([0, tokens], device="cuda")
-    angles = torch.rand(tokens, 1, config.head_dim // 2, device="cuda")
-    ms = []
-    for fp8 in (False, True):
-        layer = DecoderLayer(config, 0).to("cuda", torch.bfloat16)
-        if fp8:
-            convert_to_fp8(layer)
-            quantize_weights(layer)
-        run = torch.compile(partial(layer, cu_seqlens=cu_seqlens, max_seqlen=tokens,
-                                    cos=angles.cos(), sin=angles.sin()))
-        run.parameters = layer.parameters
-        ms.append(passes_ms(run, x, "cuda"))
-    print(f"\ndecoder layer of 4B, {tokens:,} tokens, forward + backward: bfloat16 {ms[0]:.2f} ms, "
-          f"FP8 {ms[1]:.2f} ms, {ms[0] / ms[1]:.2f} times as fast")
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Root mean square of the error over that of the exact numbers."""
+    return float((found - exact).norm() / exact.norm())
 
 
 def main() -> None:
-    device = print_machine()
+    """Print the errors of a layer's three products against float64, beside those of bfloat16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         check_device(torch.device(device))
     except ValueError as error:
         sys.exit(f"fp8_kernel.py: {error}")
-    print_errors(device)
-    if device == "cpu":
-        print_layers({"tiny's gate": (256, 384), "square": (1024, 1024)}, 1024, device,
-                     torch.float32)
-        return
-    for model, sizes in LAYERS.items():
-        print_products(model)
-        print_layers(sizes, 8192, device, torch.bfloat16)
-    print_decoder_layer(8192)
+    pairs = error_cases(device)
+    exact = [a.double() @ b.double().T for a, b in pairs.values()]
+    plain = [a.bfloat16() @ b.bfloat16().T for a, b in pairs.values()]
+    print(f"{'error against float64':24}" + "".join(f"{name:>13}" for name in pairs))
+    for name, found in (("this file", layer_products(pairs)), ("bfloat16", plain)):
+        print(f"{name:24}" + "".join(f"{relative_error(y, true):13.2e}"
+                                     for y, true in zip(found, exact)))
 
 
 if __name__ == "__main__":

@@ -26,31 +26,20 @@ Run `python model.py`: prints parameters of every preset by part, and how many a
 matrices that a token passes.
 """
 
-import json
-import math
-import os
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.utils.checkpoint import checkpoint
 
-from attention_kernel import flash_attn_varlen_func, segment_ids
-from vision import RiceViT, VisionConfig, apply_rope
+from attention_kernel import flash_attn_varlen_func, packed_positions, segment_ids
+from vision import MERGE, PATCH_NUMBERS, RiceViT, VisionConfig, apply_rope, visual_tokens
 
-SCALES = "_scale_inv"  # behind the name of a weight in FP8, in that of its scales
-SQUARE = 128  # rows and columns of such a weight that share a scale
 LOSS_CHUNK = 1024  # rows of logits alive at once: 1024 x 151,936 fp32 = 0.6 GB
 
 
@@ -79,115 +68,39 @@ class ModelConfig:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "ModelConfig":
-        """Read a released `config.json`, as transformers 4 or 5 writes it.
-
-        tie_word_embeddings is true unless the file says false, inside or outside of text_config:
-        published ones often say nothing, and then the head is tied if there is none.
-        Raises ValueError naming the file and what it lacks.
-        """
-        file = Path(path) / "config.json"
-        if not file.is_file():
-            raise ValueError(f"{path} is no checkpoint: it has no config.json")
-        raw = read_json_object(file)
-        text, vision = raw.get("text_config"), raw.get("vision_config")
-        if not isinstance(text, dict) or not isinstance(vision, dict):
-            raise ValueError(f"{file} lacks text_config or vision_config")
-
-        quantized = raw.get("quantization_config") or {}
-        if not isinstance(quantized, dict):
-            raise ValueError(f"{file}: quantization_config is no object")
-        refuse_others(file, quantized, {"quant_method": "fp8", "fmt": "e4m3",
-                                        "weight_block_size": [SQUARE, SQUARE]})
-        refuse_others(file, vision, {"patch_size": 14, "spatial_merge_size": 2, "in_channels": 3,
-                                     "temporal_patch_size": 1, "hidden_act": "gelu"})
-        ids = {key: int(number(file, raw, key)) for key in ("image_token_id", "video_token_id")}
-        if raw.get("tie_word_embeddings") is False:  # transformers 5 says it here, 4 in text_config
-            text = {**text, "tie_word_embeddings": False}
-        seen = whole_numbers(file, vision, "depth", "embed_dim", "num_heads", "intermediate_size",
-                             "text_hidden_size")
-        return cls(**decoder_fields(file, text), **ids, vision=VisionConfig(
-            **seen, layer_norm_eps=number(file, vision, "layer_norm_eps")))
+        """The sizes of a checkpoint directory, from its `config.json`."""
+        from convert import read_config  # the one import upward: convert.py knows the files
+        return read_config(path)
 
 
-def number(file: Path, section: dict, key: str) -> float:
-    """A positive number of a configuration file.  Raises ValueError if it is none."""
-    value = section.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{file}: {key} is {value!r}, not a positive number")
-    return value
+def qwen3(layers: int, width: int, mlp_width: int, heads: int, rope_theta: float,
+          key_heads: int = 8, **experts: int) -> ModelConfig:
+    """A released size: heads of width 128, beside the full RICE-ViT."""
+    return ModelConfig(hidden_size=width, intermediate_size=mlp_width, num_hidden_layers=layers,
+                       num_attention_heads=heads, num_key_value_heads=key_heads,
+                       rope_theta=rope_theta, vision=VisionConfig(text_hidden_size=width),
+                       **experts)
 
 
-def whole_numbers(file: Path, section: dict, *keys: str) -> dict[str, int]:
-    """Positive whole numbers of a configuration file, by name.  Raises ValueError."""
-    for key in keys:
-        if number(file, section, key) % 1:
-            raise ValueError(f"{file}: {key} is {section[key]}, not a whole number")
-    return {key: int(section[key]) for key in keys}
-
-
-def refuse_others(file: Path, section: dict, supported: dict[str, Any]) -> None:
-    """Raise ValueError if a setting is there and has another value than the one supported."""
-    for key, value in supported.items():
-        if section.get(key) not in (None, value):
-            raise ValueError(f"{file}: {key} is {section[key]}, only {value} is supported")
-
-
-def decoder_fields(file: Path, text: dict) -> dict[str, Any]:
-    """The decoder's fields of a ModelConfig, from a `text_config` or Qwen3's own `config.json`.
-
-    Raises ValueError naming the file and what it lacks.
-    """
-    rope = text.get("rope_parameters") or text  # transformers 5 nests the base
-    scaling = text.get("rope_scaling") or rope
-    if not isinstance(rope, dict) or not isinstance(scaling, dict):
-        raise ValueError(f"{file}: rope_parameters or rope_scaling is no object")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{file}: rotary scaling {kind!r} is not supported")
-    refuse_others(file, text, {"attention_bias": False, "hidden_act": "silu",
-                               "use_sliding_window": False, "partial_rotary_factor": 1.0,
-                               "attention_dropout": 0.0})
-    kinds = text.get("layer_types") or []
-    if not isinstance(kinds, list) or {*map(str, kinds)} - {"full_attention"}:
-        raise ValueError(f"{file}: layer_types has others than full_attention, which is not "
-                         "supported")
-    fields = whole_numbers(
-        file, text, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")
-    fields |= {key: number(file, text, key) for key in ("rms_norm_eps", "initializer_range")}
-    if text.get("num_experts"):
-        refuse_others(file, text, {"decoder_sparse_step": 1, "mlp_only_layers": [],
-                                   "norm_topk_prob": True})
-        fields |= whole_numbers(file, text, "num_experts", "num_experts_per_tok",
-                                "moe_intermediate_size")
-        if fields["num_experts_per_tok"] > fields["num_experts"]:
-            raise ValueError(f"{file}: num_experts_per_tok is {fields['num_experts_per_tok']}, of "
-                             f"{fields['num_experts']} experts")
-    return {**fields, "rope_theta": number(file, rope, "rope_theta"),
-            "tie_word_embeddings": text.get("tie_word_embeddings") is not False}
-
-
-def qwen3(layers: int, hidden: int, ffn: int, heads: int, theta: float) -> ModelConfig:
-    """A released size: 8 key heads of width 128 beside the full RICE-ViT."""
-    return ModelConfig(hidden, ffn, layers, heads, 8, theta,
-                       vision=VisionConfig(text_hidden_size=hidden))
-
-
+TINY = ModelConfig(
+    hidden_size=256, intermediate_size=384, num_hidden_layers=3,
+    num_attention_heads=8, num_key_value_heads=8, head_dim=32, rope_theta=1e4,
+    vocab_size=1024, image_token_id=12, video_token_id=13,
+    max_position_embeddings=4096, initializer_range=0.06,
+    vision=VisionConfig(depth=4, embed_dim=128, num_heads=4, intermediate_size=512,
+                        text_hidden_size=256))
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(256, 384, 3, 8, 8, 1e4, head_dim=32, vocab_size=1024,
-                        max_position_embeddings=4096, initializer_range=0.06,
-                        image_token_id=12, video_token_id=13,
-                        vision=VisionConfig(4, 128, 4, 512, 256)),
-    "2b": qwen3(28, 2048, 6144, 16, 1e6),
-    "4b": qwen3(36, 2560, 9728, 32, 5e6),
-    "8b": qwen3(36, 4096, 12288, 32, 1e6),
-    "14b": qwen3(40, 5120, 17408, 40, 1e6),
-    "32b": qwen3(64, 5120, 25600, 64, 1e6),
+    "tiny": TINY,
+    # a token passes 3 experts of width 128: 384, as in tiny
+    "tiny-moe": replace(TINY, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=128),
+    "2b": qwen3(layers=28, width=2048, mlp_width=6144, heads=16, rope_theta=1e6),
+    "4b": qwen3(layers=36, width=2560, mlp_width=9728, heads=32, rope_theta=5e6),
+    "8b": qwen3(layers=36, width=4096, mlp_width=12288, heads=32, rope_theta=1e6),
+    "14b": qwen3(layers=40, width=5120, mlp_width=17408, heads=40, rope_theta=1e6),
+    "32b": qwen3(layers=64, width=5120, mlp_width=25600, heads=64, rope_theta=1e6),
+    "30b-a3b": qwen3(layers=48, width=2048, mlp_width=6144, heads=32, rope_theta=1e7, key_heads=4,
+                     num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
 }
-PRESETS["tiny-moe"] = replace(PRESETS["tiny"], num_experts=8, num_experts_per_tok=3,
-                              moe_intermediate_size=128)  # of which a token passes 384, as in tiny
-PRESETS["30b-a3b"] = replace(qwen3(48, 2048, 6144, 32, 1e7), num_key_value_heads=4,
-                             num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
 
 
 # -------------------------------------------------------------------------------------- the decoder
@@ -205,12 +118,27 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
+class Where(NamedTuple):
+    """What attention has to know of its keys, beside the keys."""
+
+    cu_seqlens: Tensor  # (S + 1,) where the keys of each segment begin
+    max_seqlen: int  # keys of the longest segment at most
+    q_positions: Tensor | None = None  # (T,) of the queries; None: they stand at the last keys
+
+
+class Keys(Protocol):
+    """Keys that are not those of the row itself: of a `KVCache`, or of `parallel.GatheredKeys`."""
+
+    def begin(self, cu_seqlens: Tensor, positions: Tensor) -> None: ...
+    def of_layer(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Where]: ...
+
+
 class KVCache:
     """Keys and values of S growing segments, room for `capacity` tokens in each.
 
-    Segment s owns rows s * capacity to (s + 1) * capacity.  Nothing is moved when it grows: every
-    query says by its position how far it sees.  `advance` is called once per step with the new
-    tokens' cu_seqlens and positions, then `update` by each layer.
+    Segment s owns the slots s * capacity to (s + 1) * capacity.  Nothing is moved when it grows:
+    every query says by its position how far it sees.  `begin` is called once per step with the new
+    tokens' cu_seqlens and positions, then `of_layer` by each layer.
     """
 
     def __init__(self, config: ModelConfig, segments: int, capacity: int, like: Tensor) -> None:
@@ -220,58 +148,20 @@ class KVCache:
         self.capacity, self.steps = capacity, 0
         self.cu_seqlens = torch.arange(segments + 1, device=like.device) * capacity
 
-    def advance(self, cu_seqlens: Tensor, positions: Tensor) -> None:
-        self.positions, self.steps = positions, self.steps + 1
+    def begin(self, cu_seqlens: Tensor, positions: Tensor) -> None:
+        """Take note of a step's new tokens: cu_seqlens (S + 1,), positions (T,) in the segments."""
+        self.steps += 1
+        self.new_tokens = cu_seqlens
+        self.positions = positions
         self.slots = self.cu_seqlens[segment_ids(cu_seqlens)] + positions  # (T,)
 
-    def update(self, layer: int, k: Tensor, v: Tensor, own: dict) -> tuple[Tensor, Tensor, dict]:
-        """Store k, v (T, G, E) of the step; return the keys and values to attend to, and where
-        they are: `own` as they came in the first step, all of the cache in later ones."""
-        self.k[layer, self.slots], self.v[layer, self.slots] = k, v
-        if self.steps == 1:
-            return k, v, own
-        return self.k[layer], self.v[layer], {
-            "cu_seqlens_k": self.cu_seqlens, "max_seqlen_k": self.capacity,
-            "q_positions": self.positions}
-
-
-class SharedRow:
-    """A packed row that a group of ranks works on (context parallelism); it takes a cache's place.
-
-    A rank has the queries of its own tokens; keys and values are gathered from the group in every
-    layer, so that attention sees nothing but queries, their positions, and whole samples of keys.
-    share: the rank's part, a `data.Share`, which says where among the gathered rows its keys are.
-    mesh: the group, of one dimension.
-    """
-
-    def __init__(self, share: Any, mesh: DeviceMesh, device: torch.device) -> None:
-        self.mesh, self.key_room, self.visual_room = mesh, share.key_room, share.visual_room
-        self.cu_seqlens_k = share.cu_seqlens_k.to(device)
-        self.key_rows, self.visual_rows = share.key_rows.to(device), share.visual_rows.to(device)
-
-    def gather(self, x: Tensor, room: int, rows: Tensor) -> Tensor:
-        """The `rows` wanted of what all ranks bring, x of each padded to `room`.
-
-        The gradient of a row that several ranks want is the sum of theirs.
-        """
-        x = F.pad(x, (0,) * (2 * x.dim() - 1) + (room - len(x),))
-        x = DTensor.from_local(x, self.mesh, [Shard(0)]).full_tensor(grad_placements=[Partial()])
-        return x.index_select(0, rows)
-
-    def gather_visual(self, tokens: Tensor) -> Tensor:
-        """The visual tokens (M, C) that belong in this rank's holes, whoever made them."""
-        return self.gather(tokens, self.visual_room, self.visual_rows)
-
-    def advance(self, cu_seqlens: Tensor, positions: Tensor) -> None:
-        self.positions = positions
-
-    def update(self, layer: int, k: Tensor, v: Tensor, own: dict) -> tuple[Tensor, Tensor, dict]:
-        """Keys and values (Tk, G, E) of all samples of which this rank has queries; as KVCache's,
-        but nothing is kept.  Their gradients are added over the group in their own dtype."""
-        both = self.gather(torch.cat([k, v], dim=1), self.key_room, self.key_rows)
-        k, v = both.chunk(2, dim=1)
-        return k, v, {"cu_seqlens_k": self.cu_seqlens_k, "max_seqlen_k": len(k),
-                      "q_positions": self.positions}
+    def of_layer(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Where]:
+        """Store k, v (T, G, E) of the new tokens; return the keys and values to attend to."""
+        self.k[layer, self.slots] = k
+        self.v[layer, self.slots] = v
+        if self.steps == 1:  # the new tokens are all there are: no need to read them back
+            return k, v, Where(self.new_tokens, len(k))
+        return self.k[layer], self.v[layer], Where(self.cu_seqlens, self.capacity, self.positions)
 
 
 class SelfAttention(nn.Module):
@@ -290,16 +180,16 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor,
-                cache: KVCache | SharedRow | None) -> Tensor:
+                keys: "Keys | None") -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q = apply_rope(self.q_norm(q), cos, sin)  # (T, H, E)
         k = apply_rope(self.k_norm(k), cos, sin)  # (T, G, E)
-        keys = {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": max_seqlen}
-        if cache is not None:
-            k, v, keys = cache.update(self.layer, k, v, keys)
-        out = flash_attn_varlen_func(q, k, v, cu_seqlens, max_seqlen_q=max_seqlen, causal=True,
-                                     **keys)
+        where = Where(cu_seqlens, max_seqlen)  # keys are those of these very tokens ...
+        if keys is not None:  # ... or of a growing cache, or gathered from other ranks
+            k, v, where = keys.of_layer(self.layer, k, v)
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, where.cu_seqlens, max_seqlen,
+                                     where.max_seqlen, causal=True, q_positions=where.q_positions)
         return self.o_proj(out.flatten(1))  # (T, C)
 
 
@@ -316,73 +206,48 @@ class SwiGlu(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """X products in one: tokens x (R, C), sorted by matrix, with weight (X F, C) -> (R, F).
+
+    counts: (X,) tokens of each matrix.
+    """
+    weights = weight.unflatten(0, (len(counts), -1))  # (X, F, C)
+    if x.device.type == "cpu":
+        groups = zip(x.split(counts.tolist()), weights.unbind())
+        return torch.cat([F.linear(tokens, matrix) for tokens, matrix in groups])
+    return F.grouped_mm(x, weights.transpose(-2, -1), offs=counts.cumsum(0).int())
+
+
 class GroupedLinear(nn.Linear):
-    """X matrices (F, C), one above the other, each for the rows that belong to it."""
+    """X matrices (F, C), one above the other, each for the tokens that belong to it."""
 
     def __init__(self, matrices: int, in_features: int, out_features: int) -> None:
         super().__init__(in_features, matrices * out_features, bias=False)
         self.matrices = matrices
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Rows (R, C) sorted by matrix -> (R, F); counts: (X,) rows of each that is at hand."""
-        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
-        weights = weight.unflatten(0, (len(counts), -1))
-        if x.device.type == "cpu":
-            groups = zip(x.split(counts.tolist()), weights.unbind())
-            return torch.cat([F.linear(rows, matrix) for rows, matrix in groups])
-        return F.grouped_mm(x, weights.transpose(-2, -1), offs=counts.cumsum(0).int())
-
-
-class Exchange(torch.autograd.Function):
-    """Rows to and from the ranks of a group: `sent[r]` to rank r, `received[r]` from it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int],
-                group: dist.ProcessGroup) -> Tensor:
-        ctx.there = received, sent, group
-        out = x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), received, sent, group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        received, sent, group = ctx.there
-        return Exchange.apply(gradient, sent, received, group), None, None, None
+        return grouped_product(x, self.weight, counts)
 
 
 class Experts(nn.Module):
-    """X gated MLPs, each for the rows routed to it.
+    """X gated MLPs, each for the tokens routed to it.
 
-    A weight has the matrices of all experts, one above the other: so any number of ranks can share
-    its rows evenly.  With expert parallelism (`group` set, by `train.shard`) a rank of the
-    group holds X / ranks whole experts, and rows travel to their experts and back.
+    A weight has the matrices of all experts, one above the other, so that any number of ranks can
+    share it evenly.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        sizes = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_proj, self.up_proj = GroupedLinear(*sizes), GroupedLinear(*sizes)
-        self.down_proj = GroupedLinear(sizes[0], sizes[2], sizes[1])
-        self.group: dist.ProcessGroup | None = None
-
-    def products(self, x: Tensor, counts: Tensor) -> Tensor:
-        """The experts at hand, on rows (R, C) sorted by them, of which they get counts (X,)."""
-        h = F.silu(self.gate_proj(x, counts)) * self.up_proj(x, counts)
-        return self.down_proj(h, counts)
+        experts, width, inner = (config.num_experts, config.hidden_size,
+                                 config.moe_intermediate_size)
+        self.gate_proj = GroupedLinear(experts, width, inner)
+        self.up_proj = GroupedLinear(experts, width, inner)
+        self.down_proj = GroupedLinear(experts, inner, width)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        if self.group is None:
-            return self.products(x, counts)
-        counts = counts.view(self.group.size(), -1)  # a row for each rank, of its experts
-        arriving = torch.empty_like(counts)
-        dist.all_to_all_single(arriving, counts, group=self.group)
-        sent, received = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()  # waits for the GPU
-        x = Exchange.apply(x, received, sent, self.group)  # by rank it is from, then by expert
-        expert = torch.arange(arriving.numel(), device=x.device) % arriving.shape[1]
-        expert = expert.repeat_interleave(arriving.flatten(), output_size=len(x))
-        order = expert.argsort(stable=True)
-        y = self.products(x[order], arriving.sum(0))
-        return Exchange.apply(y[order.argsort()], sent, received, self.group)
+        """x: (R, C) sorted by expert; counts: (X,) tokens of each."""
+        h = F.silu(self.gate_proj(x, counts)) * self.up_proj(x, counts)
+        return self.down_proj(h, counts)
 
 
 class WithLoss(torch.autograd.Function):
@@ -415,7 +280,6 @@ class MixtureOfExperts(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
         self.balance_weight = 0.0
-        self.row_group: dist.ProcessGroup | None = None  # ranks that have tokens of the same row
         # (X + 2,): tokens by expert, balance, forward passes; all of them twice if recomputed
         self.routed: Tensor | int = 0
 
@@ -434,11 +298,16 @@ class MixtureOfExperts(nn.Module):
         y = (weights[:, :, None] * y).sum(1)  # (T, C)
         return self.balanced(y, p, counts) if torch.is_grad_enabled() else y
 
+    def row_counts(self, counts: Tensor) -> Tensor:
+        """Tokens of each expert (X,) in the whole row.
+
+        `parallel.shard` replaces this method where several ranks have tokens of a row.
+        """
+        return counts
+
     def balanced(self, y: Tensor, p: Tensor, counts: Tensor) -> Tensor:
         """y, with the balance in its backward pass; takes note of the routing."""
-        of_row = counts.clone()
-        if self.row_group is not None:
-            dist.all_reduce(of_row, group=self.row_group)
+        of_row = self.row_counts(counts)
         tokens = of_row.sum() / self.experts_per_token
         balance = len(counts) * (of_row / tokens * p.sum(0) / tokens).sum()  # this rank's summand
         noted = torch.stack([balance.detach(), torch.ones_like(balance)])
@@ -457,15 +326,9 @@ class DecoderLayer(nn.Module):
         self.mlp = MixtureOfExperts(config) if config.num_experts else SwiGlu(config)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor,
-                cache: KVCache | SharedRow | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cu_seqlens, max_seqlen, cos, sin, cache)
+                keys: "Keys | None" = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cu_seqlens, max_seqlen, cos, sin, keys)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-def packed_positions(cu_seqlens: Tensor) -> Tensor:
-    """0, 1, 2, ... restarting in every segment, (T,)."""
-    segment = segment_ids(cu_seqlens)
-    return torch.arange(len(segment), device=segment.device) - cu_seqlens[segment]
 
 
 class Qwen3(nn.Module):
@@ -480,7 +343,7 @@ class Qwen3(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None = None,
-                cache: KVCache | SharedRow | None = None) -> Tensor:
+                keys: "Keys | None" = None) -> Tensor:
         if position_ids is None:
             position_ids = packed_positions(cu_seqlens)
         width = self.config.head_dim
@@ -488,10 +351,10 @@ class Qwen3(nn.Module):
         angles = position_ids[:, None, None] * self.config.rope_theta**-powers  # (T, 1, E/2)
         cos, sin = angles.cos(), angles.sin()
         max_seqlen = len(x) - len(cu_seqlens) + 2  # an upper bound that asks the GPU nothing
-        if cache is not None:
-            cache.advance(cu_seqlens, position_ids)
+        if keys is not None:
+            keys.begin(cu_seqlens, position_ids)
         for layer in self.layers:
-            x = layer(x, cu_seqlens, max_seqlen, cos, sin, cache)
+            x = layer(x, cu_seqlens, max_seqlen, cos, sin, keys)
         return self.norm(x)
 
 
@@ -565,28 +428,35 @@ class LlavaOneVision(nn.Module):
         return self
 
     def embed(self, input_ids: Tensor, patches: Tensor | None, grid_thw: Tensor | None,
-              shared_row: SharedRow | None = None, always_see: bool = False) -> Tensor:
+              exchange: Callable[[Tensor], Tensor] | None = None,
+              blank_picture: bool = False) -> Tensor:
         """Token embeddings with the visual tokens in their holes, (T, C).
 
-        always_see: without pictures run the ViT all the same, on a blank one that no token needs.
+        exchange: of a shared row, whose pictures may belong in other ranks' holes: takes the visual
+        tokens made here, returns those of the holes here.
+        blank_picture: without pictures run the ViT all the same, on a blank one that no hole needs.
+        Under FSDP all ranks must run the same modules.
         """
         x = self.model.embed_tokens(input_ids)
         image, video = self.config.image_token_id, self.config.video_token_id
         holes = ((input_ids == image) | (input_ids == video)).nonzero()[:, 0]  # (M,)
-        rows = 0 if patches is None else len(patches)
-        cells = 0 if grid_thw is None else int(grid_thw.prod(dim=1).sum()) // 4
-        if rows != 4 * cells or shared_row is None and len(holes) != cells:
-            raise ValueError(f"{len(holes)} image or video tokens in the text and {rows} patches, "
-                             f"but the grids of the pictures have {cells} visual tokens")
-        if self.visual is None and (cells or always_see):
+        if patches is None:
+            patches, grid_thw = x.new_zeros(0, PATCH_NUMBERS), input_ids.new_zeros(0, 3)
+        expected = int(visual_tokens(grid_thw).sum())
+        if len(patches) != expected * MERGE**2 or exchange is None and len(holes) != expected:
+            raise ValueError(f"{len(holes)} image or video tokens in the text and {len(patches)} "
+                             f"patches, but the grids of the pictures have {expected} visual "
+                             "tokens")
+        if blank_picture and not expected:
+            patches = x.new_zeros(MERGE**2, PATCH_NUMBERS)
+            grid_thw = input_ids.new_tensor([[1, MERGE, MERGE]])
+        if not len(patches):
+            return x
+        if self.visual is None:
             raise ValueError("the model was loaded without its ViT, which this needs")
-        if always_see and not cells:
-            patches, grid_thw = x.new_zeros(4, 588), input_ids.new_tensor([[1, 2, 2]])
-        if cells or always_see:
-            tokens = self.visual(patches, grid_thw).to(x.dtype)
-            tokens = shared_row.gather_visual(tokens) if shared_row else tokens[:len(holes)]
-            x = x.index_copy(0, holes, tokens)
-        return x
+        tokens = self.visual(patches, grid_thw).to(x.dtype)  # (M, C), of a blank picture too
+        tokens = tokens[:len(holes)] if exchange is None else exchange(tokens)
+        return x.index_copy(0, holes, tokens)
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None = None,
                 grid_thw: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
@@ -602,18 +472,20 @@ class LlavaOneVision(nn.Module):
 
     def loss(self, input_ids: Tensor, targets: Tensor, cu_seqlens: Tensor,
              patches: Tensor | None = None, grid_thw: Tensor | None = None,
-             position_ids: Tensor | None = None, shared_row: SharedRow | None = None) -> Tensor:
+             position_ids: Tensor | None = None, keys: Any = None) -> Tensor:
         """Cross entropy summed (not averaged) over the tokens with targets >= 0, fp32 scalar.
 
         targets: (T,) the token that should *follow* each one, -100 where nothing is to be learnt;
-        only those that are reach the head.  shared_row: the arguments are a rank's part of it, and
-        so is the loss.  Ranks of a sharded model run in step, so the ViT runs with or without
-        pictures.
+        only the tokens with a target reach the head.
+        keys: `parallel.GatheredKeys` if the arguments are a rank's part of a shared row; then the
+        loss is of this part, too.
         """
-        rows = (targets >= 0).nonzero()[:, 0]  # first: it waits for what the GPU has to do
-        x = self.embed(input_ids, patches, grid_thw, shared_row, always_see=True)
-        x = self.model(x, cu_seqlens, position_ids, shared_row)
-        return self.lm_head.loss(x.index_select(0, rows), targets.index_select(0, rows))
+        # first, while the GPU's queue is short: nonzero waits until the GPU has done all before it
+        learnt = (targets >= 0).nonzero()[:, 0]
+        exchange = None if keys is None else keys.visual
+        x = self.embed(input_ids, patches, grid_thw, exchange, blank_picture=True)
+        x = self.model(x, cu_seqlens, position_ids, keys)
+        return self.lm_head.loss(x.index_select(0, learnt), targets.index_select(0, learnt))
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None = None,
@@ -628,12 +500,12 @@ class LlavaOneVision(nn.Module):
         prompts = len(cu_seqlens) - 1
         lengths = cu_seqlens.diff()
         x = self.embed(input_ids, patches, grid_thw)
-        cache = KVCache(self.config, prompts, int(lengths.max()) + max_new_tokens, x)
+        keys = KVCache(self.config, prompts, int(lengths.max()) + max_new_tokens, x)
         position_ids = packed_positions(cu_seqlens)
         stops = torch.tensor(stop_ids, dtype=torch.int64, device=x.device)
         tokens = torch.full((prompts,), -1, device=x.device)
         for _ in range(max_new_tokens):
-            x = self.model(x, cu_seqlens, position_ids, cache)
+            x = self.model(x, cu_seqlens, position_ids, keys)
             logits = self.lm_head(x.index_select(0, cu_seqlens[1:] - 1))  # (S, V)
             done = torch.isin(tokens, stops)
             tokens = torch.where(done, tokens, sample_tokens(logits, temperature, top_p))
@@ -646,253 +518,19 @@ class LlavaOneVision(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None,
-                        device: str | torch.device | None = None,
-                        prepare: "Callable[[LlavaOneVision], None] | None" = None,
-                        part: str = "") -> "LlavaOneVision":
-        """Load a released checkpoint: a directory of safetensors, one file or many with an index.
+                        device: str | torch.device | None = None) -> "LlavaOneVision":
+        """Load a released checkpoint directory; see `convert.load_model`.
 
-        Both key layouts are read (`visual.*`, `model.*` and `model.visual.*`,
-        `model.language_model.*`), and matrices in FP8 with `weight_scale_inv` beside them, which
-        become bfloat16.  The head is tied to the embedding only when the files have none
-        and config.json does not say that it should have one.
         dtype and device default to those of the files and the CPU.
-        prepare: called with the model while it is on the meta device; if it shards parameters
-        (`fully_shard`), only this rank's slices of them are read.
-        part: "vision" loads the ViT and merger alone (the decoder is None), "text" all the rest.
-        Raises ValueError naming the tensor and the file if one is missing, unknown, misshapen or
-        not of floating point.
         """
-        model, tensors = find_checkpoint(Path(path), part)
-        if prepare is not None:
-            prepare(model)
-        parameters, names = dict(model.named_parameters()), released_names(model)
-        state: dict[str, Tensor] = {}
-        with ProgressBar(parameters.values()) as bar:
-            for name, parameter in parameters.items():
-                pieces = [tensors[piece] for piece in names[name]]
-                state[name] = read_parameter(pieces, parameter, dtype, device)
-                bar.advance(state[name])
-        tied = model.config.tie_word_embeddings and part != "vision"
-        if tied:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        model.load_state_dict(state, assign=True)
-        if tied:
-            model.lm_head.weight = model.model.embed_tokens.weight
-        return model
+        from convert import load_model  # the one import upward: convert.py knows the files
+        return load_model(path, dtype, device)
 
 
 def meta_model(config: ModelConfig) -> LlavaOneVision:
     """A model without numbers, for its parameters' names and shapes."""
     with torch.device("meta"):
         return LlavaOneVision(config)
-
-
-# --------------------------------------------------------------------------- checkpoints, as read
-
-
-class ProgressBar:
-    """A line with a bar and MB/s on standard error, if that is a terminal; erased at the end."""
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.total = sum(parameter.numel() for parameter in parameters)
-        self.numbers, self.megabytes, self.started = 0, 0.0, time.monotonic()
-        self.shown = sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-    def advance(self, parameter: Tensor) -> None:
-        """A parameter was read, or this rank's part of it."""
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        self.numbers += parameter.numel()
-        self.megabytes += local.nbytes / 1e6
-        if self.shown:
-            speed = self.megabytes / (time.monotonic() - self.started)
-            bar = "#" * (30 * self.numbers // self.total)
-            print(f"\r\033[Kreading [{bar:30}] {self.megabytes:,.0f} MB, {speed:,.0f} MB/s",
-                  end="", file=sys.stderr, flush=True)
-
-
-def released_names(model: LlavaOneVision) -> dict[str, list[str]]:
-    """The names in files of each parameter: its own, but for stacked experts one for each."""
-    def names(name: str) -> list[str]:
-        stem, stacked, matrix = name.partition(".experts.")
-        if not stacked:
-            return [name]
-        return [f"{stem}.experts.{e}.{matrix}" for e in range(model.config.num_experts)]
-
-    return {name: names(name) for name, _ in model.named_parameters()}
-
-
-class Stored(NamedTuple):
-    """Where a tensor of a checkpoint is."""
-
-    file: Path
-    key: str  # the file's name for it
-    scales: "Stored | None" = None  # of squares of 128 x 128, if it is in FP8
-
-
-def with_head(config: ModelConfig, tensors: dict[str, Stored]) -> ModelConfig:
-    """The configuration of files that have these tensors: a head that may be tied is, if it is not
-    among them."""
-    tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
-    return replace(config, tie_word_embeddings=tied)
-
-
-def check_names(path: Path, tensors: dict[str, Stored],
-                names: dict[str, list[str]], prefixes: tuple[str, ...] = (),
-                suffixes: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless a directory has the tensors named, and no others but such as begin or
-    end so."""
-    known = dict.fromkeys(name for pieces in names.values() for name in pieces)
-    for name in known:
-        if name not in tensors:
-            raise ValueError(f"{path} lacks the tensor {name}")
-    for name, (file, key, _) in tensors.items():
-        if not (name in known or name.startswith(prefixes) or name.endswith(suffixes)):
-            raise ValueError(f"{file} has a tensor {key} that the model does not have")
-
-
-def find_checkpoint(path: Path, part: str = "",
-                    ) -> tuple[LlavaOneVision, dict[str, Stored]]:
-    """The model that a directory is of, on the meta device, and where its tensors are.
-
-    part: "vision" or "text" makes the other side None.  Raises ValueError naming what is missing or
-    not the model's.
-    """
-    config, tensors = ModelConfig.from_dir(path), tensor_files(path)
-    model, others = meta_model(with_head(config, tensors)), ()
-    if part == "vision":
-        model.model = model.lm_head = None
-        others = "model.", "lm_head."
-    elif part == "text":
-        model.visual, others = None, ("visual.",)
-    elif part:
-        raise ValueError(f"there is no part {part!r} of a model, only vision and text")
-    check_names(path, tensors, released_names(model), prefixes=others)
-    return model, tensors
-
-
-def open_tensors(file: Path) -> Any:
-    """The safetensors file, memory-mapped.  Raises ValueError naming it if it cannot be read."""
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-
-
-def read_parameter(pieces: list[Stored], like: Tensor, dtype: torch.dtype | None,
-                   device: str | torch.device | None) -> Tensor:
-    """A parameter whose rows are those of one or more tensors, in turn.
-
-    Distributed like `like`: then this rank reads its own rows alone.  They are copied from the
-    mapped file, which is opened for each parameter, so that its pages do not stay.
-    """
-    begin, end = 0, len(like)
-    if isinstance(like, DTensor):
-        chunk, = like.__create_chunk_list__()  # what distributed checkpoints ask it, too
-        begin, end = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]  # shards are of rows
-    rows = len(like) // len(pieces)  # of a piece
-    wanted = range(begin // rows, -(-end // rows)) if begin < end else range(1)
-    read, reader, opened = [], None, None
-    for number in wanted:
-        file, key, scales = pieces[number]
-        if file != opened:
-            reader, opened = open_tensors(file), file
-        stored = reader.get_slice(key)
-        if (shape := tuple(stored.get_shape())) != (rows, *like.shape[1:]):
-            raise ValueError(f"{file}: {key} has shape {shape}, "
-                             f"the model needs {(rows, *like.shape[1:])}")
-        kinds = ("F64", "F32", "F16", "BF16") if scales is None else ("F8_E4M3",)
-        if stored.get_dtype() not in kinds:
-            raise ValueError(f"{file}: {key} has numbers of type {stored.get_dtype()}, the model "
-                             + ("needs floating point" if scales is None else "has scales for FP8"))
-        first = number * rows
-        part = stored[(top := max(begin - first, 0)):max(min(end - first, rows), 0)]
-        if scales is not None:
-            part = from_fp8(part, top, stored.get_shape(), scales).to(dtype or torch.bfloat16)
-        read.append(part.to(device=device, dtype=dtype, copy=len(wanted) == 1))
-    local = read[0] if len(read) == 1 else torch.cat(read)
-    if not isinstance(like, DTensor):
-        return local
-    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape,
-                              stride=like.stride())
-
-
-def from_fp8(part: Tensor, top: int, shape: list[int], scales: Stored) -> Tensor:
-    """Rows of a matrix in e4m3 from the row `top` on, times the scales of their squares: float32.
-
-    Raises ValueError naming the scales if they are not those of a matrix of this shape.
-    """
-    reader = open_tensors(scales.file).get_slice(scales.key)
-    squares = [-(-size // SQUARE) for size in shape]
-    kind = reader.get_dtype()
-    if len(shape) != 2 or reader.get_shape() != squares or kind not in ("F32", "BF16"):
-        raise ValueError(f"{scales.file}: {scales.key} is of type {kind} and shape "
-                         f"{reader.get_shape()}, an FP8 matrix of {shape} needs F32 and {squares}")
-    rows = torch.arange(top, top + len(part)) // SQUARE
-    factors = reader[:].float()[rows].repeat_interleave(SQUARE, 1)[:, :shape[1]]
-    return part.float() * factors
-
-
-def read_json_object(file: Path) -> dict:
-    """The JSON object in a file.  Raises ValueError naming the file if there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return content
-
-
-def canonical_name(key: str) -> str:
-    """The name of a file's tensor in this model: both published layouts become the first one."""
-    for prefix, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if key.startswith(prefix):
-            return ours + key.removeprefix(prefix)
-    return key
-
-
-def tensor_files(path: Path) -> dict[str, Stored]:
-    """Where each tensor of a checkpoint directory is, by our name for it; its scales with it.
-
-    Raises ValueError for a directory without weights, an unreadable file, an index that names a
-    tensor its file does not have, or a tensor that is there twice.
-    """
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-                isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index} has no weight_map of file names")
-        if (path / "model.safetensors").exists() and "model.safetensors" not in weight_map.values():
-            raise ValueError(f"{path} has a model.safetensors beside the files of its index")
-        files = sorted({path / name for name in weight_map.values()})
-    else:
-        weight_map, files = {}, [path / "model.safetensors"]
-    found: dict[str, Stored] = {}
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{path} has no {file.name}")
-        for key in open_tensors(file).keys():
-            name = canonical_name(key)
-            if name in found:
-                raise ValueError(f"{file}: {key} is also in {found[name][0]}")
-            if weight_map and key not in weight_map:
-                raise ValueError(f"{file}: {key} is not in {index.name}")
-            found[name] = Stored(file, key)
-    for key, name in weight_map.items():
-        if found.get(canonical_name(key), (None,))[0] != path / name:
-            raise ValueError(f"{index} places {key} in {name}, which does not have it")
-    for name in [name for name in found if name.endswith(SCALES)]:
-        if (weight := name.removesuffix(SCALES)) in found:
-            found[weight] = found[weight]._replace(scales=found.pop(name))
-    return found
 
 
 def part_of(name: str) -> str:

@@ -32,24 +32,24 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from convert import load_checkpoint, newest_checkpoint
-from data import (Batch, choose_device, choose_dtype, encode, flag_parser, pack,
+from data import (Row, choose_device, choose_dtype, encode, flag_parser, lay_out,
                   refuse_in_one_sentence)
 from model import LlavaOneVision
 from vision import MAX_PIXELS, MIN_PIXELS, open_image
 
 
 def build_prompt(images: list[Image.Image], prompt: str, tokenizer: Tokenizer,
-                 max_pixels: int) -> Batch:
+                 max_pixels: int) -> Row:
     """Pictures in their order, then the text, as one user's turn."""
     content = [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]
     record = {"messages": [{"role": "user", "content": content}], "images": images, "id": "prompt"}
-    return pack([encode(record, tokenizer, MIN_PIXELS, max_pixels, generation_prompt=True)])
+    return lay_out([encode(record, tokenizer, MIN_PIXELS, max_pixels, generation_prompt=True)])
 
 
-def stream_answer(model: LlavaOneVision, tokenizer: Tokenizer, batch: Batch, max_new_tokens: int,
+def stream_answer(model: LlavaOneVision, tokenizer: Tokenizer, row: Row, max_new_tokens: int,
                   temperature: float = 0.0, top_p: float = 1.0) -> Iterator[str]:
     """Pieces of the answer's text as they become complete characters."""
-    inputs = batch.inputs(model.lm_head.weight.device)
+    inputs = row.inputs(model.lm_head.weight.device)
     stop_ids = tuple(tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>"))
     ids: list[int] = []
     text = shown = ""
@@ -63,7 +63,7 @@ def stream_answer(model: LlavaOneVision, tokenizer: Tokenizer, batch: Batch, max
     yield text.removeprefix(shown)
 
 
-def trace(model: LlavaOneVision, batch: Batch) -> None:
+def trace(model: LlavaOneVision, row: Row) -> None:
     """Print shapes at the stations of the next forward pass, each once."""
     def shape(x: Tensor) -> str:
         return "(" + ", ".join(f"{n:,}" for n in x.shape) + ")"
@@ -75,11 +75,11 @@ def trace(model: LlavaOneVision, batch: Batch) -> None:
         handle = module.register_forward_hook(hook)
 
     visual, decoder = model.visual, model.model
-    print(f"  {'data.py':20} {'encode, pack: token ids of the prompt':45}"
-          f"{shape(batch.input_ids)}", file=sys.stderr)
-    if batch.patches is not None:
+    print(f"  {'data.py':20} {'encode, lay_out: token ids of the prompt':45}"
+          f"{shape(row.input_ids)}", file=sys.stderr)
+    if row.patches is not None:
         print(f"  {'vision.py':20} {'image_to_patches: patches of the pictures':45}"
-              f"{shape(batch.patches)}", file=sys.stderr)
+              f"{shape(row.patches)}", file=sys.stderr)
     for module, file, what in (
             (decoder.embed_tokens, "model.py", "embed_tokens: a vector per token"),
             (visual.patch_embed, "vision.py", "patch_embed: a vector per patch"),
@@ -129,17 +129,17 @@ def run(flags: argparse.Namespace) -> None:
                          else newest_checkpoint())
     device = choose_device(flags.device)
     model, tokenizer = load_checkpoint(checkpoint, choose_dtype(flags.dtype, device), device)
-    batch = build_prompt(images, prompt, tokenizer, flags.max_pixels)
-    room = model.config.max_position_embeddings - len(batch.input_ids)
+    row = build_prompt(images, prompt, tokenizer, flags.max_pixels)
+    room = model.config.max_position_embeddings - len(row.input_ids)
     if room < 1:
-        raise ValueError(f"the prompt has {len(batch.input_ids)} tokens, but the model's context "
+        raise ValueError(f"the prompt has {len(row.input_ids)} tokens, but the model's context "
                          f"is {model.config.max_position_embeddings}")
     print(f"checkpoint: {checkpoint} ({whose})", file=sys.stderr)
     torch.manual_seed(flags.seed)
     if flags.trace:
-        trace(model, batch)
+        trace(model, row)
     started = time.monotonic()
-    for piece in stream_answer(model, tokenizer, batch, min(flags.max_new_tokens, room),
+    for piece in stream_answer(model, tokenizer, row, min(flags.max_new_tokens, room),
                                flags.temperature, flags.top_p):
         print(piece, end="", flush=True)
     print()

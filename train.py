@@ -15,8 +15,8 @@ label tokens in row r and l_rt the cross entropy of one of them, its loss is the
 
     loss = sum_r sum_t l_rt / sum_r n_r,
 
-whatever the rows they are spread over and the ranks that hold them (`--token-mean micro`: the mean
-over rows of each row's mean, as upstream).  Gradients are clipped to norm 1; AdamW decays matrices
+whatever the rows they are spread over and the ranks that hold them (upstream takes the mean over
+rows of each row's mean).  Gradients are clipped to norm 1; AdamW decays matrices
 only; the learning rate climbs linearly, then falls on a cosine from `lr` to `min_lr`.
 
     --recipe        quick, upstream's quick start            full, all public data once
@@ -37,12 +37,9 @@ A mixture of experts adds `--expert-balance` times the mean over layers and rows
 
 Ranks.  Parameters, gradients and AdamW's moments are sharded over all ranks (FSDP2), or over groups
 of them that hold a copy each (`--replicas`): masters and reductions in fp32, products in `--dtype`.
-With `--context-parallel C`, C neighbours share each row: data.share_row deals its tokens and
-pictures, model.SharedRow gathers keys and values.  With `--expert-parallel E`, E neighbours have
-different experts and tokens travel to them and back (model.Experts), where otherwise every rank
-would gather all experts of a layer.  Every rank knows the sums over all ranks without asking, for
-each reads the whole stream of records (data.PackedRows): data and runs are on a disk that all
-machines see.
+With `--context-parallel C`, C neighbours share each row; with `--expert-parallel E`, E neighbours
+have different experts: see `parallel.py`.  Every rank reads all records (data.PackedRows) and so
+knows the sums over all ranks.  Data and runs are on a disk that all machines see.
 
 Accounting.  FLOPs of a row's forward pass, with N weights in the matrices of a part that a token
 passes (of experts K / X):
@@ -59,14 +56,13 @@ ViT, H heads, E head width, V vocabulary.
 
 Run `python train.py`: trains the tiny preset from scratch through all stages in about ten minutes
 on two CPU cores and prints its accuracies.  A checkpoint of any size: `torchrun --nproc-per-node 8
-train.py --stage align --start-from DIR --data FILE`.  `--plan` computes what a run needs.  `--help`
-lists all flags.
+train.py --stage align --start-from DIR --data FILE`.  `--help` lists all
+flags; `python -m benchmarks.plan` computes what a run needs.
 """
 
 import gc
 import inspect
 import json
-import logging
 import math
 import os
 import re
@@ -74,9 +70,8 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,19 +80,17 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from convert import load_checkpoint, load_tokenizer, save_checkpoint
-from data import (Batch, PackedRows, Step, choose_device, choose_dtype, default_texts, encode,
-                  flag_parser, held_out_questions, pack, records, train_tokenizer)
+from assets.scenes import held_out_questions
+from convert import load_checkpoint, load_tokenizer, read_config, save_checkpoint
+from data import (PackedRows, Row, Step, drawn_texts, encode, flag_parser, lay_out, record_stream,
+                  train_tokenizer)
 from fp8_kernel import Fp8Linear, check_device, convert_to_fp8, quantize_weights
-from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, MixtureOfExperts, ModelConfig, SharedRow,
-                   meta_model, parameters_by_part, part_of)
-from vision import MAX_PIXELS, MIN_PIXELS
+from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, ModelConfig, meta_model,
+                   parameters_by_part, part_of)
+from parallel import (Ranks, RowShare, clip_gradients, find_ranks, join_ranks, loss_arguments,
+                      mixtures, shard, share_row)
+from vision import MAX_PIXELS, MIN_PIXELS, frame_sizes
 
 
 @dataclass(frozen=True)
@@ -115,35 +108,47 @@ class Recipe:
     beta2: float  # AdamW's second; the first is 0.9
     eps: float = 1e-5  # AdamW's
     warmup: float = 0.002  # share of the steps
-    vision_lr: float = 1.0  # factor on the learning rate of the ViT
-    merger_lr: float = 1.0  # factor on that of the merger
-    expert_lr: float = 1.0  # factor on that of experts
+    vision_lr_factor: float = 1.0  # on the learning rate, for the ViT
+    merger_lr_factor: float = 1.0  # for the merger
+    expert_lr_factor: float = 1.0  # for experts
     clip: float = 1.0  # largest gradient norm
     max_pixels: int = MAX_PIXELS  # largest area of a picture
     recompute: str = "layer"  # what the backward pass computes again, one of RECOMPUTE
 
 
 MERGER, ALL = ("merger",), ("vision", "merger", "decoder")
-QUICK = {
-    "align": Recipe(MERGER, "captions", 2500, 8, 32768, 1e-4, 1e-6, 0.0, 0.99),
-    "mid": Recipe(ALL, "captions", 20000, 16, 32768, 1e-5, 1e-6, 0.01, 0.95),
-    # upstream limits the longest side to 1000 pixels
-    "instruct": Recipe(ALL, "questions", 3500, 24, 8192, 1e-5, 1e-6, 0.0, 0.99,
-                       max_pixels=1000 * 1000),
+QUICK = {  # upstream's quick start
+    "align": Recipe(
+        trainable=MERGER, data="captions", steps=2500, rows=8, seq_length=32768,
+        lr=1e-4, min_lr=1e-6, weight_decay=0.0, beta2=0.99),
+    "mid": Recipe(
+        trainable=ALL, data="captions", steps=20000, rows=16, seq_length=32768,
+        lr=1e-5, min_lr=1e-6, weight_decay=0.01, beta2=0.95),
+    # upstream limits the longest side to 1000 pixels; here the area is limited to that of a square
+    "instruct": Recipe(
+        trainable=ALL, data="questions", steps=3500, rows=24, seq_length=8192,
+        lr=1e-5, min_lr=1e-6, weight_decay=0.0, beta2=0.99, max_pixels=1000 * 1000),
 }
-FULL = {name: replace(QUICK[name], steps=steps, rows=rows, seq_length=8192, max_pixels=MAX_PIXELS)
-        for name, steps, rows in (("align", 640, 64), ("mid", 12200, 512), ("instruct", 3150, 512))}
+FULL = {  # all public data once
+    "align": replace(QUICK["align"], steps=640, rows=64, seq_length=8192),
+    "mid": replace(QUICK["mid"], steps=12200, rows=512, seq_length=8192),
+    "instruct": replace(QUICK["instruct"], steps=3150, rows=512, max_pixels=MAX_PIXELS),
+}
 # From random weights everything is faster and shorter, and `align` has nothing to align to yet.
 # Captions come first: all of their words are learnt, so they teach the ViT to see several times as
 # fast as short answers do; then they stay mixed among the questions, or reading is forgotten.
 # Experts see half of the tokens each and learn at half the rate: at the whole one they end worse.
+TINY_MID = Recipe(
+    trainable=ALL, data="captions", steps=900, rows=1, seq_length=1024,
+    lr=2e-3, min_lr=2e-4, weight_decay=0.01, beta2=0.95, eps=1e-8, warmup=0.02,
+    vision_lr_factor=0.25, merger_lr_factor=0.25, expert_lr_factor=0.5, recompute="none")
 TINY = {
-    "align": Recipe(MERGER, "captions", 20, 1, 1024, 1e-3, 1e-4, 0.0, 0.95, 1e-8, 0.1,
-                    recompute="none"),
-    "mid": Recipe(ALL, "captions", 900, 1, 1024, 2e-3, 2e-4, 0.01, 0.95, 1e-8, 0.02, 0.25, 0.25,
-                  0.5, recompute="none"),
-    "instruct": Recipe(ALL, "mixed", 3600, 1, 1024, 1.5e-3, 3e-5, 0.01, 0.95, 1e-8, 0.02, 0.25,
-                       0.25, 0.5, recompute="none"),
+    "align": Recipe(
+        trainable=MERGER, data="captions", steps=20, rows=1, seq_length=1024,
+        lr=1e-3, min_lr=1e-4, weight_decay=0.0, beta2=0.95, eps=1e-8, warmup=0.1,
+        recompute="none"),
+    "mid": TINY_MID,
+    "instruct": replace(TINY_MID, data="mixed", steps=3600, lr=1.5e-3, min_lr=3e-5),
 }
 RECIPES = {"tiny": TINY, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
@@ -151,7 +156,7 @@ FRESH = ("tiny", "tiny-moe")  # presets that can start from random weights
 SMALL = 100e6  # parameters; models of less have the recipe tiny
 GPUS = {"A100": (312e12, 80e9), "A800": (312e12, 80e9), "H100": (989e12, 80e9),  # dense bf16
         "H800": (989e12, 80e9), "H200": (989e12, 141e9), "B200": (2250e12, 180e9)}  # FLOP/s, bytes
-SAMPLE_TOKENS, VISUAL_SHARE = 600, 0.7  # an average sample; half of its words are learnt
+VISUAL_SHARE = 0.7  # of the tokens of an average row are visual
 RECOMPUTE = ("none", "selective", "layer")  # selective: all of a layer but its attention
 
 
@@ -179,7 +184,6 @@ class TrainConfig:
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME
     data: str = ""  # captions, questions, mixed, or a .json, .jsonl or .tar file
     steps: int = 0  # optimizer steps of each stage
-    longer: float = 1.0  # factor on the steps of every stage
     rows: int = 0  # packed rows per step, of all ranks
     seq_length: int = 0  # tokens in a row
     lr: float = 0.0  # peak learning rate; the lowest and those of the parts keep their share of it
@@ -187,7 +191,6 @@ class TrainConfig:
     merger_lr: float = 0.0  # peak learning rate of the merger
     max_pixels: int = 0  # largest area of a picture, larger ones are shrunk
     expert_balance: float = 0.0  # weight of the experts' load-balancing loss (0.001 is usual)
-    token_mean: str = "global"  # loss as mean over all label tokens, or of micro-batches' means
     replicas: int = 1  # copies of the model; each is sharded over ranks / replicas
     context_parallel: int = 1  # ranks that share a row
     expert_parallel: int = 1  # ranks that share the experts of every layer, each holding its own
@@ -201,26 +204,14 @@ class TrainConfig:
     tensorboard: bool = False  # write the log for TensorBoard, too
     questions: int = 100  # held-out questions per category, asked at the end if data is not given
     device: str = ""  # cpu or cuda; default cuda where there is one
-    plan: bool = False  # print what a run needs, of the stage (mid) and recipe (full), and end
-    gpus: int = 8  # for --plan: how many
-    gpu: str = "a100"  # for --plan: a100, a800, h100, h800, h200 or b200
-    tokens: float = 64e9  # for --plan: to train on
-    price: float = 0.0  # for --plan: dollars of a GPU-hour
-    mfu: float = 0.0  # for --plan: share of the GPUs' rate; default what 45 % HFU comes to
 
     def __post_init__(self) -> None:
-        check_flags(self, ("longer", "log_every", "replicas", "context_parallel", "expert_parallel",
-                           "gpus", "tokens"), {
+        check_flags(self, ("log_every", "replicas", "context_parallel", "expert_parallel"), {
             "model": ("", *PRESETS), "stage": ("all", *STAGES), "recipe": ("", *RECIPES),
-            "token_mean": ("global", "micro"), "dtype": ("", "float32", "bfloat16"),
-            "recompute": ("", *RECOMPUTE), "device": ("", "cpu", "cuda"),
-            "gpu": [name.lower() for name in GPUS]})
+            "dtype": ("", "float32", "bfloat16"), "recompute": ("", *RECOMPUTE),
+            "device": ("", "cpu", "cuda")})
         if self.expert_parallel > 1 and self.recompute == "selective":
             raise ValueError("--expert-parallel goes with --recompute none or layer, not selective")
-        if self.plan and self.fp8 and self.gpu in ("a100", "a800"):
-            raise ValueError(f"--fp8: the {self.gpu} has no FP8; name another with --gpu")
-        if self.mfu > 1:
-            raise ValueError(f"--mfu is a share of 1, not {self.mfu}")
         if 0 < self.max_pixels < MIN_PIXELS:
             raise ValueError(f"--max-pixels must be at least {MIN_PIXELS}")
 
@@ -228,153 +219,23 @@ class TrainConfig:
         """The stages to run on a model of these sizes, with the flags applied."""
         small = sum(parameters_by_part(sizes).values()) < SMALL
         table = RECIPES[self.recipe or ("tiny" if small else "quick")]
-        names = STAGES if self.stage == "all" else [self.stage]
         given = {name: getattr(self, name) for name in
                  ("data", "steps", "rows", "seq_length", "lr", "max_pixels", "recompute")
                  if getattr(self, name)}
         chosen = {}
-        for name in names:
+        for name in STAGES if self.stage == "all" else [self.stage]:
             recipe = replace(table[name], **given)
-            factors = {part: getattr(self, part) / recipe.lr for part in ("vision_lr", "merger_lr")
-                       if getattr(self, part)}
-            chosen[name] = replace(recipe, steps=max(1, round(recipe.steps * self.longer)),
-                                   min_lr=table[name].min_lr * recipe.lr / table[name].lr,
-                                   **factors)
+            # the lowest rate keeps its share of the peak; the parts' rates are factors on it
+            recipe = replace(recipe, min_lr=table[name].min_lr * recipe.lr / table[name].lr)
+            if self.vision_lr:
+                recipe = replace(recipe, vision_lr_factor=self.vision_lr / recipe.lr)
+            if self.merger_lr:
+                recipe = replace(recipe, merger_lr_factor=self.merger_lr / recipe.lr)
+            chosen[name] = recipe
         return chosen
 
 
-# ------------------------------------------------------------------------------- ranks and shards
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The processes of a run, and this one's place among them."""
-
-    device: torch.device
-    dtype: torch.dtype  # of products
-    rank: int = 0
-    count: int = 1
-    context: int = 1  # neighbours that share a row
-    replicas: int = 1  # copies of the model
-    experts: int = 1  # neighbours that share the experts of a layer
-    mesh: DeviceMesh | None = None  # over which parameters are sharded; None: whole, in fp32
-    context_mesh: DeviceMesh | None = None  # the neighbours that share a row
-    expert_mesh: DeviceMesh | None = None  # as mesh, with a last dimension of those sharing experts
-
-    @property
-    def data_ranks(self) -> int:
-        """Groups of ranks that work on different rows."""
-        return self.count // self.context
-
-
-def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
-    """The mixtures of experts of a model, one of each layer, if it has any; or of a layer."""
-    return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
-
-
-def check_division(config: TrainConfig, count: int) -> None:
-    """Raise ValueError unless `count` ranks can be grouped as the flags want."""
-    for name in ("replicas", "context_parallel"):
-        if count % getattr(config, name):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} does not divide "
-                             f"the number of ranks, {count}")
-    if count // config.replicas % config.expert_parallel:
-        raise ValueError(f"--expert-parallel {config.expert_parallel} does not divide the number "
-                         f"of ranks that hold a copy, {count // config.replicas}")
-
-
-def find_ranks(config: TrainConfig) -> Ranks:
-    """What torchrun says of the ranks.  Raises ValueError if they do not divide."""
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check_division(config, count)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if config.device == "cpu" or not torch.cuda.is_available():
-        device = choose_device(config.device)
-    else:
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"there is no GPU for rank {rank}: the machine has "
-                             f"{torch.cuda.device_count()}")
-        torch.cuda.set_device(device)
-    return Ranks(device, choose_dtype(config.dtype, device), rank, count, config.context_parallel,
-                 config.replicas, config.expert_parallel)
-
-
-def join_ranks(ranks: Ranks) -> Ranks:
-    """Start to talk to the other ranks.  One process that computes in fp32 needs none of this."""
-    if ranks.count == 1 and ranks.dtype == torch.float32:
-        return ranks
-    where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if ranks.device.type == "cuda":
-        where["device_id"] = ranks.device
-    if not dist.is_initialized():
-        dist.init_process_group("gloo" if ranks.device.type == "cpu" else "nccl", **where,
-                                timeout=timedelta(hours=1))  # the first rank writes checkpoints
-    kind, shards = ranks.device.type, ranks.count // ranks.replicas
-    mesh = (init_device_mesh(kind, (shards,)) if ranks.replicas == 1 else
-            init_device_mesh(kind, (ranks.replicas, shards), mesh_dim_names=("copy", "shard")))
-    ranks = replace(ranks, mesh=mesh)
-    if ranks.context > 1:
-        groups = init_device_mesh(kind, (ranks.data_ranks, ranks.context),
-                                  mesh_dim_names=("data", "context"))
-        ranks = replace(ranks, context_mesh=groups["context"])
-    if ranks.experts > 1:
-        # DTensor remarks, on every rank, that experts are gathered in two steps: they are
-        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-        sizes, names = [shards // ranks.experts, ranks.experts], ["shard", "expert"]
-        if ranks.replicas > 1:
-            sizes, names = [ranks.replicas, *sizes], ["copy", *names]
-        ranks = replace(ranks, expert_mesh=init_device_mesh(kind, tuple(sizes),
-                                                            mesh_dim_names=tuple(names)))
-    return ranks
-
-
-def shard_experts(model: LlavaOneVision, policy: MixedPrecisionPolicy, ranks: Ranks) -> None:
-    """Give each rank of an expert group its own experts, and shard these over the groups."""
-    sharing, others = ranks.expert_mesh["expert"], ranks.expert_mesh.mesh_dim_names[:-1]
-    for mixture in mixtures(model):
-        experts = mixture.experts
-        for layer in experts.children():
-            part = distribute_tensor(layer.weight.detach(), sharing, [Shard(0)])
-            layer.weight = nn.Parameter(part)
-        experts.group = sharing.get_group()
-        fully_shard(experts, mesh=ranks.expert_mesh[others], mp_policy=policy)
-
-
-def shard(model: LlavaOneVision, recompute: str, compiled: bool, ranks: Ranks) -> None:
-    """Make the layers recompute and compile as told, and spread the parameters over the ranks."""
-    if ranks.context > 1:
-        for mixture in mixtures(model):
-            mixture.row_group = ranks.context_mesh.get_group()
-    layers = [*model.visual.blocks, *model.model.layers]
-    keep = {"selective": {"context_fn": partial(create_selective_checkpoint_contexts,
-                                                [torch.ops.llava.attention.default])}}
-    for layer in layers:
-        if recompute != "none":
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
-                                    preserve_rng_state=False, **keep.get(recompute, {}))
-        if compiled:
-            layer.forward = torch.compile(layer.forward)
-    if ranks.mesh is None:
-        return
-    policy = MixedPrecisionPolicy(ranks.dtype, torch.float32, cast_forward_inputs=False)
-    if ranks.experts > 1:
-        shard_experts(model, policy, ranks)
-    units = layers
-    if not model.config.tie_word_embeddings:  # else the two belong together: to the root
-        units = [model.model.embed_tokens, *layers, model.lm_head]
-    for unit in units:
-        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy,
-                    reshard_after_forward=unit is not model.lm_head)  # its backward follows at once
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)  # norms, merger, what is left
-    for module in (model, model.lm_head):
-        register_fsdp_forward_method(module, "loss")
-    for unit, following in zip(units, units[1:]):
-        inside = [mixture.experts for mixture in mixtures(following) if ranks.experts > 1]
-        unit.set_modules_to_forward_prefetch([following, *inside])
-    for module in model.modules():
-        if isinstance(module, FSDPModule):  # gradients are summed over the ranks, not averaged
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+# --------------------------------------------------------------------------- the model of a stage
 
 
 def sizes_of(config: TrainConfig, start: str) -> ModelConfig:
@@ -385,7 +246,7 @@ def sizes_of(config: TrainConfig, start: str) -> ModelConfig:
     preset = PRESETS[config.model or FRESH[0]]
     if not start:
         return preset
-    found = ModelConfig.from_dir(start)
+    found = read_config(start)
     for name in ("hidden_size", "num_hidden_layers", "num_experts") if config.model else ():
         if getattr(preset, name) != getattr(found, name):
             raise ValueError(f"{start} is not of the size {config.model}: its {name} is "
@@ -419,8 +280,8 @@ def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
 
     After each step it quantises the weights of FP8 layers anew.
     """
-    factors = {"vision": recipe.vision_lr, "merger": recipe.merger_lr, "decoder": 1.0,
-               "experts": recipe.expert_lr}
+    factors = {"vision": recipe.vision_lr_factor, "merger": recipe.merger_lr_factor,
+               "experts": recipe.expert_lr_factor, "decoder": 1.0}
     groups: dict[tuple[str, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in recipe.trainable)
@@ -454,42 +315,26 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def backward(model: LlavaOneVision, step: Step, ranks: Ranks, token_mean: str) -> Tensor:
+def backward(model: LlavaOneVision, step: Step, ranks: Ranks) -> Tensor:
     """Gradients of the step's loss, summed over rows and ranks; returns this rank's part of it."""
+    weight = 1 / max(1, step.sums["labels"])  # of all ranks: known to each, see data.PackedRows
     total = torch.zeros((), device=ranks.device)
-    for i, (row, labels) in enumerate(zip(step.rows, step.row_labels)):
-        weight = (1 / max(1, step.sums["labels"]) if token_mean == "global" else
-                  1 / max(1, labels) / (len(step.rows) * ranks.data_ranks))
-        shared_row = SharedRow(row, ranks.context_mesh, ranks.device) if ranks.context > 1 else None
-        loss = weight * model.loss(targets=row.targets.to(ranks.device), shared_row=shared_row,
-                                   **row.inputs(ranks.device))
-        if ranks.mesh is not None:  # copies of the model need the sum of the rows only
-            model.set_requires_all_reduce(i + 1 == len(step.rows))
+    for number, row in enumerate(step.rows, 1):
+        loss = weight * model.loss(**loss_arguments(row, ranks))
+        if ranks.mesh is not None:  # copies of the model add their gradients once, after the last
+            model.set_requires_all_reduce(number == len(step.rows))
         loss.backward()
         total += loss.detach()
     return total
 
 
-def clip_gradients(parameters: list[nn.Parameter], clip: float) -> Tensor:
-    """Shrink gradients to a norm of at most `clip`, all together; returns what it was."""
-    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}  # that of experts is another
-    for parameter in parameters:
-        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-             for group in by_mesh.values()]
-    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-    for group in by_mesh.values():
-        torch.nn.utils.clip_grads_with_norm_(group, clip, norm)
-    return norm
-
-
 def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, lr: float,
-               clip: float, ranks: Ranks, token_mean: str = "global") -> tuple[float, float]:
+               clip: float, ranks: Ranks) -> tuple[float, float]:
     """One optimizer step; returns the loss and the gradient norm, the same on all ranks.
 
     If either is not finite, nothing is changed: neither weights nor the optimizer's moments.
     """
-    loss = backward(model, step, ranks, token_mean)
+    loss = backward(model, step, ranks)
     norm = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], clip)
     # what is decided on is summed over the ranks, so that all of them decide alike
     totals = torch.stack([loss, norm / ranks.count])
@@ -532,19 +377,27 @@ def training_flops(forward: dict[str, float], trainable: tuple[str, ...],
     total = {"hardware_flops": 0.0, "model_flops": 0.0}
     for name, flops in forward.items():
         part = "decoder" if name == "head" else name.split()[0]
-        passes = 3 if part in trainable else 1 if part == "vision" else 2
-        again = name == "head" or passes > 1 and part != "merger" and (
-            recompute == "layer" or recompute == "selective" and "attention" not in name)
+        if part in trainable:
+            passes = 3  # forward, gradient of the input, gradient of the weights
+        elif part == "vision":
+            passes = 1  # nothing in front of a frozen ViT wants a gradient
+        else:
+            passes = 2  # frozen, but gradients pass through
         total["model_flops"] += passes * flops
-        total["hardware_flops"] += (passes + again) * flops
+        # computed again: the head always (its logits are not kept), layers as told
+        again = name == "head"
+        if passes > 1 and part in ("vision", "decoder") and name != "head":
+            again = recompute == "layer" or recompute == "selective" and "attention" not in name
+        if again:
+            passes += 1
+        total["hardware_flops"] += passes * flops
     return total
 
 
-def row_cost(row: Batch, config: ModelConfig, trainable: tuple[str, ...],
+def row_cost(row: Row, config: ModelConfig, trainable: tuple[str, ...],
              recompute: str) -> dict[str, float]:
     """FLOPs of training on a packed row."""
-    grids = torch.zeros(0, 3) if row.grid_thw is None else row.grid_thw
-    frames = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0].long())
+    frames = torch.zeros(0) if row.grid_thw is None else frame_sizes(row.grid_thw)
     forward = forward_flops(config, row.cu_seqlens.diff(), frames, row.labels)
     return training_flops(forward, trainable, recompute)
 
@@ -740,72 +593,13 @@ def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int, context: in
             "logits": 10 * min(tokens, LOSS_CHUNK) * config.vocab_size}
 
 
-def sample_flops(config: ModelConfig, recompute: str) -> dict[str, float]:
-    """FLOPs a token of training everything on average samples."""
-    visual = VISUAL_SHARE * SAMPLE_TOKENS
-    forward = forward_flops(config, torch.tensor([SAMPLE_TOKENS]), torch.tensor([4 * visual]),
-                            round((SAMPLE_TOKENS - visual) / 2))
-    flops = training_flops(forward, ALL, recompute)
-    return {name: n / SAMPLE_TOKENS for name, n in flops.items()}
-
-
-def published() -> Iterator[str]:
-    """How the announcement's figures for the 8B fit together; A800s are taken for A100s."""
-    flops = sample_flops(PRESETS["8b"], "layer")["hardware_flops"]
-    per_hour = 3600 * 0.45 * GPUS["A100"][0] / flops  # tokens of a GPU at 45 % HFU
-    budget, mid, hours = 16000 / 0.6, 128 * 3.7 * 24, 64e9 / per_hour
-    yield (f"The published figures, if the 8B did {flops:.3g} FLOPs a token: samples as above, "
-           "layers recomputed")
-    yield f"  $16,000 at $0.6 an hour buy {budget:,.0f} A100-hours"
-    yield (f"  the mid stage, 128 A800 for 3.7 days, took {mid:,.0f}, {mid / budget:.0%} of them; "
-           f"at 45 % HFU that is\n    {mid * per_hour / 1e9:,.0f} B tokens, or "
-           f"{mid * per_hour / 85e6:,.0f} for each of 85 M samples")
-    yield (f"  64 B tokens at 45 % HFU take {hours:,.0f} hours, {hours / budget:.0%} of the "
-           f"budget; if they took all of it, HFU was {0.45 * hours / budget:.0%}")
-    yield f"  all of the budget at 45 % HFU is {budget * per_hour / 1e9:,.0f} B tokens"
-
-
-def plan(config: TrainConfig) -> Iterator[str]:
-    """Lines on what a run needs: parameters, memory, FLOPs, time, dollars."""
-    check_division(config, config.gpus)
-    stage = "mid" if config.stage == "all" else config.stage
-    model, (rate, capacity) = sizes_of(config, config.start_from), GPUS[config.gpu.upper()]
-    check_experts(config, model)
-    recipe = replace(config, recipe=config.recipe or "full", stage=stage).recipes(model)[stage]
-    parts = parameters_by_part(model)
-    yield (f"{name_of(config, config.start_from)} on {config.gpus} {config.gpu.upper()} "
-           f"({rate / 1e12:.0f} TFLOP/s in "
-           f"bf16, {capacity / 1e9:.0f} GB): {', '.join(recipe.trainable)} trained, recompute "
-           f"{recipe.recompute}")
-    yield f"parameters: {', '.join(f'{name} {n:,}' for name, n in parts.items())}"
-    yield f"  together {sum(parts.values()):,}"
-    memory = memory_by_part(model, recipe, config.gpus // config.replicas, config.context_parallel,
-                            config.expert_parallel, config.fp8)
-    memory["together"] = sum(memory.values())
-    yield (f"memory of a GPU, rows of {recipe.seq_length:,} tokens over {config.context_parallel}"
-           + (":" if memory["together"] < capacity else " (it does NOT fit):"))
-    yield from (f"  {name:28}{size / 2**30:8.2f} GiB" for name, size in memory.items())
-    flops = sample_flops(model, recipe.recompute)
-    ratio = flops["hardware_flops"] / flops["model_flops"]
-    mfu = config.mfu or 0.45 / ratio
-    speed = config.gpus * rate * mfu / flops["model_flops"]
-    hours = config.gpus * config.tokens / speed / 3600
-    yield (f"FLOPs a token, all parts trained: {flops['model_flops']:.4g}, with what is computed "
-           f"again {flops['hardware_flops']:.4g}\n  (samples of {SAMPLE_TOKENS} tokens, "
-           f"{VISUAL_SHARE:.0%} visual, half of the others learnt)")
-    yield (f"at {mfu:.1%} MFU, {mfu * ratio:.1%} HFU: {speed:,.0f} tokens/s, a step of "
-           f"{recipe.rows} rows in {recipe.rows * recipe.seq_length / speed:.1f} s")
-    yield (f"{config.tokens:.3g} tokens: {config.tokens / speed / 86400:.2f} days, {hours:,.0f} "
-           "GPU-hours" + (f", ${hours * config.price:,.0f}" if config.price else "") + "\n")
-    yield from published()
-
-
 # ------------------------------------------------------------------------------- a run, end to end
 
 
 def refuse_step(step: Step, loss: float, norm: float, where: str, ranks: Ranks, log: Log) -> None:
     """End the run at a step that is not finite, on all ranks; the first one names its samples."""
-    names = [name for row in step.rows for name in row.names]
+    rows = [row.row if isinstance(row, RowShare) else row for row in step.rows]
+    names = [name for row in rows for name in row.names]
     if ranks.count > 1:
         gathered: list = [None] * ranks.count
         dist.all_gather_object(gathered, names)
@@ -829,10 +623,16 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
     log.line(f"{name}: {', '.join(recipe.trainable)} trained, {recipe.steps} steps of "
              f"{recipe.rows} rows; MFU of {ranks.count} x {rate / 1e12:.3g} TFLOP/s ({source})",
              recipe=asdict(recipe), matrix_rate=rate)
+    cut = lay_out
+    if ranks.context > 1:
+        visual_ids = [model.config.image_token_id, model.config.video_token_id]
+        cut = partial(share_row, rank=ranks.rank % ranks.context, ranks=ranks.context,
+                      visual_ids=visual_ids)
     dataset = PackedRows(
         recipe.data, tokenizer, recipe.seq_length, config.seed, recipe.max_pixels, recipe.rows,
-        ranks.rank, ranks.data_ranks, ranks.context, cost=partial(
-            row_cost, config=model.config, trainable=recipe.trainable, recompute=recipe.recompute))
+        rank=ranks.rank // ranks.context, ranks=ranks.data_ranks, cut=cut,
+        cost=partial(row_cost, config=model.config, trainable=recipe.trainable,
+                     recompute=recipe.recompute))
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=config.workers,
         # four rows wait for each rank; a step of many comes as a whole
@@ -845,10 +645,11 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
         step = next(stream)
         seen["waited"] += time.monotonic() - before
         lr = learning_rate(number - 1, recipe)
-        loss, norm = train_step(model, optimizer, step, lr, recipe.clip, ranks, config.token_mean)
+        loss, norm = train_step(model, optimizer, step, lr, recipe.clip, ranks)
         if not math.isfinite(loss + norm):
             refuse_step(step, loss, norm, f"step {number} of stage {name}", ranks, log)
-        seen.update({"loss": loss, "norm": norm, "lr": lr, "steps": 1, **step.sums})
+        seen.update({"loss": loss, "norm": norm, "lr": lr, "steps": 1, "balance": step.balance,
+                     **step.sums})
         now = time.monotonic()
         left = (now - started) / number * (recipe.steps - number)
         if number % config.log_every == 0 or number == recipe.steps:
@@ -869,8 +670,9 @@ def evaluate(model: LlavaOneVision, tokenizer: Tokenizer, per_category: int,
         for start in range(0, len(questions), batch):
             chunk = questions[start:start + batch]
             prompts = [{**record, "messages": record["messages"][:-1]} for record in chunk]
-            packed = pack([encode(prompt, tokenizer, generation_prompt=True) for prompt in prompts])
-            steps = model.generate(**packed.inputs(device), max_new_tokens=24, stop_ids=(stop,))
+            samples = [encode(prompt, tokenizer, generation_prompt=True) for prompt in prompts]
+            steps = model.generate(**lay_out(samples).inputs(device), max_new_tokens=24,
+                                   stop_ids=(stop,))
             for record, ids in zip(chunk, torch.stack(list(steps), dim=1).tolist()):
                 ids = ids[:ids.index(stop)] if stop in ids else ids
                 answer = tokenizer.decode(ids, skip_special_tokens=False)
@@ -943,16 +745,16 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
         memory = memory_by_part(sizes, recipe, ranks.count // ranks.replicas, ranks.context,
                                 ranks.experts, config.fp8)
         needed, there = sum(memory.values()) / 2**30, memory_of_rank(ranks.device) / 2**30
-        if needed > there:
-            raise ValueError(
-                f"rows of {recipe.seq_length:,} tokens over --context-parallel {ranks.context} and "
-                f"{ranks.count // ranks.replicas} shards of the model need about {needed:,.0f} GiB "
-                f"of a rank, most of it for {max(memory, key=memory.get)}, and it has {there:,.0f}")
-        first_records[name] = next(records(recipe.data, config.seed))
+        if needed > there and not ranks.rank:
+            print(f"stage {name} may run out of memory: rows of {recipe.seq_length:,} tokens over "
+                  f"--context-parallel {ranks.context} and {ranks.count // ranks.replicas} shards "
+                  f"of the model need about {needed:,.0f} GiB of a rank, most of it for "
+                  f"{max(memory, key=memory.get)}, and it has {there:,.0f}", file=sys.stderr)
+        first_records[name] = next(record_stream(recipe.data, config.seed))
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
     tokenizer = load_tokenizer(Path(start)) if start else train_tokenizer(
-        default_texts(config.seed), sizes.vocab_size)
+        drawn_texts(config.seed), sizes.vocab_size)
     for name, record in first_records.items():
         encode(record, tokenizer, max_pixels=recipes[name].max_pixels)
     return tokenizer
@@ -960,7 +762,9 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
 
 def run(config: TrainConfig) -> Path:
     """Train the stages, save a checkpoint after each, evaluate; returns the last checkpoint."""
-    ranks, start = find_ranks(config), start_of(config)
+    ranks = find_ranks(config.device, config.dtype, config.replicas, config.context_parallel,
+                       config.expert_parallel)
+    start = start_of(config)
     sizes, model_name = sizes_of(config, start), name_of(config, start)
     recipes = config.recipes(sizes)
     tokenizer = check_run(config, ranks, start, sizes, recipes)
@@ -1014,10 +818,7 @@ def parse_flags(arguments: list[str]) -> TrainConfig:
 def main() -> None:
     try:
         config = parse_flags(sys.argv[1:])
-        if config.plan:
-            print(*plan(config), sep="\n")
-        else:
-            run(config)
+        run(config)
     except (ValueError, OSError) as error:
         # an error in a worker process arrives with its traceback; its last line says what is wrong
         lines = str(error).strip().splitlines() or [type(error).__name__]

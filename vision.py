@@ -49,6 +49,7 @@ from attention_kernel import flash_attn_varlen_func
 
 PATCH = 14  # pixels a side
 MERGE = 2  # patches a side of a visual token
+PATCH_NUMBERS = 3 * PATCH**2  # 588 numbers of a patch: channel, y, x
 CELL = PATCH * MERGE  # pixels a side of a visual token; picture sides become multiples of it
 MIN_PIXELS = 56 * 56  # the released processor's limits on height * width
 MAX_PIXELS = 1600 * 1600
@@ -280,6 +281,16 @@ def patch_positions(grid_thw: Tensor) -> Tensor:
                         block % (columns // 2) * 2 + inside % 2], dim=1)
 
 
+def frame_sizes(grid_thw: Tensor) -> Tensor:
+    """Patches of each frame, (S,): a picture is one frame, a video grid_thw[i, 0] of one size."""
+    return torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
+
+
+def visual_tokens(grid_thw: Tensor) -> Tensor:
+    """Visual tokens of each picture, (I,): one for four patches."""
+    return grid_thw.prod(dim=1) // MERGE**2
+
+
 # -------------------------------------------------------------------------------------- the network
 
 
@@ -391,10 +402,10 @@ class RiceViT(nn.Module):
 
     def forward(self, patches: Tensor, grid_thw: Tensor) -> Tensor:
         """patches (P, 588) and grid_thw (I, 3) int64 -> (M, C)."""
-        frame_sizes = torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
-        frames = len(frame_sizes)  # S
-        segment = torch.repeat_interleave(torch.arange(frames, device=patches.device), frame_sizes)
-        cu_seqlens = F.pad((frame_sizes + 1).cumsum(0), (1, 0))  # (S + 1,), class tokens counted
+        sizes = frame_sizes(grid_thw)  # (S,)
+        frames = len(sizes)
+        segment = torch.repeat_interleave(torch.arange(frames, device=patches.device), sizes)
+        cu_seqlens = F.pad((sizes + 1).cumsum(0), (1, 0))  # (S + 1,), class tokens counted
         # sources are stacked [class tokens; patches]; order[i] is the source of packed row i
         patch_rows = torch.arange(len(patches), device=patches.device)
         order = torch.empty(len(patches) + frames, dtype=torch.int64, device=patches.device)

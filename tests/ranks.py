@@ -71,3 +71,9 @@ def in_ranks(count: int, function: Callable, *arguments: object, timeout: float 
         if codes != [0] * count:
             raise RuntimeError(f"the ranks ended with exit codes {codes}")
         return [torch.load(Path(folder) / str(rank)) for rank in range(count)]
+
+
+def resident(name: str) -> int:
+    """Bytes of this process by a name of Linux: VmRSS is now, VmHWM the most so far."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024

@@ -1,8 +1,8 @@
 """Training speed of a released size with random weights: tokens/s, MFU, HFU, memory.
 
-Run `python tests/train_speed.py` on a GPU: prints a table over --recompute, --compile and --fp8 for
-the 4b on rows of 8,192 tokens, as many of its decoder layers as --layers says (default: all that
-fit).  `torchrun --nproc-per-node N tests/train_speed.py` does the same on N of them.
+Run `python -m benchmarks.train_speed` on a GPU: prints a table over --recompute, --compile and
+--fp8 for the 4b on rows of 8,192 tokens, as many of its decoder layers as --layers says (default:
+all that fit).  `torchrun --nproc-per-node N -m benchmarks.train_speed` does the same on N of them.
 `--model tiny --seq-length 1024 --dtype float32` tries it on a CPU.
 """
 
@@ -10,24 +10,20 @@ import gc
 import itertools
 import os
 import statistics
-import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
 from PIL import Image
 
-from data import PackedRows, Sample, Step, flag_parser
+from data import PackedRows, Sample, Step, flag_parser, lay_out
 from fp8_kernel import check_device, convert_to_fp8, quantize_weights
 from model import PRESETS, LlavaOneVision, ModelConfig
-from train import (QUICK, RECOMPUTE, Ranks, TrainConfig, find_ranks, join_ranks, make_optimizer,
-                   matrix_rate, memory_by_part, memory_of_rank, peak_memory, row_cost, shard,
-                   train_step)
+from parallel import Ranks, find_ranks, join_ranks, shard, share_row
+from train import (QUICK, RECOMPUTE, make_optimizer, matrix_rate, memory_by_part, memory_of_rank,
+                   peak_memory, row_cost, train_step)
 
 SAMPLE, PICTURE = 600, 560  # tokens of a sample; a picture's side, 400 visual tokens
 
@@ -43,10 +39,12 @@ def random_step(config: ModelConfig, seq_length: int, rows: int, ranks: Ranks,
     labels = torch.where(torch.arange(tokens) < tokens * 5 // 6, -100, ids)
     grid = torch.tensor([[1, side // 14, side // 14]])
     sample = Sample(ids, labels, [Image.effect_noise((side, side), 64)], grid, (3136, 10**7), "")
-    tokenizer = type("Ids", (), {"token_to_id": lambda self, name: {
-        "<|image_pad|>": config.image_token_id, "<|video_pad|>": config.video_token_id}[name]})()
-    dataset = PackedRows("", tokenizer, seq_length, 0, rows=rows, rank=ranks.rank,
-                         data_ranks=ranks.data_ranks, context_ranks=ranks.context,
+    cut = lay_out
+    if ranks.context > 1:
+        cut = partial(share_row, rank=ranks.rank % ranks.context, ranks=ranks.context,
+                      visual_ids=[config.image_token_id, config.video_token_id])
+    dataset = PackedRows("", None, seq_length, 0, rows=rows, rank=ranks.rank // ranks.context,
+                         ranks=ranks.data_ranks, cut=cut,
                          cost=partial(row_cost, config=config, trainable=QUICK["mid"].trainable,
                                       recompute=recompute))
     return dataset.step_of([[sample] * (seq_length // tokens)] * rows, 0)
@@ -103,8 +101,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--context-parallel", type=int, default=1)
     flags = parser.parse_args()
-    ranks = join_ranks(find_ranks(TrainConfig(dtype=flags.dtype,
-                                              context_parallel=flags.context_parallel)))
+    ranks = join_ranks(find_ranks(dtype=flags.dtype, context=flags.context_parallel))
     name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
     say = print if ranks.rank == 0 else lambda *_: None
     rate, source = matrix_rate(ranks)

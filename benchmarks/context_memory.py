@@ -1,7 +1,8 @@
 """Memory and work of one long document on one process and shared by ranks (context parallelism).
 
-Run `python tests/context_memory.py [TOKENS] [RANKS]` (default 65536 tokens, 4 ranks; some minutes):
-prints for each the most memory over that of the idle process, attention work, and the loss.
+Run `python -m benchmarks.context_memory [TOKENS] [RANKS]` (default 65536 tokens, 4 ranks; some
+minutes): prints for each the most memory over that of the idle process, attention work, and the
+loss.
 """
 
 import os
@@ -9,27 +10,20 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 import torch.distributed as dist
-from ranks import in_ranks
 
-from data import Sample, Step, pack, share_row
+from data import Sample, Step, lay_out
 from model import PRESETS, LlavaOneVision
-from train import TrainConfig, backward, find_ranks, join_ranks, shard
-
-
-def resident(name: str) -> int:
-    """Bytes of this process by a name of Linux: VmRSS is now, VmHWM the most so far."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{name}:")[1].split()[0]) * 1024
+from parallel import find_ranks, join_ranks, shard, share_row
+from tests.ranks import in_ranks, resident
+from train import backward
 
 
 def forward_and_backward(tokens: int, recompute: str) -> dict[str, float]:
     """One document without pictures through the tiny model, by as many ranks as there are."""
     count = int(os.environ["WORLD_SIZE"])
-    ranks = join_ranks(find_ranks(TrainConfig(context_parallel=count)))
+    ranks = join_ranks(find_ranks(context=count))
     torch.manual_seed(0)
     model = LlavaOneVision(PRESETS["tiny"]).init_weights()
     shard(model, recompute, False, ranks)
@@ -37,14 +31,14 @@ def forward_and_backward(tokens: int, recompute: str) -> dict[str, float]:
     def step(tokens: int) -> Step:
         ids = torch.randint(20, 1000, (tokens,), generator=torch.Generator().manual_seed(0))
         sample = Sample(ids, ids.clone(), [], torch.zeros(0, 3, dtype=torch.int64), (0, 0), "long")
-        row = share_row([sample], ranks.rank, count, [12, 13]) if count > 1 else pack([sample])
-        return Step([row], [tokens - 1], {"labels": tokens - 1})
+        row = share_row([sample], ranks.rank, count, [12, 13]) if count > 1 else lay_out([sample])
+        return Step([row], {"labels": tokens - 1}, balance=1.0)
 
-    backward(model, step(512), ranks, "global")  # what is loaded at the first use is not counted
+    backward(model, step(512), ranks)  # what is loaded at the first use is not counted
     work = step(tokens)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     idle, started = resident("VmRSS"), time.monotonic()
-    loss = backward(model, work, ranks, "global")
+    loss = backward(model, work, ranks)
     seconds, peak = time.monotonic() - started, resident("VmHWM") - idle
     positions = getattr(work.rows[0], "position_ids", torch.arange(tokens))
     if ranks.count > 1:

@@ -1,0 +1,110 @@
+"""What a run needs: parameters, memory of a GPU, FLOPs, time, dollars; no GPU wanted.
+
+Run `python -m benchmarks.plan --model 8b --gpus 128 --gpu a100 --tokens 64e9 --price 0.6`, with any
+flag of `train.py` beside these.  It ends with the announcement's own figures, put together.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from data import flag_parser, refuse_in_one_sentence
+from model import PRESETS, ModelConfig, parameters_by_part
+from parallel import check_division
+from train import (ALL, GPUS, VISUAL_SHARE, TrainConfig, check_experts, forward_flops,
+                   memory_by_part, name_of, parse_flags, sizes_of, training_flops)
+
+SAMPLE_TOKENS = 600  # of an average sample; half of its words are learnt
+SHARE = 0.45  # of the hardware's rate that a run reaches, computing again included (HFU)
+
+
+def sample_flops(config: ModelConfig, recompute: str) -> dict[str, float]:
+    """FLOPs a token of training everything on average samples."""
+    visual = VISUAL_SHARE * SAMPLE_TOKENS
+    forward = forward_flops(config, torch.tensor([SAMPLE_TOKENS]), torch.tensor([4 * visual]),
+                            round((SAMPLE_TOKENS - visual) / 2))
+    flops = training_flops(forward, ALL, recompute)
+    return {name: n / SAMPLE_TOKENS for name, n in flops.items()}
+
+
+def plan(config: TrainConfig, flags: argparse.Namespace) -> Iterator[str]:
+    """Lines on what a run needs; of the stage mid and the recipe full where none is named."""
+    check_division(flags.gpus, config.replicas, config.context_parallel, config.expert_parallel)
+    model, (rate, capacity) = sizes_of(config, config.start_from), GPUS[flags.gpu.upper()]
+    check_experts(config, model)
+    stage = "mid" if config.stage == "all" else config.stage
+    recipe = replace(config, recipe=config.recipe or "full", stage=stage).recipes(model)[stage]
+    parts = parameters_by_part(model)
+    yield (f"{name_of(config, config.start_from)} on {flags.gpus} {flags.gpu.upper()} "
+           f"({rate / 1e12:.0f} TFLOP/s in bf16, {capacity / 1e9:.0f} GB): "
+           f"{', '.join(recipe.trainable)} trained, recompute {recipe.recompute}")
+    yield f"parameters: {', '.join(f'{name} {n:,}' for name, n in parts.items())}"
+    yield f"  together {sum(parts.values()):,}"
+
+    memory = memory_by_part(model, recipe, flags.gpus // config.replicas, config.context_parallel,
+                            config.expert_parallel, config.fp8)
+    memory["together"] = sum(memory.values())
+    fits = ":" if memory["together"] < capacity else " (it does NOT fit):"
+    yield (f"memory of a GPU, rows of {recipe.seq_length:,} tokens over {config.context_parallel}"
+           + fits)
+    yield from (f"  {name:28}{size / 2**30:8.2f} GiB" for name, size in memory.items())
+
+    flops = sample_flops(model, recipe.recompute)
+    ratio = flops["hardware_flops"] / flops["model_flops"]
+    mfu = flags.mfu or SHARE / ratio
+    speed = flags.gpus * rate * mfu / flops["model_flops"]  # tokens a second
+    hours = flags.gpus * flags.tokens / speed / 3600
+    yield (f"FLOPs a token, all parts trained: {flops['model_flops']:.4g}, with what is computed "
+           f"again {flops['hardware_flops']:.4g}\n  (samples of {SAMPLE_TOKENS} tokens, "
+           f"{VISUAL_SHARE:.0%} visual, half of the others learnt)")
+    yield (f"at {mfu:.1%} MFU, {mfu * ratio:.1%} HFU: {speed:,.0f} tokens/s, a step of "
+           f"{recipe.rows} rows in {recipe.rows * recipe.seq_length / speed:.1f} s")
+    dollars = f", ${hours * flags.price:,.0f}" if flags.price else ""
+    yield (f"{flags.tokens:.3g} tokens: {flags.tokens / speed / 86400:.2f} days, {hours:,.0f} "
+           f"GPU-hours{dollars}\n")
+
+
+def published() -> Iterator[str]:
+    """How the announcement's figures for the 8B fit together; A800s are taken for A100s."""
+    flops = sample_flops(PRESETS["8b"], "layer")["hardware_flops"]
+    per_hour = 3600 * SHARE * GPUS["A100"][0] / flops  # tokens of a GPU at 45 % HFU
+    budget = 16000 / 0.6  # GPU-hours
+    mid = 128 * 3.7 * 24  # GPU-hours
+    hours = 64e9 / per_hour
+    yield (f"The published figures, if the 8B did {flops:.3g} FLOPs a token: samples as above, "
+           "layers recomputed")
+    yield f"  $16,000 at $0.6 an hour buy {budget:,.0f} A100-hours"
+    yield (f"  the mid stage, 128 A800 for 3.7 days, took {mid:,.0f}, {mid / budget:.0%} of them; "
+           f"at 45 % HFU that is\n    {mid * per_hour / 1e9:,.0f} B tokens, or "
+           f"{mid * per_hour / 85e6:,.0f} for each of 85 M samples")
+    yield (f"  64 B tokens at 45 % HFU take {hours:,.0f} hours, {hours / budget:.0%} of the "
+           f"budget; if they took all of it, HFU was {SHARE * hours / budget:.0%}")
+    yield f"  all of the budget at 45 % HFU is {budget * per_hour / 1e9:,.0f} B tokens"
+
+
+def run(arguments: list[str]) -> Iterator[str]:
+    """The lines that the command prints.  Raises ValueError for a flag that makes no sense."""
+    parser = flag_parser("What a run needs.", arguments)
+    parser.add_argument("--gpus", type=int, default=8, help="how many (default 8)")
+    parser.add_argument("--gpu", default="a100", choices=[name.lower() for name in GPUS])
+    parser.add_argument("--tokens", type=float, default=64e9, help="to train on (default 64e9)")
+    parser.add_argument("--price", type=float, default=0.0, help="dollars of a GPU-hour")
+    parser.add_argument("--mfu", type=float, default=0.0,
+                        help="share of the GPUs' rate; default what 45 %% HFU comes to")
+    flags, rest = parser.parse_known_args(arguments)
+    config = parse_flags(rest)
+    if flags.gpus < 1 or not 0 < flags.tokens < 1e18 or flags.price < 0:
+        raise ValueError("--gpus and --tokens must be positive, --price not negative")
+    if not 0 <= flags.mfu <= 1:
+        raise ValueError(f"--mfu is a share of 1, not {flags.mfu}")
+    if config.fp8 and flags.gpu in ("a100", "a800"):
+        raise ValueError(f"--fp8: the {flags.gpu} has no FP8; name another with --gpu")
+    yield from plan(config, flags)
+    yield from published()
+
+
+if __name__ == "__main__":
+    refuse_in_one_sentence("benchmarks.plan", lambda: print(*run(sys.argv[1:]), sep="\n"))
