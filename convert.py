@@ -1,11 +1,12 @@
-"""Everything on disk: checkpoint directories in the released layout, read, written and converted.
+"""Everything on disk: checkpoint directories are read, written, converted and checked here.
 
-In and out: a model and its tokenizer, or a directory with config.json, *.safetensors and
-tokenizer.json.  What a run writes and what was released are read by the same code.
+In: a directory with config.json, *.safetensors and tokenizer.json.  Out: a model and its tokenizer;
+or the other way round.  The same code reads released checkpoints and those of a training run.
 Called by `model.py`, `train.py` and `sample.py`, and by people; calls `model.py`, `vision.py`,
-`fp8_kernel.py`, and `data.py` for its kind of command line.
+`fp8_kernel.py`, and `data.py` for the special tokens and the command line.
 
-The idea.  A layout says for each parameter of the model which tensors of a directory its rows are:
+The idea.  A parameter of the model is stored as one tensor, or as several that are joined along
+their first dimension.  A layout names these tensors for each parameter:
 
     parameter                        released, a run's            the sources of stage 0
     visual.blocks.0.norm1.weight     the same                     vision_model.encoder.layers.0.
@@ -14,13 +15,18 @@ The idea.  A layout says for each parameter of the model which tensors of a dire
     model.layers.0.mlp.experts.      model.layers.0.mlp.experts.  as released
       gate_proj                        {0,1,...}.gate_proj.weight
 
-so every conversion is one loop: read a parameter's rows by one layout, write them by another.  One
-parameter and one file to be written are in memory at a time, whatever the size of the model.
+Every conversion is one loop: read a parameter by one layout, write it by another.  Memory holds one
+parameter and one file to be written at a time, whatever the size of the model.
+
+Shapes.  A line of a tensor is one index of its first dimension.  A parameter (N, ...) of k tensors
+has N / k lines in each.  With FSDP, a rank reads only the lines [begin, end) that it holds:
+
+    tensors  |    expert 0    |    expert 1    |    expert 2    |
+    ranks    |         rank 0         |         rank 1          |
 
 Run `python convert.py merge --vit DIR --llm DIR --tokenizer DIR --out DIR`: stage 0, from a ViT and
-a Qwen3.  `export RUN --out DIR`: what training wrote, with
-all the files that Hugging Face code wants beside it.  `verify DIR [DIR]`: is a directory whole, and
-how far is it from another.
+a Qwen3.  `export RUN --out DIR`: a run's last checkpoint, with all files that Hugging Face code
+wants beside it.  `verify DIR [DIR]`: is a directory whole, and how far is it from another.
 """
 
 import argparse
@@ -30,11 +36,9 @@ import math
 import os
 import shutil
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +48,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -53,18 +56,23 @@ from fp8_kernel import BLOCK, Fp8Linear, convert_to_fp8, quantize_fp8
 from model import LlavaOneVision, ModelConfig, init_linear, meta_model
 from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, Merger, VisionConfig
 
-SHARD = 5e9  # bytes of a file of weights at most
-SCALES = "_scale_inv"  # behind the name of a weight in FP8: the name of its scales
-PUBLISHED = "lmms-lab/LLaVA-OneVision-1.5-8B-Instruct"  # whose modelling code config.json points at
-VIT_NAMES = (  # in turn: what in our names of the ViT is what in those of its own checkpoint
+SHARD = 5e9  # bytes in one file of weights, at most
+WEIGHTS = "model.safetensors"  # a checkpoint in one file
+INDEX = f"{WEIGHTS}.index.json"  # of a checkpoint in several files: the file of each tensor
+SCALES = "_scale_inv"  # suffix: the scales of an FP8 weight have its name and this behind it
+PUBLISHED = "lmms-lab/LLaVA-OneVision-1.5-8B-Instruct"  # the modelling code config.json points at
+FRACTIONS = ("rms_norm_eps", "layer_norm_eps", "initializer_range", "rope_theta")  # not whole
+# These replacements, in turn, make RICE's own name of a ViT tensor from our name.
+VIT_NAMES = (
     ("visual.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
     ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
     ("visual.class_pos_emb", "vision_model.class_pos_emb"),
-    ("visual.pre_layernorm.", "vision_model.pre_layrnorm."),  # spelt so
+    ("visual.pre_layernorm.", "vision_model.pre_layrnorm."),  # RICE's own spelling
     ("visual.blocks.", "vision_model.encoder.layers."),
     (".norm", ".layer_norm"), (".attn.proj.", ".self_attn.out_proj."))
-NOT_OURS = ("post_layernorm.weight", "post_layernorm.bias", "inv_freq")  # sources have, we do not
-# ChatML as data.render writes it, in Jinja for Hugging Face's tokenizers
+# Tensors that the sources of stage 0 have and the merged model does not use.
+UNUSED = ("post_layernorm.weight", "post_layernorm.bias", "inv_freq")
+# ChatML as data.render writes it, in Jinja for Hugging Face's tokenizers.
 CHAT_TEMPLATE = r"""
 {%- macro begin(role) %}{{ '<|im_start|>' + role + '\n' }}{% endmacro -%}
 {%- if messages[0].role != 'system' %}
@@ -86,130 +94,136 @@ CHAT_TEMPLATE = r"""
 {%- endfor %}
 {%- if add_generation_prompt %}{{ begin('assistant') }}{% endif %}
 """.strip()
-Layout = dict[str, list[str]]  # the tensors whose rows, one after the other, are a parameter's
 
+
+class Stored(NamedTuple):
+    """Where a tensor of a checkpoint is."""
+
+    file: Path
+    key: str  # the tensor's name in the file
+    scales: "Stored | None" = None  # of an FP8 matrix: one for each square of 128 x 128
+
+
+Layout = dict[str, list[str]]  # parameter -> the names of its tensors
+Pieces = dict[str, list[Stored]]  # parameter -> where these tensors are
+Tensors = Iterator[tuple[str, Tensor]]  # names and tensors, read one by one
 
 
 # ------------------------------------------------------------------------------ configuration files
 
 
 def read_json_object(file: Path) -> dict:
-    """The JSON object in a file.  Raises ValueError naming the file if there is none."""
+    """The JSON object in a file of a checkpoint.  Raises ValueError naming the file."""
+    if not file.is_file():
+        raise ValueError(f"{file.parent} is no checkpoint: it has no {file.name}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of the JSON, or of its UTF-8
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object")
     return content
 
 
-def number(file: Path, section: dict, key: str) -> float:
-    """A positive number of a configuration file.  Raises ValueError if it is none."""
-    value = section.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{file}: {key} is {value!r}, not a positive number")
-    return value
-
-
-def whole_numbers(file: Path, section: dict, *keys: str) -> dict[str, int]:
-    """Positive whole numbers of a configuration file, by name.  Raises ValueError."""
-    for key in keys:
-        if number(file, section, key) % 1:
-            raise ValueError(f"{file}: {key} is {section[key]}, not a whole number")
-    return {key: int(section[key]) for key in keys}
-
-
-def refuse_others(file: Path, section: dict, supported: dict[str, Any]) -> None:
-    """Raise ValueError if a setting is there and has another value than the one supported."""
-    for key, value in supported.items():
+def read_section(file: Path, section: dict, settings: dict[str, Any], *sizes: str) -> dict:
+    """Check a section of a config.json; return its `sizes`, all of them positive numbers.
+    settings: what this project computes with.  A file may omit a setting, but not change it.
+    Raises ValueError naming the file, the key and the value."""
+    for key, value in settings.items():
         if section.get(key) not in (None, value):
             raise ValueError(f"{file}: {key} is {section[key]}, only {value} is supported")
 
+    numbers = {}
+    for key in sizes:
+        value = section.get(key)
+        # type(), since for isinstance() JSON's true is an int; NaN fails the comparison
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{file}: {key} is {value!r}, not a positive number")
+        if key not in FRACTIONS and value % 1:
+            raise ValueError(f"{file}: {key} is {value}, not a whole number")
+        numbers[key] = value if key in FRACTIONS else int(value)
+    return numbers
 
-def decoder_fields(file: Path, text: dict) -> dict[str, Any]:
-    """The decoder's fields of a ModelConfig, from a `text_config` or Qwen3's own `config.json`.
 
-    Raises ValueError naming the file and what it lacks.
-    """
-    rope = text.get("rope_parameters") or text  # transformers 5 nests the base
-    scaling = text.get("rope_scaling") or rope
+def decoder_fields(file: Path, section: dict) -> dict[str, Any]:
+    """The decoder's fields of a ModelConfig, from a `text_config` or from Qwen3's own config.json.
+    Raises ValueError naming the file and what is missing or not supported."""
+    # transformers 5 writes the rotary base into rope_parameters, transformers 4 beside the sizes
+    rope = section.get("rope_parameters") or section
+    scaling = section.get("rope_scaling") or rope
     if not isinstance(rope, dict) or not isinstance(scaling, dict):
         raise ValueError(f"{file}: rope_parameters or rope_scaling is no object")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{file}: rotary scaling {kind!r} is not supported")
-    refuse_others(file, text, {"attention_bias": False, "hidden_act": "silu",
-                               "use_sliding_window": False, "partial_rotary_factor": 1.0,
-                               "attention_dropout": 0.0})
-    kinds = text.get("layer_types") or []
-    if not isinstance(kinds, list) or {*map(str, kinds)} - {"full_attention"}:
-        raise ValueError(f"{file}: layer_types has others than full_attention, which is not "
-                         "supported")
-    fields = whole_numbers(
-        file, text, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")
-    fields |= {key: number(file, text, key) for key in ("rms_norm_eps", "initializer_range")}
-    if text.get("num_experts"):
-        refuse_others(file, text, {"decoder_sparse_step": 1, "mlp_only_layers": [],
-                                   "norm_topk_prob": True})
-        fields |= whole_numbers(file, text, "num_experts", "num_experts_per_tok",
-                                "moe_intermediate_size")
-        if fields["num_experts_per_tok"] > fields["num_experts"]:
-            raise ValueError(f"{file}: num_experts_per_tok is {fields['num_experts_per_tok']}, of "
-                             f"{fields['num_experts']} experts")
-    return {**fields, "rope_theta": number(file, rope, "rope_theta"),
-            "tie_word_embeddings": text.get("tie_word_embeddings") is not False}
+    rotation = scaling.get("rope_type", scaling.get("type", "default"))
+    if rotation != "default":
+        raise ValueError(f"{file}: rotary scaling {rotation!r} is not supported")
+
+    attention = section.get("layer_types") or []
+    if not isinstance(attention, list) or {*map(str, attention)} - {"full_attention"}:
+        raise ValueError(f"{file}: layer_types has others than full_attention")
+    numbers = read_section(
+        file, section, {"attention_bias": False, "hidden_act": "silu", "attention_dropout": 0.0,
+                        "use_sliding_window": False, "partial_rotary_factor": 1.0},
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+        "rms_norm_eps", "initializer_range")
+    numbers |= read_section(file, rope, {}, "rope_theta")
+
+    # a mixture: experts in every layer, and the weights of the chosen ones sum to 1
+    if section.get("num_experts"):
+        numbers |= read_section(
+            file, section,
+            {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+            "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        if numbers["num_experts_per_tok"] > numbers["num_experts"]:
+            raise ValueError(f"{file}: num_experts_per_tok is {numbers['num_experts_per_tok']}, of "
+                             f"{numbers['num_experts']} experts")
+    tied = section.get("tie_word_embeddings") is not False
+    return numbers | {"tie_word_embeddings": tied}
 
 
 def read_config(path: str | Path) -> ModelConfig:
     """The sizes of a checkpoint, from its `config.json` as transformers 4 or 5 writes it.
 
-    tie_word_embeddings is true unless the file says false, inside or outside of text_config:
-    published files often say nothing, and then the head is tied if there is none.
-    Raises ValueError naming the file and what it lacks.
+    tie_word_embeddings is true unless the file says false, inside or outside of text_config.
+    Published files often say nothing; then the head is tied if the weights have no head.
+    Raises ValueError naming the file and what is missing or not supported.
     """
     file = Path(path) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{path} is no checkpoint: it has no config.json")
-    raw = read_json_object(file)
-    text, vision = raw.get("text_config"), raw.get("vision_config")
-    if not isinstance(text, dict) or not isinstance(vision, dict):
+    content = read_json_object(file)
+    decoder, vision = content.get("text_config"), content.get("vision_config")
+    if not isinstance(decoder, dict) or not isinstance(vision, dict):
         raise ValueError(f"{file} lacks text_config or vision_config")
-    quantized = raw.get("quantization_config") or {}
+    quantized = content.get("quantization_config") or {}
     if not isinstance(quantized, dict):
         raise ValueError(f"{file}: quantization_config is no object")
+    read_section(file, quantized, {"quant_method": "fp8", "fmt": "e4m3",
+                                   "weight_block_size": [BLOCK, BLOCK]})
 
-    refuse_others(file, quantized, {"quant_method": "fp8", "fmt": "e4m3",
-                                    "weight_block_size": [BLOCK, BLOCK]})
-    refuse_others(file, vision, {"patch_size": 14, "spatial_merge_size": 2, "in_channels": 3,
-                                 "temporal_patch_size": 1, "hidden_act": "gelu"})
-    if raw.get("tie_word_embeddings") is False:  # transformers 5 says it here, 4 in text_config
-        text = {**text, "tie_word_embeddings": False}
-    sizes = whole_numbers(file, vision, "depth", "embed_dim", "num_heads", "intermediate_size",
-                          "text_hidden_size")
-    eps = number(file, vision, "layer_norm_eps")
-    return ModelConfig(
-        **decoder_fields(file, text),
-        image_token_id=int(number(file, raw, "image_token_id")),
-        video_token_id=int(number(file, raw, "video_token_id")),
-        vision=VisionConfig(**sizes, layer_norm_eps=eps))
+    # transformers 5 says it out here, transformers 4 in text_config
+    if content.get("tie_word_embeddings") is False:
+        decoder = decoder | {"tie_word_embeddings": False}
+    sizes = read_section(
+        file, vision, {"patch_size": 14, "spatial_merge_size": 2, "in_channels": 3,
+                       "temporal_patch_size": 1, "hidden_act": "gelu"},
+        "depth", "embed_dim", "num_heads", "intermediate_size", "text_hidden_size",
+        "layer_norm_eps")
+    token_ids = read_section(file, content, {}, "image_token_id", "video_token_id")
+    return ModelConfig(**decoder_fields(file, decoder), **token_ids, vision=VisionConfig(**sizes))
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
-    """The released `config.json` for a model, as transformers 4 writes it."""
+    """The released `config.json` of a model, as transformers 4 writes it."""
     vision, experts = config.vision, {}
     if config.num_experts:
         experts = {"num_experts": config.num_experts, "decoder_sparse_step": 1,
                    "num_experts_per_tok": config.num_experts_per_tok, "mlp_only_layers": [],
                    "moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": True}
+    # beside the sizes: what `read_section` checks, and what transformers wants to find
     return {
         "architectures": ["LLaVAOneVision1_5_ForConditionalGeneration"],
         "model_type": "llavaonevision1_5",
-        "image_token_id": config.image_token_id,
-        "video_token_id": config.video_token_id,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": config.vocab_size,
+        "image_token_id": config.image_token_id, "video_token_id": config.video_token_id,
+        "torch_dtype": str(dtype).removeprefix("torch."), "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_word_embeddings,
         "text_config": {
             "model_type": "LLaVAOneVision1_5_text",
@@ -226,8 +240,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
             "rms_norm_eps": config.rms_norm_eps, "rope_scaling": None,
             "rope_theta": config.rope_theta, "sliding_window": None,
             "tie_word_embeddings": config.tie_word_embeddings, "use_cache": True,
-            "use_sliding_window": False, "vocab_size": config.vocab_size, **experts,
-        },
+            "use_sliding_window": False, "vocab_size": config.vocab_size, **experts},
         "vision_config": {
             "model_type": "rice_vit", "depth": vision.depth, "embed_dim": vision.embed_dim,
             "hidden_act": "gelu", "hidden_size": vision.embed_dim, "in_channels": 3,
@@ -235,24 +248,14 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
             "intermediate_size": vision.intermediate_size,
             "layer_norm_eps": vision.layer_norm_eps, "num_heads": vision.num_heads,
             "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 1,
-            "text_hidden_size": vision.text_hidden_size,
-        },
-    }
+            "text_hidden_size": vision.text_hidden_size}}
 
 
-# --------------------------------------------------------------------------------- weights, as read
-
-
-class Stored(NamedTuple):
-    """Where a tensor of a checkpoint is."""
-
-    file: Path
-    key: str  # the file's name for it
-    scales: "Stored | None" = None  # of squares of 128 x 128, if it is in FP8
+# -------------------------------------------------------------------------- where the tensors are
 
 
 def canonical_name(key: str) -> str:
-    """The name of a file's tensor in this model: both published layouts become the first one."""
+    """Our name for a tensor of a file.  The two published layouts differ in their prefixes."""
     for prefix, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
         if key.startswith(prefix):
             return ours + key.removeprefix(prefix)
@@ -260,181 +263,192 @@ def canonical_name(key: str) -> str:
 
 
 def open_tensors(file: Path) -> Any:
-    """The safetensors file, memory-mapped.  Raises ValueError naming it if it cannot be read."""
+    """Map a safetensors file into memory.  Raises ValueError naming it if it cannot be read."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
 
 
-def tensor_files(path: Path) -> dict[str, Stored]:
-    """Where each tensor of a checkpoint directory is, by our name for it; its scales with it.
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, from a directory's index; empty without an index."""
+    index = path / INDEX
+    if not index.is_file():
+        return {}
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map of file names")
+    # otherwise the directory has two checkpoints, and nothing says which one is meant
+    if (path / WEIGHTS).exists() and WEIGHTS not in weight_map.values():
+        raise ValueError(f"{path} has a {WEIGHTS} beside the files of its index")
+    return weight_map
 
-    Raises ValueError for a directory without weights, an unreadable file, an index that names a
-    tensor its file does not have, or a tensor that is there twice.
-    """
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-                isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index} has no weight_map of file names")
-        if (path / "model.safetensors").exists() and "model.safetensors" not in weight_map.values():
-            raise ValueError(f"{path} has a model.safetensors beside the files of its index")
-        files = sorted({path / name for name in weight_map.values()})
-    else:
-        weight_map, files = {}, [path / "model.safetensors"]
-    found: dict[str, Stored] = {}
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{path} has no {file.name}")
+
+def tensor_files(path: Path) -> dict[str, Stored]:
+    """Where each tensor of a checkpoint directory is, by our name for it.
+    Raises ValueError for a file that is missing or unreadable, a tensor that occurs twice, and an
+    index that disagrees with the files."""
+    weight_map = read_index(path)
+    tensors = {}
+    # every tensor of every file is in the index, and every tensor of the index in its file
+    for file_name in sorted(set(weight_map.values())) or [WEIGHTS]:
+        file = path / file_name
         for key in open_tensors(file).keys():
             name = canonical_name(key)
-            if name in found:
-                raise ValueError(f"{file}: {key} is also in {found[name][0]}")
+            if name in tensors:
+                raise ValueError(f"{file}: {key} is also in {tensors[name].file}")
             if weight_map and key not in weight_map:
-                raise ValueError(f"{file}: {key} is not in {index.name}")
-            found[name] = Stored(file, key)
-    for key, name in weight_map.items():
-        if found.get(canonical_name(key), (None,))[0] != path / name:
-            raise ValueError(f"{index} places {key} in {name}, which does not have it")
-    for name in [name for name in found if name.endswith(SCALES)]:
-        if (weight := name.removesuffix(SCALES)) in found:
-            found[weight] = found[weight]._replace(scales=found.pop(name))
-    return found
+                raise ValueError(f"{file}: {key} is not in {INDEX}")
+            tensors[name] = Stored(file, key)
+    for key, file_name in weight_map.items():
+        if tensors.get(canonical_name(key)) != Stored(path / file_name, key):
+            raise ValueError(f"{path / INDEX} places {key} in {file_name}, which does not have it")
+
+    # an FP8 matrix and its scales are two tensors of the files, and one of the model
+    for name in list(tensors):
+        if name + SCALES in tensors:
+            tensors[name] = tensors[name]._replace(scales=tensors.pop(name + SCALES))
+    return tensors
 
 
-def released_names(model: LlavaOneVision) -> dict[str, list[str]]:
-    """The names in files of each parameter: its own, but for stacked experts one for each."""
-    def names(name: str) -> list[str]:
-        stem, stacked, matrix = name.partition(".experts.")
-        if not stacked:
-            return [name]
-        return [f"{stem}.experts.{e}.{matrix}" for e in range(model.config.num_experts)]
+def released_names(model: LlavaOneVision) -> Layout:
+    """The released layout: each parameter under its own name, but each expert apart."""
+    layout = {}
+    for name, _ in model.named_parameters():
+        layout[name] = [name]
+        # one parameter has the matrices of all experts, one below the other
+        if ".experts." in name:
+            layout[name] = [name.replace(".experts.", f".experts.{expert}.")
+                            for expert in range(model.config.num_experts)]
+    return layout
 
-    return {name: names(name) for name, _ in model.named_parameters()}
 
-
-def check_names(path: Path, tensors: dict[str, Stored],
-                names: dict[str, list[str]], prefixes: tuple[str, ...] = (),
-                suffixes: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless a directory has the tensors named, and no others but such as begin or
-    end so."""
-    known = dict.fromkeys(name for pieces in names.values() for name in pieces)
-    for name in known:
+def find_pieces(path: Path, tensors: dict[str, Stored], layout: Layout,
+                ignored: tuple[str, ...] = ()) -> Pieces:
+    """Where a directory has the tensors of each parameter.
+    ignored: prefixes or suffixes of tensors that may be there although the layout lacks them.
+    Raises ValueError naming a tensor that is missing, or one that belongs to no parameter."""
+    wanted = dict.fromkeys(chain(*layout.values()))
+    for name in wanted:
         if name not in tensors:
             raise ValueError(f"{path} lacks the tensor {name}")
-    for name, (file, key, _) in tensors.items():
-        if not (name in known or name.startswith(prefixes) or name.endswith(suffixes)):
-            raise ValueError(f"{file} has a tensor {key} that the model does not have")
+    # a tensor that nobody reads means that the files are of another model
+    for name, piece in tensors.items():
+        if not (name in wanted or name.startswith(ignored) or name.endswith(ignored)):
+            raise ValueError(f"{piece.file} has a tensor {piece.key} that the model does not have")
+    return {parameter: [tensors[name] for name in names] for parameter, names in layout.items()}
 
 
-def with_head(config: ModelConfig, tensors: dict[str, Stored]) -> ModelConfig:
-    """The configuration of files that have these tensors: a head that may be tied is, if it is not
-    among them."""
-    tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
-    return replace(config, tie_word_embeddings=tied)
-
-
-def find_checkpoint(path: Path, side: str = "",
-                    ) -> tuple[LlavaOneVision, dict[str, Stored]]:
-    """The model that a directory is of, on the meta device, and where its tensors are.
-
-    side: "vision" or "decoder" makes the other side None.
-    Raises ValueError naming what is missing or not the model's.
-    """
+def find_checkpoint(path: Path, side: str = "") -> tuple[LlavaOneVision, Pieces]:
+    """A directory's model, on the meta device, and where the tensors of its parameters are.
+    side: "vision" or "decoder"; then the model's other side becomes None.
+    Raises ValueError naming what is missing or does not belong to the model."""
     config, tensors = read_config(path), tensor_files(path)
-    model, others = meta_model(with_head(config, tensors)), ()
+    # tie the head to the embedding if the config allows it and the files have no head
+    tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
+    model = meta_model(replace(config, tie_word_embeddings=tied))
+    other_side = {"": (), "vision": ("model.", "lm_head."), "decoder": ("visual.",)}
+    if side not in other_side:
+        raise ValueError(f"there is no side {side!r} of a model, only vision and decoder")
     if side == "vision":
         model.model = model.lm_head = None
-        others = "model.", "lm_head."
     elif side == "decoder":
-        model.visual, others = None, ("visual.",)
-    elif side:
-        raise ValueError(f"there is no side {side!r} of a model, only vision and decoder")
-    check_names(path, tensors, released_names(model), prefixes=others)
-    return model, tensors
+        model.visual = None
+    return model, find_pieces(path, tensors, released_names(model), other_side[side])
 
 
-def from_fp8(part: Tensor, top: int, shape: list[int], scales: Stored) -> Tensor:
-    """Rows of a matrix in e4m3 from the row `top` on, times the scales of their squares: float32.
+# ------------------------------------------------------------------------------ weights, as read
 
-    Raises ValueError naming the scales if they are not those of a matrix of this shape.
-    """
+
+def from_fp8(values: Tensor, first: int, shape: list[int], scales: Stored) -> Tensor:
+    """Lines of an e4m3 matrix, from line `first` on, times the scales of their squares: float32.
+    shape: of the whole matrix.  Raises ValueError if the scales do not fit it."""
     reader = open_tensors(scales.file).get_slice(scales.key)
+    # rounded up: the last squares of a line or column may lie half outside of the matrix
     squares = [-(-size // BLOCK) for size in shape]
-    kind = reader.get_dtype()
-    if len(shape) != 2 or reader.get_shape() != squares or kind not in ("F32", "BF16"):
-        raise ValueError(f"{scales.file}: {scales.key} is of type {kind} and shape "
-                         f"{reader.get_shape()}, an FP8 matrix of {shape} needs F32 and {squares}")
-    rows = torch.arange(top, top + len(part)) // BLOCK
-    factors = reader[:].float()[rows].repeat_interleave(BLOCK, 1)[:, :shape[1]]
-    return part.float() * factors
+    dtype, stored_shape = reader.get_dtype(), reader.get_shape()
+    if len(shape) != 2 or stored_shape != squares or dtype not in ("F32", "BF16"):
+        raise ValueError(f"{scales.file}: {scales.key} is of type {dtype} and shape "
+                         f"{stored_shape}, an FP8 matrix of {shape} needs F32 and {squares}")
+    # a scale serves 128 lines and 128 columns; this rank's lines may begin inside a square
+    square_of_line = torch.arange(first, first + len(values)) // BLOCK
+    factors = reader[:].float()[square_of_line].repeat_interleave(BLOCK, 1)
+    return values.float() * factors[:, :shape[1]]
+
+
+def read_piece(reader: Any, piece: Stored, shape: tuple[int, ...], begin: int, end: int,
+               dtype: torch.dtype | None) -> Tensor:
+    """Lines [begin, end) of one tensor of an open file; from FP8, as `dtype` or bfloat16.
+    shape: what the model needs.  Raises ValueError for another shape or another type of number."""
+    place, stored = f"{piece.file}: {piece.key}", reader.get_slice(piece.key)
+    stored_shape = tuple(stored.get_shape())
+    if stored_shape != shape:
+        raise ValueError(f"{place} has shape {stored_shape}, the model needs {shape}")
+    # scales beside a matrix, and only they, say that its numbers are FP8
+    types, reason = ("F64", "F32", "F16", "BF16"), "needs floating point"
+    if piece.scales is not None:
+        types, reason = ("F8_E4M3",), "has scales for FP8"
+    if stored.get_dtype() not in types:
+        raise ValueError(f"{place} has numbers of type {stored.get_dtype()}, the model {reason}")
+    part = stored[begin:end]
+    if piece.scales is not None:
+        part = from_fp8(part, begin, list(shape), piece.scales).to(dtype or torch.bfloat16)
+    return part
+
+
+def local_lines(like: Tensor) -> tuple[int, int]:
+    """The lines [begin, end) of a parameter that this rank holds: all, unless FSDP shards it."""
+    if not isinstance(like, DTensor):
+        return 0, len(like)
+    # DTensor has no public method for this; torch.distributed.checkpoint asks this one, too.
+    # FSDP cuts the first dimension alone, so there is one chunk, and it is of whole lines.
+    chunk, = like.__create_chunk_list__()
+    return chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
 
 
 def read_parameter(pieces: list[Stored], like: Tensor, dtype: torch.dtype | None,
                    device: str | torch.device | None) -> Tensor:
-    """A parameter whose rows are those of one or more tensors, in turn.
+    """Read a parameter from its tensors; of a DTensor `like`, only the lines of this rank.
+    Files are opened anew for each parameter, so that mapped pages do not stay in memory."""
+    begin, end = local_lines(like)
+    lines = len(like) // len(pieces)  # of each tensor
+    # the tensors with this rank's lines; a rank without lines reads none of the first tensor, but
+    # learns its type
+    numbers = range(begin // lines, -(-end // lines)) or range(1)
+    readers = {file: open_tensors(file) for file in {pieces[number].file for number in numbers}}
 
-    Distributed like `like`: then this rank reads its own rows alone.  They are copied from the
-    mapped file, which is opened for each parameter, so that its pages do not stay.
-    """
-    begin, end = 0, len(like)
-    if isinstance(like, DTensor):
-        chunk, = like.__create_chunk_list__()  # what distributed checkpoints ask it, too
-        begin, end = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]  # shards are of rows
-    rows = len(like) // len(pieces)  # of a piece
-    wanted = range(begin // rows, -(-end // rows)) if begin < end else range(1)
-    read, reader, opened = [], None, None
-    for number in wanted:
-        file, key, scales = pieces[number]
-        if file != opened:
-            reader, opened = open_tensors(file), file
-        stored = reader.get_slice(key)
-        if (shape := tuple(stored.get_shape())) != (rows, *like.shape[1:]):
-            raise ValueError(f"{file}: {key} has shape {shape}, "
-                             f"the model needs {(rows, *like.shape[1:])}")
-        kinds = ("F64", "F32", "F16", "BF16") if scales is None else ("F8_E4M3",)
-        if stored.get_dtype() not in kinds:
-            raise ValueError(f"{file}: {key} has numbers of type {stored.get_dtype()}, the model "
-                             + ("needs floating point" if scales is None else "has scales for FP8"))
-        first = number * rows
-        part = stored[(top := max(begin - first, 0)):max(min(end - first, rows), 0)]
-        if scales is not None:
-            part = from_fp8(part, top, stored.get_shape(), scales).to(dtype or torch.bfloat16)
-        read.append(part.to(device=device, dtype=dtype, copy=len(wanted) == 1))
-    local = read[0] if len(read) == 1 else torch.cat(read)
+    parts = []
+    for number in numbers:
+        piece, first = pieces[number], number * lines
+        top = max(begin - first, 0)
+        bottom = min(end - first, lines)
+        part = read_piece(readers[piece.file], piece, (lines, *like.shape[1:]), top, bottom, dtype)
+        # one copy out of the mapped file: made here, or by torch.cat
+        parts.append(part.to(device=device, dtype=dtype, copy=len(numbers) == 1))
+    local = torch.cat(parts) if len(parts) > 1 else parts[0]
     if not isinstance(like, DTensor):
         return local
     return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape,
                               stride=like.stride())
 
 
-class ProgressBar:
-    """A line with a bar and MB/s on standard error, if that is a terminal; erased at the end."""
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.total = sum(parameter.numel() for parameter in parameters)
-        self.numbers, self.megabytes, self.started = 0, 0.0, time.monotonic()
-        self.shown = sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.shown:
+def read_parameters(model: LlavaOneVision, pieces: Pieces, dtype: torch.dtype | None,
+                    device: str | torch.device | None = None) -> Tensors:
+    """Read the model's parameters in turn, with a line of progress on a terminal."""
+    parameters = {name: p for name, p in model.named_parameters() if name in pieces}
+    # torchrun sets RANK; one rank speaks for all
+    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    try:
+        for number, (name, parameter) in enumerate(parameters.items()):
+            if shown:
+                print(f"\rreading parameter {number} of {len(parameters)}", end="",
+                      file=sys.stderr, flush=True)
+            yield name, read_parameter(pieces[name], parameter, dtype, device)
+    finally:
+        # erase the line, also before an error message
+        if shown:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-    def advance(self, parameter: Tensor) -> None:
-        """A parameter was read, or this rank's part of it."""
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        self.numbers += parameter.numel()
-        self.megabytes += local.nbytes / 1e6
-        if self.shown:
-            speed = self.megabytes / (time.monotonic() - self.started)
-            bar = "#" * (30 * self.numbers // self.total)
-            print(f"\r\033[Kreading [{bar:30}] {self.megabytes:,.0f} MB, {speed:,.0f} MB/s",
-                  end="", file=sys.stderr, flush=True)
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None,
@@ -444,30 +458,25 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None,
     """Read a model from a directory of safetensors, one file or several with an index.
 
     Both published key layouts are read (`visual.*`, `model.*` and `model.visual.*`,
-    `model.language_model.*`).  FP8 matrices with `weight_scale_inv` beside them become bfloat16.
-    The head is tied to the embedding if the files have no head and config.json allows it.
-    dtype, device: default to those of the files and the CPU.
-    prepare: called with the model while it is on the meta device.  If it shards parameters
-    (`fully_shard`), this rank reads only its slices of them.
-    side: "vision" loads the ViT and merger alone (the decoder is None), "decoder" all the rest.
-    Raises ValueError naming the tensor and the file if one is missing, unknown, misshapen or
+    `model.language_model.*`).  FP8 matrices become `dtype`, or bfloat16 without one.
+    dtype, device: default to those of the files and to the CPU.
+    prepare: called with the model on the meta device.  If it shards parameters (`fully_shard`),
+    this rank reads only its own lines of them.
+    side: "vision" loads the ViT and the merger, and the decoder is None; "decoder" the reverse.
+    Raises ValueError naming tensor and file if a tensor is missing, unknown, of another shape, or
     not of floating point.
     """
-    model, tensors = find_checkpoint(Path(path), side)
+    model, pieces = find_checkpoint(Path(path), side)
     if prepare is not None:
         prepare(model)
-    parameters, names = dict(model.named_parameters()), released_names(model)
-    state: dict[str, Tensor] = {}
-    with ProgressBar(parameters.values()) as bar:
-        for name, parameter in parameters.items():
-            pieces = [tensors[piece] for piece in names[name]]
-            state[name] = read_parameter(pieces, parameter, dtype, device)
-            bar.advance(state[name])
+    state = dict(read_parameters(model, pieces, dtype, device))
+    # a tied head is no parameter of its own, yet load_state_dict wants it; with assign=True it
+    # makes two parameters of the shared one, so we tie them again
     tied = model.config.tie_word_embeddings and side != "vision"
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
-    if tied:  # loading with assign has made two parameters of the one
+    if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
 
@@ -476,69 +485,64 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None,
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """`tokenizer.json` of a directory, with all that it switches on.  Raises ValueError."""
+    """A directory's `tokenizer.json` as it is.  Raises ValueError if it cannot be read."""
     file = path / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{path} has no tokenizer.json")
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for malformed files
+    except Exception as error:  # the library raises bare Exception, also for a missing file
         raise ValueError(f"{file} is no tokenizer: {error}") from error
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read `tokenizer.json` of a checkpoint directory.  Raises ValueError if it is unfit.
-
-    What the file switches on by itself is switched off: truncation and padding, which transformers
-    may leave in it, and dropout of merges.  `switched_on` tells of them.
-    """
+    """Read `tokenizer.json` of a checkpoint directory, and switch off what it switches on.
+    Raises ValueError if it lacks one of our special tokens."""
     file, tokenizer = path / "tokenizer.json", read_tokenizer(path)
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    for name in sorted(STRUCTURE - {"<|vision_pad|>"}):  # which no text of ours needs
+    for name in sorted(STRUCTURE - {"<|vision_pad|>"}):  # no text of ours has <|vision_pad|>
         if name not in added:
             raise ValueError(f"{file} has no added token {name}")
         if not added[name].special:
             raise ValueError(f"{file}: {name} is not special, so it would be found in any text")
+
+    # transformers may leave truncation and padding in the file, training dropout of merges
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if isinstance(tokenizer.model, BPE):
+    if hasattr(tokenizer.model, "dropout"):
         tokenizer.model.dropout = None
-    tokenizer.encode_special_tokens = True  # a special token's name inside a text stays text
+    # the name of a special token inside a user's text stays text
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-def switched_on(path: Path) -> Iterator[str]:
-    """What files of a checkpoint directory ask for and is not heeded, a sentence each."""
+def switched_on(path: Path) -> list[str]:
+    """What a directory's tokenizer.json asks for and `load_tokenizer` ignores: a sentence each."""
     tokenizer = read_tokenizer(path)
-    dropout = getattr(tokenizer.model, "dropout", None)
-    for what, setting in (("truncation", tokenizer.truncation), ("padding", tokenizer.padding),
-                          ("dropout of merges", dropout)):
-        if setting:
-            yield f"tokenizer.json asks for {what}, {setting}: it is ignored, and not exported"
+    settings = {"truncation": tokenizer.truncation, "padding": tokenizer.padding,
+                "dropout of merges": getattr(tokenizer.model, "dropout", None)}
+    return [f"tokenizer.json asks for {name}, {value}: it is ignored, and not exported"
+            for name, value in settings.items() if value]
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Raise ValueError unless a directory's tokenizer is one for the model."""
+    """Raise ValueError unless a directory's tokenizer fits the model."""
     for token, expected in (("<|image_pad|>", config.image_token_id),
                             ("<|video_pad|>", config.video_token_id)):
-        found = tokenizer.token_to_id(token)
-        if found != expected:
-            raise ValueError(f"{path}: {token} is {found} in tokenizer.json, "
+        number = tokenizer.token_to_id(token)
+        if number != expected:
+            raise ValueError(f"{path}: {token} is {number} in tokenizer.json, "
                              f"but {expected} in config.json")
     if max(tokenizer.get_vocab().values()) >= config.vocab_size:
         raise ValueError(f"{path}: tokenizer.json has more tokens than the model's "
                          f"{config.vocab_size}")
 
 
-def load_checkpoint(
-    path: str | Path, dtype: torch.dtype, device: torch.device,
-    prepare: Callable[[LlavaOneVision], None] | None = None,
-) -> tuple[LlavaOneVision, Tokenizer]:
+def load_checkpoint(path: str | Path, dtype: torch.dtype, device: torch.device,
+                    prepare: Callable[[LlavaOneVision], None] | None = None,
+                    ) -> tuple[LlavaOneVision, Tokenizer]:
     """Model and tokenizer of a directory; `prepare` as in `load_model`.
-
-    Raises ValueError if they do not belong together.
-    """
+    Raises ValueError if they do not belong together."""
     path = Path(path)
+    # the small files first: to read the weights may take minutes
     tokenizer = load_tokenizer(path)
     check_tokenizer(path, tokenizer, read_config(path))
     return load_model(path, dtype, device, prepare), tokenizer
@@ -547,81 +551,83 @@ def load_checkpoint(
 # -------------------------------------------------------------------------- checkpoints, as written
 
 
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write to, which becomes `path` if all goes well, and else is removed.
+def file_groups(tensors: Tensors) -> Iterator[dict[str, Tensor]]:
+    """Collect tensors for one file after the other: at most SHARD bytes, or a single tensor."""
+    group, size = {}, 0
+    for name, tensor in tensors:
+        if group and size + tensor.nbytes > SHARD:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += tensor.nbytes
+    yield group
 
-    Raises ValueError if `path` is there already, or its parent is not.
-    """
+
+def write_files(folder: Path, tensors: Tensors, contents: dict[str, object]) -> None:
+    """Write weights, an index if they need several files, and other files to a folder."""
+    # names of the tensors in each file, and the bytes of all
+    written, total = [], 0
+    for group in file_groups(tensors):
+        save_file(group, folder / str(len(written)), metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in group.values())
+        written.append(list(group))
+        group.clear()  # free this file's tensors before the next file's are read
+
+    # the names of the files contain how many they are, which is known only now
+    count = len(written)
+    files = [WEIGHTS]
+    if count > 1:
+        files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        weight_map = {name: file for file, names in zip(files, written) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        contents = contents | {INDEX: index}
+    for number, file in enumerate(files):
+        (folder / str(number)).rename(folder / file)
+    for name, content in contents.items():
+        if not isinstance(content, str):
+            content = json.dumps(content, indent=2, ensure_ascii=False)
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def write_directory(path: Path, tensors: Tensors, contents: dict[str, object]) -> None:
+    """Write weights and other files to the directory `path`, which must be new.
+    contents: of the other files, by name; a text as it is, anything else as JSON.
+    Raises ValueError if `path` exists, or its parent does not."""
     if path.exists():
         raise ValueError(f"{path} is there already")
     if not path.parent.is_dir():
         raise ValueError(f"there is no directory {path.parent}")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.mkdir()
+    # renaming is one step for the file system: `path` is complete or does not exist
     try:
-        yield partial
+        write_files(partial, tensors, contents)
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_directory(path: Path, tensors: Iterable[tuple[str, Tensor]],
-                    texts: dict[str, str]) -> None:
-    """Write weights and texts (by file name) to the directory `path`, which must be new.
-
-    Weights go to files of at most SHARD bytes or one tensor, with an index if there are several;
-    one file's are in memory at a time.  `path` is whole or not there.
-    """
-    groups: list[dict[str, int]] = []  # bytes of the tensors of each file
-
-    def write(group: dict[str, Tensor]) -> None:
-        groups.append({name: tensor.nbytes for name, tensor in group.items()})
-        save_file(group, partial / str(len(groups)), metadata={"format": "pt"})
-
-    with new_directory(path) as partial:
-        group: dict[str, Tensor] = {}
-        for name, tensor in tensors:
-            if group and sum(t.nbytes for t in group.values()) + tensor.nbytes > SHARD:
-                write(group)
-                group = {}
-            group[name] = tensor
-        write(group)
-        files = ["model.safetensors"]
-        if len(groups) > 1:
-            files = [f"model-{number:05}-of-{len(groups):05}.safetensors"
-                     for number in range(1, len(groups) + 1)]
-            weight_map = {name: file for file, names in zip(files, groups) for name in names}
-            size = sum(sum(names.values()) for names in groups)
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            texts = {**texts, "model.safetensors.index.json": json.dumps(index, indent=2)}
-        for number, file in enumerate(files, 1):
-            (partial / str(number)).rename(partial / file)
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-
-
-def pieces_of(tensor: Tensor, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file that a parameter is made of: its rows, split evenly."""
+def pieces_of(tensor: Tensor, names: list[str]) -> Tensors:
+    """Cut a parameter into tensors of these names, each with the same number of lines."""
     for name, piece in zip(names, tensor.chunk(len(names))):
+        # clones, because safetensors refuses tensors that share memory
         yield name, piece.clone() if len(names) > 1 else piece.contiguous()
 
 
 def check_finite(model: LlavaOneVision, dtype: torch.dtype) -> None:
-    """Raise ValueError naming the first parameter with a number that is not finite as `dtype`.
-
-    Each rank looks at its own part, and all of them learn what any one finds.
-    """
+    """Raise ValueError naming the first parameter with a number that is not finite as `dtype`."""
     names = [name for name, _ in model.named_parameters()]
+    # number of the first bad parameter; this value means none
     first = len(names)
-    for i, parameter in enumerate(model.parameters()):
+    for number, parameter in enumerate(model.parameters()):
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not local.detach().to(dtype).isfinite().all():
-            first = min(first, i)
+            first = min(first, number)
+    # each rank has seen its own part alone; all ranks must raise, or none
     if dist.is_initialized():
-        found = torch.tensor(first, device=local.device)
-        dist.all_reduce(found, dist.ReduceOp.MIN)
-        first = int(found)
+        lowest = torch.tensor(first, device=local.device)
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        first = int(lowest)
     if first < len(names):
         raise ValueError(f"{names[first]} has a number that is not finite as {dtype}: no "
                          "checkpoint is written")
@@ -630,94 +636,94 @@ def check_finite(model: LlavaOneVision, dtype: torch.dtype) -> None:
 def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
                     dtype: torch.dtype = torch.bfloat16) -> None:
     """Write weights, config.json and tokenizer.json, as `write_directory` does.
-
-    All ranks of a sharded model call this together; the first one writes.  Raises ValueError, on
-    all of them and with nothing written, if a number is not finite.
-    """
+    All ranks of a sharded model call this together; the first one writes.  If a number is not
+    finite, all ranks raise ValueError and nothing is written."""
     check_finite(model, dtype)
-    names = released_names(model)
+    layout = released_names(model)
     first = not dist.is_initialized() or dist.get_rank() == 0
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
+    def tensors() -> Tensors:
         for name, parameter in model.named_parameters():
             tensor = parameter.detach().to(dtype)
+            # a collective: each rank brings its lines
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()
             if first:
-                yield from pieces_of(tensor.cpu(), names[name])
+                yield from pieces_of(tensor.cpu(), layout[name])
 
     if first:
-        texts = {"config.json": json.dumps(config_json(model.config, dtype), indent=2),
-                 "tokenizer.json": tokenizer.to_str(pretty=True)}
-        write_directory(path, tensors(), texts)
+        write_directory(path, tensors(), {"config.json": config_json(model.config, dtype),
+                                          "tokenizer.json": tokenizer.to_str(pretty=True)})
     else:
-        list(tensors())  # nothing, but this rank has brought its parts
+        list(tensors())  # yields nothing, but takes part in every collective
+    # nobody reads the directory before it exists
     if dist.is_initialized():
-        dist.barrier()  # nobody reads what is not there yet
+        dist.barrier()
 
 
 def newest_checkpoint() -> tuple[Path, str]:
-    """The newest checkpoint under runs/, else the shipped one; with a word on which it is."""
-    own = [file for file in Path("runs").glob("*/*/config.json")
-           if file.parent.suffix != ".partial"]
-    if own:
-        return max(own, key=lambda file: file.stat().st_mtime).parent, "your newest run"
-    return Path(__file__).parent / "assets" / "tiny", "shipped with the project"
+    """The newest checkpoint under runs/, or else the shipped one; and words that say which."""
+    # runs/RUN/STAGE/config.json; a directory that is still being written ends in .partial
+    configs = [file for file in Path("runs").glob("*/*/config.json")
+               if file.parent.suffix != ".partial"]
+    if not configs:
+        return Path(__file__).parent / "assets" / "tiny", "shipped with the project"
+    return max(configs, key=lambda file: file.stat().st_mtime).parent, "your newest run"
 
 
 # ---------------------------------------------------------------------------- from layout to layout
 
 
 def source_layouts(layout: Layout) -> tuple[Layout, Layout]:
-    """Those of the ViT's and of the decoder's own checkpoint; the merger is in neither."""
-    vit: Layout = {}
-    for name in layout:
-        if name.startswith("visual.") and not name.startswith("visual.merger."):
+    """The layouts of a ViT's and of a decoder's own checkpoint; the merger is in neither."""
+    vit, decoder = {}, {}
+    for name, names in layout.items():
+        if not name.startswith("visual."):
+            decoder[name] = names
+        elif not name.startswith("visual.merger."):
             theirs = name
             for our_part, their_part in VIT_NAMES:
                 theirs = theirs.replace(our_part, their_part)
-            stem, stacked, kind = theirs.partition(".attn.qkv.")
-            vit[name] = ([f"{stem}.self_attn.{matrix}_proj.{kind}" for matrix in "qkv"] if stacked
-                         else [theirs])
-    return vit, {name: pieces for name, pieces in layout.items() if not name.startswith("visual.")}
+            # RICE has three matrices for queries, keys and values, we have one
+            vit[name] = [theirs]
+            if ".attn.qkv." in theirs:
+                vit[name] = [theirs.replace(".attn.qkv.", f".self_attn.{matrix}_proj.")
+                             for matrix in "qkv"]
+    return vit, decoder
 
 
-def read_tensors(model: LlavaOneVision, source: Layout, tensors: dict[str, Stored],
-                 target: Layout, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Read the parameters that `target` has by `source`, yield them by `target`.
-
+def read_tensors(model: LlavaOneVision, pieces: Pieces, layout: Layout,
+                 dtype: torch.dtype | None) -> Tensors:
+    """Read the parameters of `pieces`, and yield them as the tensors that `layout` names.
     dtype: None keeps that of the files.
-    Raises ValueError naming tensor and file where a number is not finite.
-    """
-    wanted = {name: p for name, p in model.named_parameters() if name in target}
-    with ProgressBar(wanted.values()) as bar:
-        for name, parameter in wanted.items():
-            pieces = [tensors[piece] for piece in source[name]]
-            tensor = read_parameter(pieces, parameter, dtype, None)
-            bar.advance(tensor)
-            for (file, key, _), part in zip(pieces, tensor.chunk(len(pieces))):
-                if not part.isfinite().all():
-                    raise ValueError(f"{file}: {key} is not finite everywhere, as {part.dtype}")
-            yield from pieces_of(tensor, target[name])
+    Raises ValueError naming tensor and file where a number is not finite."""
+    for name, tensor in read_parameters(model, pieces, dtype):
+        stored = pieces[name]
+        # by tensor and not by parameter, so that the message can name the tensor
+        for piece, part in zip(stored, tensor.chunk(len(stored))):
+            if not part.isfinite().all():
+                raise ValueError(f"{piece.file}: {piece.key} is not finite everywhere, as "
+                                 f"{part.dtype}")
+        yield from pieces_of(tensor, layout[name])
 
 
-def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
-    """The files that Hugging Face's Qwen2Tokenizer is read from, by name, of a tokenizer.json.
-
-    max_length: tokens of a text at most.  Raises ValueError for a tokenizer of another kind.
-    """
+def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, object]:
+    """All files from which Hugging Face reads a Qwen2Tokenizer, by name; see `write_directory`.
+    max_length: tokens of a text at most.  Raises ValueError for a tokenizer of another kind."""
     model = json.loads(tokenizer.to_str())["model"]
     if model["type"] != "BPE":
         raise ValueError(f"tokenizer.json is of the kind {model['type']}, only BPE can be exported")
-    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-    added = {number: {"content": token.content, "special": token.special, "lstrip": token.lstrip,
-                      "rstrip": token.rstrip, "normalized": token.normalized,
-                      "single_word": token.single_word}
+    # some versions write a merge as "a b", others as ["a", "b"]; merges.txt has "a b"
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    properties = ("content", "special", "lstrip", "rstrip", "normalized", "single_word")
+    added = {number: {name: getattr(token, name) for name in properties}
              for number, token in tokenizer.get_added_tokens_decoder().items()}
     roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": [
         token["content"] for token in added.values()
         if token["special"] and token["content"] != "<|endoftext|>"]}
-    objects = {
+    # their fast tokenizer reads tokenizer.json, the slow one vocab.json and merges.txt
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE,
         "tokenizer_config.json": {
             "tokenizer_class": "Qwen2Tokenizer", "processor_class": "Qwen2_5_VLProcessor",
             **roles, "added_tokens_decoder": added, "chat_template": CHAT_TEMPLATE,
@@ -726,31 +732,30 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
             "split_special_tokens": False, "model_max_length": max_length},
         "special_tokens_map.json": roles,
         "added_tokens.json": {token["content"]: number for number, token in added.items()},
-        "vocab.json": model["vocab"]}
-    return {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE,
-            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-            **{name: json.dumps(content, indent=2, ensure_ascii=False)
-               for name, content in objects.items()}}
+        "vocab.json": model["vocab"], "merges.txt": "\n".join(["#version: 0.2", *merges, ""])}
 
 
 def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype, code: str = PUBLISHED,
-               **more: object) -> dict[str, str]:
-    """All files but the weights that Hugging Face's loaders want, by name.
-
-    code: the repository whose modelling code is to be loaded; it has none for mixtures of experts.
-    more: goes to config.json.
-    """
-    about = config_json(config, dtype) | more
-    about |= {f"vision_{end}_token_id": tokenizer.token_to_id(f"<|vision_{end}|>")
-              for end in ("start", "end")}
+               quantization: dict | None = None) -> dict[str, object]:
+    """All files but the weights that Hugging Face's loaders want, by name; see `write_directory`.
+    code: the repository of the modelling code to load; there is none for mixtures of experts.
+    quantization: the `quantization_config` of an FP8 checkpoint."""
+    about = config_json(config, dtype)
+    if quantization is not None:
+        about["quantization_config"] = quantization
+    for edge in ("start", "end"):
+        about[f"vision_{edge}_token_id"] = tokenizer.token_to_id(f"<|vision_{edge}|>")
+    # transformers imports the class OWNER/NAME--MODULE.CLASS from the hub
     if not config.num_experts:
-        config_class = "configuration_llavaonevision1_5.Llavaonevision1_5Config"
-        model_class = "modeling_llavaonevision1_5.LLaVAOneVision1_5_ForConditionalGeneration"
-        about["auto_map"] = {name: f"{code}--{found}" for name, found in (
-            ("AutoConfig", config_class), ("AutoModel", model_class),
-            ("AutoModelForCausalLM", model_class))}
-    end, stop = (tokenizer.token_to_id(f"<|{name}|>") for name in ("endoftext", "im_end"))
-    words = {"bos_token_id": end, "eos_token_id": [stop, end], "pad_token_id": end}
+        model_class = (f"{code}--modeling_llavaonevision1_5."
+                       "LLaVAOneVision1_5_ForConditionalGeneration")
+        about["auto_map"] = {
+            "AutoConfig": f"{code}--configuration_llavaonevision1_5.Llavaonevision1_5Config",
+            "AutoModel": model_class, "AutoModelForCausalLM": model_class}
+
+    # <|im_end|> ends an answer, <|endoftext|> a document; generation stops at both
+    end = tokenizer.token_to_id("<|endoftext|>")
+    stops = [tokenizer.token_to_id("<|im_end|>"), end]
     pictures = {
         "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True,
         "image_mean": [round(x, 8) for x in CLIP_MEAN.tolist()], "resample": 3,
@@ -759,10 +764,10 @@ def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype, co
         "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}, "patch_size": 14,
         "merge_size": 2, "temporal_patch_size": 1, "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor"}
-    return {**tokenizer_files(tokenizer, config.max_position_embeddings),
-            "config.json": json.dumps(about, indent=2),
-            "generation_config.json": json.dumps(words, indent=2),
-            "preprocessor_config.json": json.dumps(pictures, indent=2)}
+    generation = {"bos_token_id": end, "eos_token_id": stops, "pad_token_id": end}
+    return tokenizer_files(tokenizer, config.max_position_embeddings) | {
+        "config.json": about, "generation_config.json": generation,
+        "preprocessor_config.json": pictures}
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -770,28 +775,25 @@ def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype, co
 
 def stage0_config(vit: Path, llm: Path, tokenizer: Tokenizer) -> ModelConfig:
     """The merged model's sizes, from the configurations of its parts.  Raises ValueError."""
-    for path in (vit, llm):
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path} is no checkpoint: it has no config.json")
+    # RICE's config.json has transformers' names for the sizes of a ViT, not those of ours
     file = vit / "config.json"
-    raw = read_json_object(file)
-    refuse_others(file, raw, {"patch_size": 14, "num_channels": 3, "hidden_act": "gelu"})
-    seen = whole_numbers(file, raw, "num_hidden_layers", "hidden_size", "num_attention_heads",
-                         "intermediate_size")
-    eps = number(file, raw, "layer_norm_eps")
+    sizes = read_section(
+        file, read_json_object(file), {"patch_size": 14, "num_channels": 3, "hidden_act": "gelu"},
+        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
+        "layer_norm_eps")
     file = llm / "config.json"
     decoder = decoder_fields(file, read_json_object(file))
-    if max(tokenizer.get_vocab().values()) >= decoder["vocab_size"]:
-        raise ValueError(f"the tokenizer has more tokens than the {decoder['vocab_size']} of {llm}")
-    return ModelConfig(
-        **decoder, image_token_id=tokenizer.token_to_id("<|image_pad|>"),
-        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
-        vision=VisionConfig(*seen.values(), decoder["hidden_size"], eps))
+    vision = VisionConfig(
+        depth=sizes["num_hidden_layers"], embed_dim=sizes["hidden_size"],
+        num_heads=sizes["num_attention_heads"], intermediate_size=sizes["intermediate_size"],
+        text_hidden_size=decoder["hidden_size"], layer_norm_eps=sizes["layer_norm_eps"])
+    return ModelConfig(**decoder, vision=vision,
+                       image_token_id=tokenizer.token_to_id("<|image_pad|>"),
+                       video_token_id=tokenizer.token_to_id("<|video_pad|>"))
 
 
-def fresh_merger(model: LlavaOneVision, seed: int, dtype: torch.dtype,
-                 ) -> Iterator[tuple[str, Tensor]]:
-    """The merger's tensors, as LlavaOneVision.init_weights has them."""
+def fresh_merger(model: LlavaOneVision, seed: int, dtype: torch.dtype) -> Tensors:
+    """Random tensors of the merger, drawn as LlavaOneVision.init_weights draws them."""
     merger, generator = Merger(model.config.vision), torch.Generator().manual_seed(seed)
     for module in merger.modules():
         init_linear(module, model.config.initializer_range, generator)
@@ -799,175 +801,215 @@ def fresh_merger(model: LlavaOneVision, seed: int, dtype: torch.dtype,
         yield f"visual.merger.{name}", parameter.detach().to(dtype)
 
 
-def merge(flags: argparse.Namespace) -> Iterator[str]:
+def merge(flags: argparse.Namespace) -> None:
     """Stage 0: a ViT and a decoder, each as published, with a random merger between them."""
     tokenizer = load_tokenizer(flags.tokenizer)
     config = stage0_config(flags.vit, flags.llm, tokenizer)
-    vit_tensors, llm_tensors = tensor_files(flags.vit), tensor_files(flags.llm)
-    tensors = vit_tensors | llm_tensors
-    tied = with_head(config, tensors).tie_word_embeddings
-    model = meta_model(replace(config, tie_word_embeddings=False))  # the released ones have a head
-    released = released_names(model)
-    vit_layout, llm_layout = source_layouts(released)
-    if tied:
-        llm_layout["lm_head.weight"] = llm_layout["model.embed_tokens.weight"]
-    check_names(flags.vit, vit_tensors, vit_layout, suffixes=NOT_OURS)
-    check_names(flags.llm, llm_tensors, llm_layout, suffixes=NOT_OURS)
-    source = vit_layout | llm_layout
-    target = {name: released[name] for name in source}
-    read = read_tensors(model, source, tensors, target, flags.dtype)
-    write_directory(flags.out, chain(fresh_merger(model, flags.seed, flags.dtype), read),
+    check_tokenizer(flags.tokenizer, tokenizer, config)
+    # released checkpoints always have a head, so a tied head of a source is copied
+    model = meta_model(replace(config, tie_word_embeddings=False))
+    layout = released_names(model)
+
+    # where the sources have each parameter; the merger's tensors come from a seed
+    vit_layout, decoder_layout = source_layouts(layout)
+    decoder_tensors = tensor_files(flags.llm)
+    remark = ""
+    if config.tie_word_embeddings and "lm_head.weight" not in decoder_tensors:
+        decoder_layout["lm_head.weight"] = decoder_layout["model.embed_tokens.weight"]
+        remark = ", head copied from the embedding"
+    vit = find_pieces(flags.vit, tensor_files(flags.vit), vit_layout, UNUSED)
+    decoder = find_pieces(flags.llm, decoder_tensors, decoder_layout, UNUSED)
+
+    merger = fresh_merger(model, flags.seed, flags.dtype)
+    sources = read_tensors(model, vit | decoder, layout, flags.dtype)
+    write_directory(flags.out, chain(merger, sources),
                     side_files(model.config, tokenizer, flags.dtype, flags.code))
-    yield (f"{flags.out}: {sum(p.numel() for p in model.parameters()):,} parameters, merger from "
-           f"seed {flags.seed}" + (", head copied from the embedding" if tied else ""))
-    if flags.verify:
-        merged = tensor_files(flags.out)
-        for path, layout in ((flags.vit, vit_layout), (flags.llm, llm_layout)):
-            apart = list(differences(model, layout, tensors, released, merged, flags.dtype))
-            wrong = [name for name, distance in apart if distance]
-            if wrong:
-                raise ValueError(f"{wrong[0]} of {path} is not in {flags.out} as it was")
-            yield f"{path}: all {len(apart)} tensors are in {flags.out}, equal as {flags.dtype}"
+    print(f"{flags.out}: {sum(p.numel() for p in model.parameters()):,} parameters, merger from "
+          f"seed {flags.seed}{remark}")
+    if not flags.verify:
+        return
+
+    _, merged = find_checkpoint(flags.out)
+    for path, pieces in ((flags.vit, vit), (flags.llm, decoder)):
+        apart = list(differences(model, pieces, merged, flags.dtype))
+        for name, distance in apart:
+            if distance:
+                raise ValueError(f"{name} of {path} is not in {flags.out} as it was")
+        print(f"{path}: all {len(apart)} tensors are in {flags.out}, equal as {flags.dtype}")
 
 
-def to_fp8(tensors: Iterable[tuple[str, Tensor]], names: set[str],
-           dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Those named in e4m3, each followed by the scales of its squares; the others as dtype."""
+def fp8_names(model: LlavaOneVision, layout: Layout) -> tuple[set[str], dict]:
+    """Names of the matrices that an FP8 export quantises, and its `quantization_config`.
+    Raises ValueError if a matrix does not consist of whole squares of 128 x 128."""
+    # replaces the layers that training computes in FP8; the model has no numbers here
+    convert_to_fp8(model)
+    quantised, kept = set(), []
+    for path, layer in model.named_modules():
+        # a tied head is a layer of the model, but in no file
+        names = layout.get(f"{path}.weight", [f"{path}.weight"])
+        if isinstance(layer, Fp8Linear):
+            quantised.update(names)
+        elif isinstance(layer, nn.Linear):
+            kept += [name.removesuffix(".weight") for name in names]
+    return quantised, {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+                       "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": kept}
+
+
+def to_fp8(tensors: Tensors, names: set[str], dtype: torch.dtype) -> Tensors:
+    """Quantise the tensors in `names` to e4m3, each followed by its scales; the others to dtype."""
     for name, tensor in tensors:
         if name in names:
-            values, scales = quantize_fp8(tensor.float(), square=True)[0]
-            yield from ((name, values), (name + SCALES, scales))
-        elif not (converted := tensor.to(dtype)).isfinite().all():
+            quantised, _ = quantize_fp8(tensor.float(), square=True)
+            yield name, quantised.values
+            yield name + SCALES, quantised.scales
+            continue
+        # a finite bfloat16 number may be infinite as float16, which ends at 65,504
+        converted = tensor.to(dtype)
+        if not converted.isfinite().all():
             raise ValueError(f"{name} is not finite everywhere, as {dtype}")
-        else:
-            yield name, converted
+        yield name, converted
 
 
-def export(flags: argparse.Namespace) -> Iterator[str]:
+def export(flags: argparse.Namespace) -> None:
     """A checkpoint, or a run's last, to the released format with all its files."""
     path = flags.path
+    # a run has a directory for each stage; the last one of these is taken
     for stage in ("align", "mid", "instruct"):
         if (flags.path / stage / "config.json").is_file():
             path = flags.path / stage
-    model, tensors = find_checkpoint(path)
-    tokenizer, released = load_tokenizer(path), released_names(model)
+    model, pieces = find_checkpoint(path)
+    tokenizer, layout = load_tokenizer(path), released_names(model)
     check_tokenizer(path, tokenizer, model.config)
-    more = {}
-    found = read_tensors(model, released, tensors, released, None if flags.fp8 else flags.dtype)
+
+    # FP8 is quantised from the numbers of the files, not from a rounding of them to --dtype
+    about = f"{sum(map(len, pieces.values())):,} tensors, {flags.dtype}"
+    quantization = None
     if flags.fp8:
-        convert_to_fp8(model)
-        linear = {name: module for name, module in model.named_modules()
-                  if isinstance(module, nn.Linear)}
-        in_fp8 = {piece for name, module in linear.items() if isinstance(module, Fp8Linear)
-                  for piece in released[f"{name}.weight"]}
-        found = to_fp8(found, in_fp8, flags.dtype)
-        more["quantization_config"] = {
-            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-            "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": [
-                piece.removesuffix(".weight") for name in linear  # a tied head is in no file
-                for piece in released.get(f"{name}.weight", [f"{name}.weight"])
-                if piece not in in_fp8]}
-    write_directory(flags.out, found,
-                    side_files(model.config, tokenizer, flags.dtype, flags.code, **more))
-    yield (f"{path} -> {flags.out}: {len(tensors):,} tensors, {flags.dtype}, "
-           + (f"{len(in_fp8):,} matrices in FP8, " if flags.fp8 else "")
-           + (f"code of {flags.code}" if not model.config.num_experts else
-              "no auto_map: there is no published code that reads mixtures of experts"))
+        names, quantization = fp8_names(model, layout)
+        tensors = to_fp8(read_tensors(model, pieces, layout, None), names, flags.dtype)
+        about += f", {len(names):,} matrices in FP8"
+    else:
+        tensors = read_tensors(model, pieces, layout, flags.dtype)
+
+    write_directory(flags.out, tensors,
+                    side_files(model.config, tokenizer, flags.dtype, flags.code, quantization))
+    code = f"code of {flags.code}"
+    if model.config.num_experts:
+        code = "no auto_map: there is no published code that reads mixtures of experts"
+    print(f"{path} -> {flags.out}: {about}, {code}")
 
 
-def differences(model: LlavaOneVision, layout: Layout, tensors: dict[str, Stored],
-                other_layout: Layout, others: dict[str, Stored],
+def differences(model: LlavaOneVision, pieces: Pieces, others: Pieces,
                 dtype: torch.dtype | None = None) -> Iterator[tuple[str, float]]:
-    """For each tensor of a layout, how far the numbers of two directories are apart at most, both
-    read as `dtype`."""
-    pairs = zip(read_tensors(model, layout, tensors, layout, dtype),
-                read_tensors(model, other_layout, others, layout, dtype))
-    for (name, a), (_, b) in pairs:
-        blocks = zip(a.split(4096), b.split(4096))
-        yield name, max(float((x.double() - y.double()).abs().max()) for x, y in blocks)
+    """For each tensor of `pieces`: how far are its numbers from those of `others`, at most?
+    dtype: both are read as this type; None keeps the types of the files."""
+    layout = {parameter: [canonical_name(piece.key) for piece in stored]
+              for parameter, stored in pieces.items()}
+    others = {parameter: others[parameter] for parameter in pieces}
+    pairs = zip(read_tensors(model, pieces, layout, dtype),
+                read_tensors(model, others, layout, dtype))
+    for (name, ours), (_, theirs) in pairs:
+        # in blocks of 4,096 lines, since float64 takes 8 bytes a number
+        blocks = zip(ours.split(4096), theirs.split(4096))
+        yield name, max(float((a.double() - b.double()).abs().max()) for a, b in blocks)
 
 
-def verify(flags: argparse.Namespace) -> Iterator[str]:
+def verify(flags: argparse.Namespace) -> None:
     """Is a directory whole: names, shapes, types, finite numbers; hashes; distance to another."""
-    model, tensors = find_checkpoint(flags.path)
-    layout = released_names(model)
-    kinds = Counter("FP8 with scales" if tensors[name].scales else
-                    str(tensor.dtype).removeprefix("torch.") for name, tensor in
-                    read_tensors(model, layout, tensors, layout, None))
-    for file in sorted(file for file in flags.path.iterdir() if file.is_file()):
-        with open(file, "rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        yield f"{digest}  {file.stat().st_size:>14,}  {file.name}"
-    yield (f"the weights of {flags.path} are whole: {len(tensors):,} tensors, "
-           f"{sum(p.numel() for p in model.parameters()):,} parameters, all finite, "
-           + ", ".join(f"{count:,} of {kind}" for kind, count in kinds.items()))
+    model, pieces = find_checkpoint(flags.path)
+    types = Counter()
+    # to read is to check; tensors come in the order of `pieces`
+    tensors = read_tensors(model, pieces, released_names(model), None)
+    for (_, tensor), piece in zip(tensors, chain(*pieces.values())):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        types["FP8 with scales" if piece.scales else dtype] += 1
+
+    for file in sorted(flags.path.iterdir()):
+        if file.is_file():
+            with open(file, "rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            print(f"{digest}  {file.stat().st_size:>14,}  {file.name}")
+    counts = ", ".join(f"{count:,} of {dtype}" for dtype, count in types.items())
+    print(f"the weights of {flags.path} are whole: {types.total():,} tensors, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, all finite, {counts}")
     if model.config.tie_word_embeddings:
-        yield "lm_head.weight is not there: the head is the embedding"
+        print("lm_head.weight is not there: the head is the embedding")
+
+    # remarks, not errors: this project reads the directory all the same
     absent = [name for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
                                 "preprocessor_config.json") if not (flags.path / name).is_file()]
     if absent:
-        yield f"not there: {', '.join(absent)}"
+        print(f"not there: {', '.join(absent)}")
     if "tokenizer.json" not in absent:
-        yield from switched_on(flags.path)
+        for sentence in switched_on(flags.path):
+            print(sentence)
     if flags.other:
-        yield from compare(flags.path, flags.other)
+        compare(flags.path, flags.other)
 
 
-def compare(path: Path, other: Path) -> Iterator[str]:
-    """How far two directories are apart: settings that differ, then the largest difference of each
-    tensor that does.  Raises ValueError if their tensors are not the same ones."""
-    (model, tensors), (other_model, others) = find_checkpoint(path), find_checkpoint(other)
-    shapes, other_shapes = ({name: tuple(p.shape) for name, p in m.named_parameters()}
-                            for m in (model, other_model))
-    for name in shapes | other_shapes:
-        if shapes.get(name) != other_shapes.get(name):
-            raise ValueError(f"{name} has shape {shapes.get(name)} in {path}, "
-                             f"{other_shapes.get(name)} in {other}")
-    for entry in fields(ModelConfig):
-        ours, theirs = (getattr(m.config, entry.name) for m in (model, other_model))
-        if ours != theirs:
-            yield f"config.json: {entry.name} is {ours} and {theirs}"
-    layout = released_names(model)
-    apart = dict(differences(model, layout, tensors, layout, others))
-    yield from (f"{distance:12.4g}  {name}" for name, distance in apart.items() if distance)
+def compare(path: Path, other: Path) -> None:
+    """Print how far two directories are apart: settings, then each tensor that differs.
+    Raises ValueError if their tensors have other names or shapes."""
+    model, pieces = find_checkpoint(path)
+    other_model, other_pieces = find_checkpoint(other)
+    unshared = sorted(pieces.keys() ^ other_pieces.keys())
+    if unshared:
+        raise ValueError(f"only one of {path} and {other} has the parameter {unshared[0]}")
+    theirs = vars(other_model.config)
+    for name, value in vars(model.config).items():
+        if value != theirs[name]:
+            print(f"config.json: {name} is {value} and {theirs[name]}")
+    # compare all tensors before printing: a tensor that is not finite is an error
+    apart = dict(differences(model, pieces, other_pieces))
+    for name, distance in apart.items():
+        if distance:
+            print(f"{distance:12.4g}  {name}")
     farthest = max(apart, key=apart.get)
-    yield (f"{path} and {other} differ most in {farthest}, by {apart[farthest]:.4g}"
-           if apart[farthest] else f"{path} and {other} have the same numbers")
+    if apart[farthest]:
+        print(f"{path} and {other} differ most in {farthest}, by {apart[farthest]:.4g}")
+    else:
+        print(f"{path} and {other} have the same numbers")
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """The command line; `run` is the command, a function of what this returns."""
+    """The flags of a command line; `flags.run` is the command, a function that takes them."""
     parser = flag_parser("Convert and check checkpoint directories.", arguments)
     commands = parser.add_subparsers(
         dest="command", required=True,
         parser_class=lambda prog, description: flag_parser(description))
-    for command in (merge, export, verify):
-        # what goes in
-        what = command.__doc__.splitlines()[0]
-        sub = commands.add_parser(command.__name__, help=what, description=what)
+
+    # the first line of a command's docstring is its help
+    def add(command: Callable) -> argparse.ArgumentParser:
+        summary = command.__doc__.splitlines()[0]
+        sub = commands.add_parser(command.__name__, help=summary, description=summary)
         sub.prog = f"convert.py {command.__name__}"
         sub.set_defaults(run=command)
-        if command is merge:
-            for name, what in (("vit", "the ViT's checkpoint, rice-vit-large-patch14-560"),
-                               ("llm", "the decoder's, a Qwen3 of any size"),
-                               ("tokenizer", "directory with the tokenizer.json to use")):
-                sub.add_argument(f"--{name}", type=Path, required=True, metavar="DIR", help=what)
-            sub.add_argument("--seed", type=int, default=0, help="of the merger's weights")
-            sub.add_argument("--verify", action="store_true",
+        return sub
+
+    merge_flags = add(merge)
+    for name, source in (("--vit", "the ViT's checkpoint, rice-vit-large-patch14-560"),
+                         ("--llm", "the decoder's checkpoint, a Qwen3 of any size"),
+                         ("--tokenizer", "directory with the tokenizer.json to use")):
+        merge_flags.add_argument(name, type=Path, required=True, metavar="DIR", help=source)
+    merge_flags.add_argument("--seed", type=int, default=0, help="of the merger's weights")
+    merge_flags.add_argument("--verify", action="store_true",
                              help="compare the parts with their sources afterwards")
-        else:
-            sub.add_argument("path", type=Path, metavar="RUN" if command is export else "DIR")
-        if command is verify:
-            sub.add_argument("other", type=Path, metavar="DIR2", nargs="?",
-                             help="tell how far this one is from it")
-            continue
-        # what comes out
-        sub.add_argument("--out", type=lambda name: Path(os.path.abspath(name)), required=True,
-                         metavar="DIR", help="to be written, must be new")
+
+    export_flags = add(export)
+    export_flags.add_argument("path", type=Path, metavar="RUN")
+    export_flags.add_argument("--fp8", action="store_true",
+                              help="quantise the decoder's large matrices, for serving")
+
+    verify_flags = add(verify)
+    verify_flags.add_argument("path", type=Path, metavar="DIR")
+    verify_flags.add_argument("other", type=Path, metavar="DIR2", nargs="?",
+                              help="print how far DIR is from it")
+
+    # both of these write a checkpoint
+    for sub in (merge_flags, export_flags):
+        sub.add_argument("--out", type=Path, required=True, metavar="DIR",
+                         help="the directory to write; it must be new")
         sub.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-        if command is export:
-            sub.add_argument("--fp8", action="store_true",
-                             help="the decoder's large matrices in FP8, to be served")
         sub.add_argument("--code", default=PUBLISHED, metavar="OWNER/NAME",
                          help="repository whose code config.json's auto_map names")
     flags = parser.parse_args(arguments)
@@ -978,8 +1020,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 def run() -> None:
     flags = parse_flags(sys.argv[1:])
-    for line in flags.run(flags):
-        print(line, flush=True)
+    flags.run(flags)
 
 
 def main() -> None:

@@ -1,37 +1,42 @@
-"""Many ranks on one model: sharded parameters, a shared row, experts that live elsewhere.
+"""Many ranks on one model: sharded parameters, shared rows, experts on different ranks.
 
 In: a whole model and packed rows.  Out: this rank's part of both; results are those of one process.
-Called by `train.py`; calls `model.py`, `data.py`, `vision.py`.
+Called by `train.py`; calls `model.py`, `data.py`, `vision.py`, `attention_kernel.py`.
 
-Who holds what, for N ranks that form R copies, share rows by C and experts by E:
+N ranks hold R copies of the model.  C ranks share a row, and E ranks share the experts of a layer.
+What a rank holds of a copy or of a row:
 
                      parameters     tokens of a row       keys and values       experts of a layer
     FSDP             R / N          all                   all                   gathered by layer
     context C        R / N          1 / C, in chunks      gathered by layer     gathered by layer
     experts E        R / N          all                   all                   X / E; tokens travel
 
-Sharded parameters.  FSDP2 keeps a slice of every parameter, gradient and AdamW moment on each rank,
-gathers a layer just before it runs and drops it afterwards.  Gradients are summed over the ranks.
+Sharded parameters.  FSDP2 leaves a slice of each parameter, its gradient and its AdamW moments on
+each rank.  It gathers a layer just before the layer runs, and drops it afterwards.  Gradients are
+summed over the ranks.
 
-A shared row (context parallelism).  The tokens of a row are dealt in chunks of 128, by the number
-of keys that their queries see.  A rank computes its own tokens only.  In every layer the ranks of
-the group exchange keys and values, each rank's padded to the longest.  Six tokens of two samples,
-chunks of one token, two ranks:
+A shared row (context parallelism).  The tokens of a row are dealt to the ranks in chunks of 128, so
+that all ranks have about as many pairs of query and key.  In each layer, the ranks exchange keys
+and values; each rank's part is padded to the longest.  An example with two ranks, samples a and b,
+and chunks of one token:
 
-    row            a0 a1 a2 a3 | b0 b1
-    dealt to rank   0  1  1  0    1  0          rank 0 computes a0 a3 b1, rank 1 a1 a2 b0
-    gathered       a0 a3 b1 | a1 a2 b0          slots 0 1 2 | 3 4 5
-    key_slots       0  3  4  1    5  2          where the row's tokens lie among the gathered ones
+    row            a0 a1 a2 a3 a4 | b0
+    keys seen       1  2  3  4  5    1
+    rank            0  0  1  1  0    1          8 keys for rank 0, 8 for rank 1
+    gathered       a0 a1 a4 | a2 a3 b0          slots 0 1 2 | 3 4 5
+    slot            0  1  3  4  2    5          where each token of the row is among the gathered
 
-Attention of rank 0 then reads keys by key_slots, samples a (4 keys) and b (2 keys), with queries at
-positions 0 and 3 of a and 1 of b.  Visual tokens are exchanged once, before the first layer: each
-rank runs the ViT on some of the row's pictures.
+Rank 0 has queries at positions 0, 1 and 4 of a, and reads the keys of a: key_slots 0 1 3 4 2.  Rank
+1 has queries of both samples, and reads all keys: key_slots 0 1 3 4 2 5.  Pictures are dealt, too,
+and visual tokens exchanged in the same way, once, before the first layer.
 
-Experts elsewhere (expert parallelism).  A rank of the group holds X / E whole experts.  Tokens
-travel to their experts and back, two all-to-alls a layer.
+Experts on different ranks (expert parallelism).  A rank holds X / E whole experts.  Tokens travel
+to their experts and back, in two all-to-alls a layer.
 
 Shapes: T tokens, of a row or of a rank's part, S samples, I pictures, M visual tokens, G key/value
-heads, E head width, C decoder width, X experts.
+heads, E head width, C decoder width, X experts, K experts of a token.
+
+Run `torchrun --nproc-per-node 2 train.py --context-parallel 2`: two ranks share each row.
 """
 
 import logging
@@ -65,7 +70,7 @@ CHUNK = 128  # tokens of a shared row that stay together
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, and this one's place among them."""
+    """The processes of a run, and the place of this one among them."""
 
     device: torch.device
     dtype: torch.dtype  # of products
@@ -74,18 +79,18 @@ class Ranks:
     replicas: int = 1  # copies of the model
     context: int = 1  # neighbours that share a row
     experts: int = 1  # neighbours that share the experts of a layer
-    mesh: DeviceMesh | None = None  # over which parameters are sharded; None: whole, in fp32
+    mesh: DeviceMesh | None = None  # for FSDP; None: parameters stay whole, in fp32
     context_mesh: DeviceMesh | None = None  # the neighbours that share a row
-    expert_mesh: DeviceMesh | None = None  # as mesh, with a last dimension of those sharing experts
+    expert_mesh: DeviceMesh | None = None  # as mesh, with the neighbours as a last dimension
 
     @property
     def data_ranks(self) -> int:
-        """Groups of ranks that work on different rows."""
+        """Number of groups of ranks that work on different rows."""
         return self.count // self.context
 
 
 def check_division(count: int, replicas: int, context: int, experts: int) -> None:
-    """Raise ValueError unless `count` ranks can be grouped as the flags want."""
+    """Raise ValueError unless `count` ranks can form the groups that the flags ask for."""
     for flag, number in (("--replicas", replicas), ("--context-parallel", context)):
         if count % number:
             raise ValueError(f"{flag} {number} does not divide the number of ranks, {count}")
@@ -96,54 +101,60 @@ def check_division(count: int, replicas: int, context: int, experts: int) -> Non
 
 def find_ranks(device: str = "", dtype: str = "", replicas: int = 1, context: int = 1,
                experts: int = 1) -> Ranks:
-    """What torchrun says of the ranks, in its environment variables.
+    """Read this process's rank from the environment variables that torchrun sets.
 
-    Raises ValueError if they cannot be grouped so, or if there is no GPU for this one.
+    Raises ValueError if the ranks cannot form the groups, or if there is no GPU for this rank.
     """
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    count = int(os.environ.get("WORLD_SIZE", 1))
     check_division(count, replicas, context, experts)
     if device == "cpu" or not torch.cuda.is_available():
         chosen = choose_device(device)
     else:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if chosen.index >= torch.cuda.device_count():
-            raise ValueError(f"there is no GPU for rank {rank}: the machine has "
-                             f"{torch.cuda.device_count()}")
+        # the ranks of a machine take its GPUs in order
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        gpus = torch.cuda.device_count()
+        if index >= gpus:
+            raise ValueError(f"there is no GPU for rank {rank}: the machine has {gpus}")
+        chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     return Ranks(chosen, choose_dtype(dtype, chosen), rank, count, replicas, context, experts)
 
 
+def start_processes(device: torch.device) -> None:
+    """Connect the processes of a run."""
+    options: dict[str, Any] = {"backend": "gloo"}
+    if device.type == "cuda":
+        options = {"backend": "nccl", "device_id": device}
+    if "RANK" not in os.environ:
+        # started by python, not by torchrun: one process, no address to meet at
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # the others wait while the first rank writes a checkpoint: an hour, not the usual minutes
+    dist.init_process_group(**options, timeout=timedelta(hours=1))
+
+
 def join_ranks(ranks: Ranks) -> Ranks:
-    """Start to talk to the other ranks.  One process that computes in fp32 needs none of this."""
+    """Connect the ranks and arrange them in meshes.  One process in fp32 needs neither."""
     if ranks.count == 1 and ranks.dtype == torch.float32:
         return ranks
-    kind, shards = ranks.device.type, ranks.count // ranks.replicas
-    where: dict[str, Any] = {}
-    if "RANK" not in os.environ:  # started by python, not by torchrun
-        where = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if kind == "cuda":
-        where["device_id"] = ranks.device
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if kind == "cpu" else "nccl", **where,
-                                timeout=timedelta(hours=1))  # the first rank writes checkpoints
+        start_processes(ranks.device)
 
-    # parameters are sharded over the last dimension and copied over the first one
-    if ranks.replicas == 1:
-        mesh = init_device_mesh(kind, (shards,))
-    else:
-        mesh = init_device_mesh(kind, (ranks.replicas, shards), mesh_dim_names=("copy", "shard"))
-    ranks = replace(ranks, mesh=mesh)
+    def grid(**sizes: int) -> DeviceMesh:
+        return init_device_mesh(ranks.device.type, tuple(sizes.values()),
+                                mesh_dim_names=tuple(sizes))
+
+    # FSDP copies parameters over the first dimension and shards them over the next
+    copies = {"copy": ranks.replicas} if ranks.replicas > 1 else {}
+    shards = ranks.count // ranks.replicas
+    ranks = replace(ranks, mesh=grid(**copies, shard=shards))
     if ranks.context > 1:
-        groups = init_device_mesh(kind, (ranks.data_ranks, ranks.context),
-                                  mesh_dim_names=("data", "context"))
+        groups = grid(data=ranks.data_ranks, context=ranks.context)
         ranks = replace(ranks, context_mesh=groups["context"])
     if ranks.experts > 1:
         # silence a warning of DTensor about gathers in two steps, which are intended here
         logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-        sizes, names = [shards // ranks.experts, ranks.experts], ["shard", "expert"]
-        if ranks.replicas > 1:
-            sizes, names = [ranks.replicas, *sizes], ["copy", *names]
-        groups = init_device_mesh(kind, tuple(sizes), mesh_dim_names=tuple(names))
+        groups = grid(**copies, shard=shards // ranks.experts, expert=ranks.experts)
         ranks = replace(ranks, expert_mesh=groups)
     return ranks
 
@@ -157,70 +168,77 @@ def mixtures(module: nn.Module) -> list[MixtureOfExperts]:
 
 
 def shard(model: LlavaOneVision, recompute: str, compiled: bool, ranks: Ranks) -> None:
-    """Let layers recompute and compile as told, and spread the parameters over the ranks.
+    """Set up recomputing and compiling of layers, and spread the parameters over the ranks.
 
-    recompute: what the backward pass computes again of a layer: "none", "selective" (all but its
-    attention) or "layer".  The order matters: a layer is wrapped by recomputing, then compiled, and
-    FSDP's hooks stay outside of both.
+    recompute: what of a layer the backward pass computes again: "none", "selective" (all but its
+    attention; not with experts on different ranks) or "layer".
     """
+    # The order matters: recomputing wraps a layer, compiling wraps both, and the hooks of FSDP,
+    # which gather the layer's parameters, stay outside.
     layers = [*model.visual.blocks, *model.model.layers]
     for layer in layers:
         wrap_layer(layer, recompute, compiled)
-    for mixture in mixtures(model) if ranks.context > 1 else []:
-        mixture.row_counts = partial(summed_over, group=ranks.context_mesh.get_group())
+    if ranks.context > 1:
+        group = ranks.context_mesh.get_group()
+        for mixture in mixtures(model):
+            mixture.row_counts = partial(summed_over, group=group)
     if ranks.mesh is None:
         return
 
+    # FSDP gathers one unit at a time: a layer, the embedding, the head
     policy = MixedPrecisionPolicy(ranks.dtype, torch.float32, cast_forward_inputs=False)
     if ranks.experts > 1:
         shard_experts(model, policy, ranks)
     units = layers
-    if not model.config.tie_word_embeddings:  # tied, the two belong together: to the root
+    if not model.config.tie_word_embeddings:  # tied, they are one tensor, left to the root
         units = [model.model.embed_tokens, *layers, model.lm_head]
     for unit in units:
-        # the head is not dropped after its forward pass: its backward pass follows at once
+        # the head stays after its forward pass: its backward pass follows at once
         fully_shard(unit, mesh=ranks.mesh, mp_policy=policy,
                     reshard_after_forward=unit is not model.lm_head)
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)  # norms, merger, what is left
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)  # the root: norms, merger, all the rest
     for module in (model, model.lm_head):
         register_fsdp_forward_method(module, "loss")
 
-    # while a unit computes, the next one is gathered
+    # while a unit computes, FSDP gathers the next one
     for unit, following in zip(units, units[1:]):
-        experts = [mixture.experts for mixture in mixtures(following) if ranks.experts > 1]
-        unit.set_modules_to_forward_prefetch([following, *experts])
+        prefetched = [following]
+        if ranks.experts > 1:
+            prefetched += [mixture.experts for mixture in mixtures(following)]
+        unit.set_modules_to_forward_prefetch(prefetched)
+    # the loss is a sum over all tokens: gradients are summed over the ranks, not averaged
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # gradients are summed over the ranks, not averaged
+        if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def wrap_layer(layer: nn.Module, recompute: str, compiled: bool) -> None:
-    """Replace a layer's forward method by one that recomputes and is compiled as told."""
-    rest: dict[str, Any] = {}
-    if recompute == "selective":  # the output of attention is kept, everything else recomputed
+    """Replace the forward method of a layer by one that recomputes and is compiled, as asked."""
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if recompute == "selective":
+        # keep the result of attention, recompute everything else
         kept = [torch.ops.llava.attention.default]
-        rest["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
     if recompute != "none":
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
-                                preserve_rng_state=False, **rest)
+        layer.forward = partial(checkpoint, layer.forward, **options)
     if compiled:
         layer.forward = torch.compile(layer.forward)
 
 
 def clip_gradients(parameters: list[nn.Parameter], clip: float) -> Tensor:
-    """Shrink gradients to a norm of at most `clip`, all together; returns what it was.
-
-    Parameters on different meshes (experts have their own) cannot be stacked: a norm for each mesh,
-    then the norm of these norms.
-    """
+    """Scale all gradients so that their common norm is at most `clip`.  Returns the norm before."""
+    # experts have a mesh of their own, and tensors of different meshes cannot be stacked
     by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     norms = []
     for group in by_mesh.values():
-        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        gradients = [p.grad for p in group if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # of the gradients of all ranks, not of this one's shards
+        norms.append(norm)
     total = torch.stack(norms).norm()
     for group in by_mesh.values():
         torch.nn.utils.clip_grads_with_norm_(group, clip, total)
@@ -232,14 +250,14 @@ def clip_gradients(parameters: list[nn.Parameter], clip: float) -> Tensor:
 
 @dataclass
 class RowShare:
-    """A rank's part of a packed row that a group of ranks works on: some tokens, some pictures."""
+    """One rank's part of a packed row: some of its tokens, and some of its pictures."""
 
     row: Row  # the rank's tokens and pictures, laid out as a row
     position_ids: Tensor  # (T,) of the rank's tokens in their samples
-    cu_seqlens_k: Tensor  # (S + 1,) samples of which the rank has tokens, whole
+    cu_seqlens_k: Tensor  # (S + 1,) of the samples, whole, of which the rank has tokens
     key_slots: Tensor  # (Tk,) where the keys of these samples are among the gathered ones
     key_room: int  # keys that each rank brings, padding included
-    visual_slots: Tensor  # (M,) where the rank's visual tokens are among the gathered ones
+    visual_slots: Tensor  # (M,) where the visual tokens of the rank's holes are, likewise
     visual_room: int  # visual tokens that each rank brings, padding included
 
 
@@ -252,135 +270,151 @@ def owner_of(dealt: list[list[int]]) -> Tensor:
 
 
 def gathered_slots(owners: Tensor, ranks: int) -> tuple[Tensor, int]:
-    """Where each item lies when all ranks' items are gathered, and the room of each rank.
+    """The slot of each item when the items of all ranks are gathered, and the room of each rank.
 
-    >>> gathered_slots(torch.tensor([0, 1, 1, 0, 1, 0]), 2)
-    (tensor([0, 3, 4, 1, 5, 2]), 3)
+    >>> gathered_slots(torch.tensor([0, 0, 1, 1, 0, 1]), 2)
+    (tensor([0, 1, 3, 4, 2, 5]), 3)
     """
     owned = F.one_hot(owners, ranks)  # (items, ranks)
-    room = max(1, int(owned.sum(dim=0).max()))
-    before = (owned.cumsum(dim=0) - owned).gather(1, owners[:, None])[:, 0]  # of the same rank
+    room = max(1, int(owned.sum(0).max()))
+    # a rank's items keep their order: count the items of the same rank before each item
+    before = owned.cumsum(0) - owned  # (items, ranks)
+    before = before.gather(1, owners[:, None])[:, 0]  # (items,)
     return owners * room + before, room
 
 
 def share_row(samples: list[Sample], rank: int, ranks: int, visual_ids: list[int]) -> RowShare:
-    """One rank's part of a packed row: chunks of tokens dealt by attention work, pictures by size.
+    """One rank's part of a packed row.  A rank may get no tokens (of a short row) or no pictures.
 
-    A rank may end up without tokens (a row of few chunks) or pictures.
+    visual_ids: the token ids that are holes.
     """
     row = lay_out(samples, cut=False)
-    segment, position = segment_ids(row.cu_seqlens), packed_positions(row.cu_seqlens)  # (T,) each
+    segment = segment_ids(row.cu_seqlens)  # (T,)
+    position = packed_positions(row.cu_seqlens)  # (T,)
 
-    # tokens: a query at position p sees p + 1 keys
-    work = [float((chunk + 1).sum()) for chunk in position.split(CHUNK)]
-    owners = owner_of(deal(work, ranks)).repeat_interleave(CHUNK)[:len(position)]  # (T,)
+    # tokens: a query at position p sees p + 1 keys; deal the chunks by the keys that they see
+    keys_seen = [float((chunk + 1).sum()) for chunk in position.split(CHUNK)]
+    chunk_owners = owner_of(deal(keys_seen, ranks))
+    owners = chunk_owners.repeat_interleave(CHUNK)[:len(position)]  # (T,)
+    own_tokens = owners == rank  # (T,)
+
+    # keys: for one query of a sample, the rank needs the keys of the whole sample
     slots, key_room = gathered_slots(owners, ranks)
-    own_tokens = owners == rank
-    queries = torch.bincount(segment[own_tokens], minlength=len(samples))  # (S,) by sample
-    own_samples = queries > 0  # samples of which the rank has tokens: it needs all of their keys
-    lengths = row.cu_seqlens.diff()
+    query_counts = torch.bincount(segment[own_tokens], minlength=len(samples))  # (S,)
+    own_samples = query_counts > 0  # (S,)
+    key_counts = row.cu_seqlens.diff()[own_samples]
 
-    # pictures: by their number of patches
+    # pictures: the ViT's work is about their patches; the holes may be another rank's tokens
     pictures = [(sample, i) for sample in samples for i in range(len(sample.images))]
     grid_thw = torch.cat([sample.grid_thw for sample in samples])
-    picture_owners = owner_of(deal(grid_thw.prod(dim=1).tolist(), ranks))
+    patch_counts = grid_thw.prod(1).tolist()
+    picture_owners = owner_of(deal(patch_counts, ranks))
+    own_pictures = picture_owners == rank  # (I,)
+    patches = [sample.patches(i) for (sample, i), own in zip(pictures, own_pictures) if own]
     visual_owners = picture_owners.repeat_interleave(visual_tokens(grid_thw))  # (M,) of the row
     visual_slots, visual_room = gathered_slots(visual_owners, ranks)
-    own_pictures = picture_owners == rank
-    patches = [sample.patches(i) for (sample, i), own in zip(pictures, own_pictures) if own]
-    is_hole = torch.isin(row.input_ids, torch.tensor(visual_ids))  # (T,)
+    is_hole = torch.isin(row.input_ids, torch.tensor(visual_ids))  # (T,), M of them true
 
-    own = Row(
+    part = Row(
         input_ids=row.input_ids[own_tokens], targets=row.targets[own_tokens],
-        cu_seqlens=F.pad(queries[own_samples].cumsum(0), (1, 0)),
-        patches=torch.cat(patches) if patches else None,
-        grid_thw=grid_thw[own_pictures] if patches else None, names=row.names)
+        cu_seqlens=F.pad(query_counts[own_samples].cumsum(0), (1, 0)),
+        patches=None, grid_thw=None, names=row.names)
+    if patches:
+        part.patches = torch.cat(patches)
+        part.grid_thw = grid_thw[own_pictures]
     return RowShare(
-        row=own, position_ids=position[own_tokens],
-        cu_seqlens_k=F.pad(lengths[own_samples].cumsum(0), (1, 0)),
+        row=part, position_ids=position[own_tokens],
+        cu_seqlens_k=F.pad(key_counts.cumsum(0), (1, 0)),
         key_slots=slots[own_samples[segment]], key_room=key_room,
         visual_slots=visual_slots[own_tokens[is_hole]], visual_room=visual_room)
 
 
 class GatheredKeys:
-    """Keys of a shared row, gathered from the ranks of its group in each layer.
+    """The keys of a shared row, gathered in each layer from the ranks that share it (`mesh`).
 
-    `model.loss` takes it as `keys`: attention sees nothing but queries, their positions, and whole
-    samples of keys.  mesh: the group, of one dimension.
+    `LlavaOneVision.loss` takes it as `keys`.
     """
 
     def __init__(self, share: RowShare, mesh: DeviceMesh, device: torch.device) -> None:
-        self.mesh, self.key_room, self.visual_room = mesh, share.key_room, share.visual_room
+        self.mesh = mesh
+        self.key_room = share.key_room
+        self.visual_room = share.visual_room
         self.key_slots = share.key_slots.to(device)
         self.visual_slots = share.visual_slots.to(device)
         self.cu_seqlens_k = share.cu_seqlens_k.to(device)
 
     def gather(self, x: Tensor, room: int, slots: Tensor) -> Tensor:
-        """The `slots` wanted of what all ranks bring, x of each padded to `room` entries.
+        """Pad each rank's x to `room` entries, gather all, and return the entries in `slots`.
 
-        The gradient of an entry that several ranks want is the sum of theirs.
+        Several ranks may read an entry.  Its gradient is the sum of theirs, in the dtype of x.
         """
         padding = x.new_zeros(room - len(x), *x.shape[1:])
-        x = DTensor.from_local(torch.cat([x, padding]), self.mesh, [Shard(0)])
-        return x.full_tensor(grad_placements=[Partial()]).index_select(0, slots)
+        padded = torch.cat([x, padding])  # (room, ...)
+        # forward: an all-gather; backward: Partial makes it a reduce-scatter, which sums
+        shared = DTensor.from_local(padded, self.mesh, [Shard(0)])
+        entries = shared.full_tensor(grad_placements=[Partial()])  # (ranks room, ...)
+        return entries.index_select(0, slots)
 
     def visual(self, tokens: Tensor) -> Tensor:
-        """The visual tokens (M, C) that belong in this rank's holes, whoever made them."""
+        """Visual tokens made by this rank -> those for the holes of this rank, (M, C)."""
         return self.gather(tokens, self.visual_room, self.visual_slots)
 
     def begin(self, cu_seqlens: Tensor, positions: Tensor) -> None:
-        """Take note of the positions of this rank's queries, (T,)."""
+        """Keep the positions (T,) of this rank's queries for all layers."""
         self.positions = positions
 
     def of_layer(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Where]:
-        """Keys and values (Tk, G, E) of all samples of which this rank has queries.
-
-        Gradients are added over the group in their own dtype.
-        """
-        both = self.gather(torch.cat([k, v], dim=1), self.key_room, self.key_slots)
-        k, v = both.chunk(2, dim=1)
+        """Keys and values of this rank's tokens -> those (Tk, G, E) of its samples, whole."""
+        # k and v travel in one message
+        both = torch.cat([k, v], 1)  # (T, 2 G, E)
+        both = self.gather(both, self.key_room, self.key_slots)  # (Tk, 2 G, E)
+        k, v = both.chunk(2, 1)
         return k, v, Where(self.cu_seqlens_k, len(k), self.positions)
 
 
 def loss_arguments(row: Row | RowShare, ranks: Ranks) -> dict[str, Any]:
-    """The arguments of `model.loss` for a row, or for this rank's part of one, on its device."""
+    """The arguments of `LlavaOneVision.loss` for a row, or for a rank's part, on its device."""
     if isinstance(row, Row):
         return {"targets": row.targets.to(ranks.device), **row.inputs(ranks.device)}
-    return {**loss_arguments(row.row, ranks), "position_ids": row.position_ids.to(ranks.device),
-            "keys": GatheredKeys(row, ranks.context_mesh, ranks.device)}
+    arguments = loss_arguments(row.row, ranks)
+    arguments["position_ids"] = row.position_ids.to(ranks.device)
+    arguments["keys"] = GatheredKeys(row, ranks.context_mesh, ranks.device)
+    return arguments
 
 
 def summed_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over a group of ranks; x is left as it is."""
+    """The sum of x over a group of ranks.  x itself does not change."""
     x = x.clone()
     dist.all_reduce(x, group=group)
     return x
 
 
-# ---------------------------------------------------------------------- experts that live elsewhere
+# ----------------------------------------------------------------------- experts on different ranks
 
 
 def shard_experts(model: LlavaOneVision, policy: MixedPrecisionPolicy, ranks: Ranks) -> None:
     """Give each rank of an expert group its own experts, and shard these over the groups."""
-    sharing, others = ranks.expert_mesh["expert"], ranks.expert_mesh.mesh_dim_names[:-1]
+    sharing = ranks.expert_mesh["expert"]
+    others = ranks.expert_mesh[ranks.expert_mesh.mesh_dim_names[:-1]]
     for mixture in mixtures(model):
         experts = mixture.experts
         for layer in experts.children():
+            # of the X matrices, one above the other, the rank keeps X / E
             part = distribute_tensor(layer.weight.detach(), sharing, [Shard(0)])
             layer.weight = nn.Parameter(part)
-            if isinstance(layer, GroupedLinear):  # an FP8 layer looks at its own weights
+            if isinstance(layer, GroupedLinear):  # not an Fp8Linear, which finds its part itself
                 layer.forward = partial(product_of_own, layer)
         experts.forward = partial(exchanged, experts.forward, sharing.get_group())
-        fully_shard(experts, mesh=ranks.expert_mesh[others], mp_policy=policy)
+        fully_shard(experts, mesh=others, mp_policy=policy)
 
 
 def product_of_own(layer: GroupedLinear, x: Tensor, counts: Tensor) -> Tensor:
-    """`GroupedLinear.forward` with the matrices that this rank holds."""
+    """`GroupedLinear.forward` with the matrices of this rank only."""
     return grouped_product(x, layer.weight.to_local(), counts)
 
 
 class Exchange(torch.autograd.Function):
-    """Tokens to and from the ranks of a group: `sent[r]` to rank r, `received[r]` from it."""
+    """All-to-all of tokens: x has sent[r] tokens for rank r, the result received[r] from rank r."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int],
@@ -392,25 +426,31 @@ class Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        # gradients travel the way back
         received, sent, group = ctx.counts
-        return Exchange.apply(gradient, sent, received, group), None, None, None  # the way back
+        return Exchange.apply(gradient, sent, received, group), None, None, None
 
 
 def exchanged(forward: Callable[[Tensor, Tensor], Tensor], group: dist.ProcessGroup, x: Tensor,
               counts: Tensor) -> Tensor:
-    """`Experts.forward` where the experts are spread over a group of ranks.
+    """`Experts.forward` (the argument `forward`) for experts that a group of ranks shares.
 
-    x: this rank's tokens sorted by expert, (R, C); counts: (X,) tokens of each expert.  Tokens
-    arrive by the rank they are from, then by expert; the experts want them by expert alone.
+    x: (T K, C) this rank's tokens, sorted by expert; counts: (X,) tokens of each expert.
     """
-    leaving = counts.view(group.size(), -1)  # (ranks, X / ranks), a line for each rank's experts
-    arriving = torch.empty_like(leaving)  # a line for each rank that sends
+    # each rank tells each other rank how many tokens it sends to each of its experts
+    leaving = counts.view(group.size(), -1)  # (ranks, X / ranks), a line for each receiver
+    arriving = torch.empty_like(leaving)  # (ranks, X / ranks), a line for each sender
     dist.all_to_all_single(arriving, leaving, group=group)
-    # the one place where the host waits for the GPU: sizes of messages must be known
-    sent, received = torch.stack([leaving.sum(1), arriving.sum(1)]).tolist()
+    # the one place where the host waits for the GPU: it must know the sizes of the messages
+    sizes = torch.stack([leaving.sum(1), arriving.sum(1)])  # (2, ranks)
+    sent, received = sizes.tolist()
     x = Exchange.apply(x, received, sent, group)
+
+    # tokens arrive sorted by sender, then by expert; the experts want them sorted by expert:
+    #     from rank 0: e0 e0 e1 | from rank 1: e0 e1    ->    e0 e0 e0 e1 e1
     expert = torch.arange(arriving.numel(), device=x.device) % arriving.shape[1]
     expert = expert.repeat_interleave(arriving.flatten(), output_size=len(x))  # of each token
     order = expert.argsort(stable=True)
     y = forward(x[order], arriving.sum(0))
+    # order.argsort() is the permutation back
     return Exchange.apply(y[order.argsort()], sent, received, group)

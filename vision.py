@@ -1,32 +1,34 @@
 """From a picture to visual tokens: resize, cut into patches, RICE-ViT, patch merger.
 
-In: a PIL picture, or the packed patches (P, 588) of many.  Out: visual tokens (M, C), M = P / 4,
-ready to stand among the decoder's token embeddings.
-Called by `data.py` (pictures -> patches) and `model.py` (patches -> tokens); calls
-`attention_kernel.py`.
+In: a PIL picture, or the packed patches (P, 588) of many pictures.  Out: visual tokens (M, C),
+which take their places among the decoder's token embeddings.
+Called by `data.py`, `sample.py` and `assets/scenes.py` (pictures), `model.py` (the network),
+`parallel.py`, `train.py` and `convert.py` (sizes, configuration); calls `attention_kernel.py`.
 
-The idea.  A picture keeps its shape ("native resolution"): it is resized only to the nearest
-multiple of 28 pixels and cut into h x w patches of 14 x 14.  Patches of all pictures stand in one
-row, each picture (each *frame* of a video) being one attention segment with a class token in front.
-Position is rotary in two dimensions: with f_i = 10000^(-i / (E/4)), i = 0 .. E/4 - 1, the patch at
-row r, column c turns its query and key by the angles (r f_0, r f_1, ..., c f_0, c f_1, ...); the
-class token's angles are learned.  After the blocks the class tokens go, and the merger joins each
-2 x 2 block of patches into one token of the decoder's width.
+The idea.  A picture keeps its own resolution and shape: within wide limits, each side is only
+rounded to a multiple of 28 pixels.  The picture is then cut into h x w patches of 14 x 14 pixels.
+The patches of all pictures lie end to end in one tensor.  Each picture, or each *frame* of a video,
+is one attention segment and has a class token in front.
 
-To make that join a plain reshape, patches are in *merge order* from the start: the 2 x 2 blocks in
-raster order, inside a block top-left, top-right, bottom-left, bottom-right.
+Positions are rotary, in two dimensions.  With f_i = 10000^(-i / (E/4)), i = 0 .. E/4 - 1, the patch
+at height y and column x turns its query and its key by the angles (y f_0, y f_1, ..., x f_0,
+x f_1, ...).  The angles of the class token are learned.  After the last block the class tokens are
+dropped, and the merger joins each block of 2 x 2 patches into one visual token.
 
-    columns  0 1   2 3
-    row 0    0 1 | 4 5         a picture of 4 x 4 patches and the place of each in the packed row
-    row 1    2 3 | 6 7
-             ----+-----
-    row 2    8 9 | 12 13
-    row 3   10 11| 14 15
+Patches are in *merge order* from the start: the four patches of a block follow each other, so the
+merger only reshapes.  For a picture of 4 x 4 patches, these are their places in the tensor:
+
+             x = 0  1    2  3
+    y = 0        0  1 |  4  5
+    y = 1        2  3 |  6  7
+                ------+------
+    y = 2        8  9 | 12 13
+    y = 3       10 11 | 14 15
 
 Shapes: P patches, S segments (frames), D width of the ViT, C width of the decoder, H heads, E head
-width, M = P / 4 visual tokens, I pictures.  grid_thw (I, 3): frames, patch rows, patch columns.
+width, M = P / 4 visual tokens, I pictures.  grid_thw (I, 3): frames, height and width in patches.
 
-Run `python vision.py PICTURE`: prints what becomes of it, with shapes.
+Run `python vision.py PICTURE`: prints the sizes of the picture on its way to visual tokens.
 """
 
 import io
@@ -43,36 +45,47 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, PngImagePlugin
+from PIL.Image import Transpose
 from torch import Tensor, nn
 
 from attention_kernel import flash_attn_varlen_func
 
 PATCH = 14  # pixels a side
 MERGE = 2  # patches a side of a visual token
-PATCH_NUMBERS = 3 * PATCH**2  # 588 numbers of a patch: channel, y, x
-CELL = PATCH * MERGE  # pixels a side of a visual token; picture sides become multiples of it
-MIN_PIXELS = 56 * 56  # the released processor's limits on height * width
+PATCH_NUMBERS = 3 * PATCH**2  # 588 numbers in a patch: channel, y, x
+CELL = PATCH * MERGE  # 28 pixels a side of a visual token
+# The released processor's limits on a picture: height * width, and longer / shorter side.
+MIN_PIXELS = 56 * 56
 MAX_PIXELS = 1600 * 1600
 MAX_ASPECT = 200
+# Mean and standard deviation of red, green and blue (0 to 1) in the pictures CLIP was trained on.
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
-Picture = Image.Image | str | Path | bytes  # decoded, a file's path, or a file's content
+Picture = Image.Image | str | Path | bytes  # decoded, the path of a file, or its content
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of text or colour profile; Pillow's own limit is 2^20
-# What Pillow's decoders raise for a malformed file, beside its own OSError and SyntaxError.
+# The end of a PNG without pixels: two empty chunks, each with its length, name and checksum.
+PNG_END = b"\0\0\0\0IDAT\x35\xaf\x06\x1e\0\0\0\0IEND\xae\x42\x60\x82"
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of a text or colour profile; Pillow's limit is 2^20
+
+# For a malformed file, Pillow raises OSError, SyntaxError or one of these.
 MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
              NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError)
-# EXIF orientation -> what makes the picture upright.
+UNREADABLE = (OSError, SyntaxError, *MALFORMED)
+
+ORIENTATION = ExifTags.Base.Orientation
+# (tag, type, count) of a valid entry in EXIF -> format of its number: 16 or 32 bits.
+ORIENTATION_ENTRIES = {(ORIENTATION, 3, 1): "H", (ORIENTATION, 4, 1): "I"}
+# Orientation -> the turn that makes a picture upright.  Orientation 1 is upright.
 TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
 }
 
 
@@ -100,189 +113,191 @@ def smart_resize(height: int, width: int, min_pixels: int = MIN_PIXELS,
                  max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Nearest (height, width) in multiples of 28 whose area lies between the limits, in pixels.
 
-    Rounds half to even, as the reference processor (Qwen2-VL) does: 42 x 70 -> 56 x 56.
+    A side is rounded half to even, as in the reference processor (Qwen2-VL): 42 x 70 -> 56 x 56.
     Raises ValueError if one side is more than 200 times the other.
-
-    >>> smart_resize(480, 640)
-    (476, 644)
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(f"a picture of {width} x {height} pixels is too narrow: "
                          f"the longer side may be at most {MAX_ASPECT} times the shorter")
-    rows, columns = round(height / CELL), round(width / CELL)
-    if rows * columns * CELL**2 > max_pixels:
+    new_height = round(height / CELL) * CELL
+    new_width = round(width / CELL) * CELL
+    if new_height * new_width > max_pixels:
+        # Rounding down keeps the area below the limit, but no side may become 0.
         shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (max(1, math.floor(x / shrink / CELL)) for x in (height, width))
-    elif rows * columns * CELL**2 < min_pixels:
+        new_height = max(CELL, math.floor(height / shrink / CELL) * CELL)
+        new_width = max(CELL, math.floor(width / shrink / CELL) * CELL)
+    elif new_height * new_width < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(x * grow / CELL) for x in (height, width))
-    return rows * CELL, columns * CELL
+        new_height = math.ceil(height * grow / CELL) * CELL
+        new_width = math.ceil(width * grow / CELL) * CELL
+    return new_height, new_width
 
 
 def without_pixels(file: BinaryIO) -> BinaryIO:
-    """The chunks of a PNG without its pixels, which are skipped unread.
+    """Copy a PNG without its pixels, which are skipped unread.  Return any other file as it is.
 
-    A PNG may have its EXIF behind the pixels.  Pillow finds it there only after decoding them.
+    A PNG may store its EXIF after the pixels, where Pillow finds it only by decoding them.
     """
-    chunks = [file.read(len(PNG_SIGNATURE))]
-    while len(header := file.read(8)) == 8:
-        size, kind = struct.unpack(">I4s", header)
-        if kind == b"IEND":
+    signature = file.read(len(PNG_SIGNATURE))
+    if signature != PNG_SIGNATURE:
+        file.seek(0)
+        return file
+    chunks = [signature]
+    while True:
+        # A chunk: size of the content (4 bytes), name (4), content, checksum (4).
+        header = file.read(8)
+        if len(header) < 8 or header.endswith(b"IEND"):
             break
-        if kind in (b"IDAT", b"acTL", b"fcTL", b"fdAT"):  # pixels, and those of an animation
-            file.seek(size + 4, io.SEEK_CUR)  # the 4 bytes are the checksum
+        size, name = struct.unpack(">I4s", header)
+        size += 4
+        if name in (b"IDAT", b"acTL", b"fcTL", b"fdAT"):  # pixels, and an animation's frames
+            file.seek(size, io.SEEK_CUR)
         else:
-            chunks += [header, file.read(size + 4)]
-    for kind in (b"IDAT", b"IEND"):  # both empty
-        chunks.append(struct.pack(">I4sI", 0, kind, zlib.crc32(kind)))
-    return io.BytesIO(b"".join(chunks))
+            chunks += [header, file.read(size)]
+    return io.BytesIO(b"".join(chunks) + PNG_END)
 
 
 def open_image(image: Picture, decode: bool = True) -> Image.Image:
-    """Open a picture given as a path or as a file's content; without `decode`, its header alone.
+    """Open a picture: the path of a file, or its content.  Without `decode`, read only the header.
 
-    Raises ValueError naming the file if it is missing or unreadable.
+    Raises ValueError with the file's name if the file is missing or cannot be read.
     """
     if isinstance(image, Image.Image):
         return image
-    name = "a picture of the shard" if isinstance(image, bytes) else image
+    in_memory = isinstance(image, bytes)
+    name = "a picture of the shard" if in_memory else image
     try:
-        # Pillow warns of malformed metadata and of large pictures; neither concerns the pixels
-        with (io.BytesIO(image) if isinstance(image, bytes) else open(image, "rb") as file,
-              warnings.catch_warnings(action="ignore")):
-            is_png = file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
-            file.seek(0)
-            with Image.open(file if decode or not is_png else without_pixels(file)) as opened:
+        file = io.BytesIO(image) if in_memory else open(image, "rb")
+        # Pillow warns about malformed metadata and large pictures; neither affects the pixels.
+        with file, warnings.catch_warnings(action="ignore"):
+            content = file if decode else without_pixels(file)
+            with Image.open(content) as opened:
                 if decode:
                     opened.load()
                 else:
-                    orientation(opened)  # is remembered: the file is about to be closed
+                    # Ask now: Pillow remembers the answer after the file is closed.
+                    orientation(opened)
                 return opened
     except FileNotFoundError:
         raise ValueError(f"there is no picture {name}") from None
-    except (OSError, SyntaxError, *MALFORMED) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def exif_orientation(exif: bytes) -> int | None:
-    """The orientation in a block of EXIF, if it has one, whatever its other entries are."""
+    """The orientation in a block of EXIF, or None.  Other entries may be malformed."""
+    # An EXIF block is a TIFF header (byte order, place of the directory) and a directory: the
+    # number of entries, then 12 bytes an entry: tag (2), type (2), count (4), value (4).
     tiff = exif.removeprefix(b"Exif\0\0")
     order = ">" if tiff.startswith(b"MM") else "<"
     try:
-        first, = struct.unpack_from(f"{order}I", tiff, 4)
-        entries, = struct.unpack_from(f"{order}H", tiff, first)
-        for at in range(first + 2, first + 2 + 12 * entries, 12):
-            tag, kind, count = struct.unpack_from(f"{order}HHI", tiff, at)
-            if tag == ExifTags.Base.Orientation and kind in (3, 4) and count == 1:
-                number = "H" if kind == 3 else "I"  # of 16 or of 32 bits
-                return struct.unpack_from(order + number, tiff, at + 8)[0]
-    except struct.error:  # it is cut off
+        directory = struct.unpack_from(order + "I", tiff, 4)[0]
+        entries = struct.unpack_from(order + "H", tiff, directory)[0]
+        for i in range(entries):
+            place = directory + 2 + 12 * i
+            entry = struct.unpack_from(order + "HHI", tiff, place)
+            if entry in ORIENTATION_ENTRIES:
+                number_format = order + ORIENTATION_ENTRIES[entry]
+                return struct.unpack_from(number_format, tiff, place + 8)[0]
+    except struct.error:  # the block is cut off
         pass
     return None
 
 
 def orientation(image: Image.Image) -> int:
-    """How a picture lies, 1 (upright) to 8 as EXIF counts; 1 where the file says nothing valid.
+    """Orientation of a picture: 1 (upright) to 8, as in EXIF; 1 if the file says nothing valid.
 
-    The one reading of it, for headers and for pixels.
+    `patch_grid` and `to_rgb` both ask this function, so the grid always fits the pixels.
     """
-    exif = image.info.get("exif")  # or a text of that name
-    found = exif_orientation(exif) if isinstance(exif, bytes) else None
+    number = None
+    exif = image.info.get("exif")
+    if isinstance(exif, bytes):  # a PNG may hold a text under this name
+        number = exif_orientation(exif)
     try:
-        if found is None:  # a TIFF's own tag, or XMP
+        if number is None:
+            # A TIFF's own tag, or XMP.  The `getexif` method of a PNG would decode the picture.
             with warnings.catch_warnings(action="ignore"):
-                # not PNG's own getexif, which would decode the picture
-                found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except (OSError, SyntaxError, *MALFORMED):
+                number = Image.Image.getexif(image).get(ORIENTATION)
+    except UNREADABLE:
         return 1
-    return found if isinstance(found, int) and found in TURNS else 1
+    return number if isinstance(number, int) and number in TURNS else 1
 
 
 def patch_grid(image: Picture, min_pixels: int = MIN_PIXELS,
                max_pixels: int = MAX_PIXELS) -> tuple[int, int, int]:
-    """The grid that `image_to_patches` will cut a picture into, known from the file's header."""
+    """The grid into which `image_to_patches` will cut a picture; reads only the file's header."""
     image = open_image(image, decode=False)
     width, height = image.size
-    # Pillow gives the size of a TIFF upright already, if the tag for it is a TIFF's own
-    upright = image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.Orientation) in TURNS
-    if orientation(image) >= 5 and not upright:
+    # If the orientation is a TIFF's own tag, Pillow already gives the upright size.
+    upright = image.format == "TIFF" and image.tag_v2.get(ORIENTATION) in TURNS
+    if orientation(image) >= 5 and not upright:  # 5 to 8 swap height and width
         width, height = height, width
     height, width = smart_resize(height, width, min_pixels, max_pixels)
     return 1, height // PATCH, width // PATCH
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB: EXIF orientation applied, transparency laid on white."""
+    """Turn a picture upright, put it on white where it is transparent, and convert it to RGB."""
     image.load()
-    if (turn := TURNS.get(orientation(image))) is not None:
+    turn = TURNS.get(orientation(image))
+    if turn is not None:
         image = image.transpose(turn)
-        # what says how it lay is no longer true
-        image.info = {key: image.info[key] for key in ("transparency",) if key in image.info}
-    clear = image.info.get("transparency")  # a colour that stands for transparency
-    if isinstance(clear, str) or isinstance(clear, tuple) and max(clear) > 255:
-        # a text of that name; or a colour of 16 bits, of which the pixels have the upper 8
-        image = image.copy()
+
+    clear = image.info.get("transparency")  # the colour that stands for transparency
+    if clear is not None:
+        image = image.copy()  # the caller's picture keeps its metadata
+    if isinstance(clear, str):  # a PNG's text under this name
         del image.info["transparency"]
-        if isinstance(clear, tuple):
-            image.info["transparency"] = tuple(value >> 8 for value in clear)
-    if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip rather than scale
+    elif isinstance(clear, tuple) and max(clear) > 255:
+        # The colour has 16 bits a channel; Pillow keeps the upper 8 bits of each pixel.
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16-bit grey to 255.  Scale it: 65535 / 257 = 255.
         grey = np.asarray(image)
-        white = grey == (-1 if clear is None else clear)
-        image = Image.fromarray(np.where(white, 255, grey // 257).astype(np.uint8))
+        scaled = (grey // 257).astype(np.uint8)
+        if isinstance(clear, int):
+            scaled[grey == clear] = 255
+        image = Image.fromarray(scaled)
     elif image.mode in ("I", "F"):
         raise ValueError(f"a picture's numbers are of mode {image.mode}, whose scale is unknown: "
                          "save it with 8 or 16 bits a channel")
-    elif image.has_transparency_data:
+    elif image.has_transparency_data:  # an alpha channel or a transparent colour
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = {}  # the old orientation is no longer true
+    return image
 
 
 def image_to_patches(image: Image.Image, min_pixels: int = MIN_PIXELS,
                      max_pixels: int = MAX_PIXELS) -> tuple[Tensor, tuple[int, int, int]]:
     """Resize, normalise and cut one picture.
 
-    Returns patches (P, 588) float32 in merge order, the columns being (channel, y, x) of a patch,
-    and the grid (1, rows, columns) in patches.  Equal to the released processor bit for bit before
-    normalisation (Pillow below 13, whose bicubic filter the checkpoints were trained with).
+    Returns patches (P, 588) float32 in merge order, each patch as (channel, y, x), and the grid
+    (1, h, w) in patches.  Before normalisation all numbers equal the released processor's bit for
+    bit (with Pillow below 13, whose bicubic filter the checkpoints were trained with).
     """
     image = to_rgb(image)
     height, width = smart_resize(image.height, image.width, min_pixels, max_pixels)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32) / 255  # (height, width, 3)
     pixels = (pixels - CLIP_MEAN) / CLIP_STD
-    rows, columns = height // PATCH, width // PATCH
-    blocks = pixels.reshape(rows // 2, 2, PATCH, columns // 2, 2, PATCH, 3)
-    patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block row, column, y, x, channel, py, px
-    return torch.from_numpy(patches.reshape(rows * columns, -1)), (1, rows, columns)
+
+    h, w = height // PATCH, width // PATCH
+    pixels = pixels.reshape(h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+    # From (block y, patch y, pixel y, block x, patch x, pixel x, channel)
+    # to   (block y, block x, patch y, patch x, channel, pixel y, pixel x):
+    patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, PATCH_NUMBERS)
+    return torch.from_numpy(patches), (1, h, w)
 
 
-# --------------------------------------------------------------------------------- rotary positions
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + E/2}) of every head by the token's angles; in fp32, cast back.
-
-    x: (T, H, E); cos, sin: (T, 1, E/2).
-    """
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
-def patch_positions(grid_thw: Tensor) -> Tensor:
-    """Row and column of every patch of a packed row in merge order, (P, 2) int64."""
-    sizes = grid_thw.prod(dim=1)
-    rows, columns = (torch.repeat_interleave(grid_thw[:, i], sizes) for i in (1, 2))  # (P,) each
-    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-    index = (torch.arange(len(starts), device=starts.device) - starts) % (rows * columns)
-    block, inside = index // 4, index % 4
-    return torch.stack([block // (columns // 2) * 2 + inside // 2,
-                        block % (columns // 2) * 2 + inside % 2], dim=1)
+# ------------------------------------------------------------------------------ sizes and positions
 
 
 def frame_sizes(grid_thw: Tensor) -> Tensor:
-    """Patches of each frame, (S,): a picture is one frame, a video grid_thw[i, 0] of one size."""
+    """Patches of each frame, (S,).  A picture has one frame, a video several of one size."""
     return torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
 
 
@@ -291,11 +306,36 @@ def visual_tokens(grid_thw: Tensor) -> Tensor:
     return grid_thw.prod(dim=1) // MERGE**2
 
 
+def patch_positions(grid_thw: Tensor) -> Tensor:
+    """Position (y, x) of every patch in its frame, for patches in merge order: (P, 2) int64."""
+    sizes = frame_sizes(grid_thw)  # (S,)
+    start = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)  # (P,)
+    index = torch.arange(len(start), device=start.device) - start  # (P,)
+    width = torch.repeat_interleave(grid_thw[:, 2], grid_thw.prod(dim=1))  # (P,)
+    # Blocks are in raster order, and so are the patches inside a block.
+    block, inside = index // MERGE**2, index % MERGE**2
+    across = width // MERGE  # blocks side by side
+    y = block // across * MERGE + inside // MERGE
+    x = block % across * MERGE + inside % MERGE
+    return torch.stack([y, x], dim=1)  # (P, 2)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + E/2}) of every head by the token's angles, in fp32.
+
+    x: (T, H, E); cos, sin: (T, 1, E/2).  Returns the type of x.
+    """
+    # A turn by the angle a: (u, v) -> (u cos a - v sin a, v cos a + u sin a).
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
 # -------------------------------------------------------------------------------------- the network
 
 
 class PatchEmbed(nn.Module):
-    """A 14 x 14 convolution of stride 14 without bias, which on cut patches is one product."""
+    """A 14 x 14 convolution of stride 14 without bias; on cut patches it is one matrix product."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -306,7 +346,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Bidirectional attention inside each frame; q, k, v from one product, laid out [q | k | v]."""
+    """Attention inside each frame, in both directions."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -316,14 +356,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor,
                 sin: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # (P + S, H, E)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        # One product gives [q | k | v], each with the heads side by side.
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (P + S, 3, H, E)
+        q, k, v = qkv.unbind(1)  # (P + S, H, E)
+        q = apply_rope(q, cos, sin)
+        k = apply_rope(k, cos, sin)
         out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         return self.proj(out.flatten(1))  # (P + S, D)
 
 
 class Mlp(nn.Module):
-    """Two layers with the exact (erf) GELU between them."""
+    """Two linear layers with the exact (erf) GELU between them."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -347,7 +390,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor,
                 sin: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x), cu_seqlens, max_seqlen, cos, sin)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x))  # (P + S, D)
 
 
 class Merger(nn.Module):
@@ -361,7 +404,8 @@ class Merger(nn.Module):
                                  nn.Linear(width, config.text_hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.ln_q(x).view(-1, MERGE**2 * x.shape[-1])  # (M, 4 D): merge order makes it a view
+        # Merge order: the four patches of a visual token already lie side by side.
+        x = self.ln_q(x).view(-1, MERGE**2 * x.shape[-1])  # (M, 4 D)
         return self.mlp(x)  # (M, C)
 
 
@@ -376,53 +420,58 @@ class RiceViT(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.class_embedding = nn.Parameter(torch.empty(config.embed_dim))
-        self.class_pos_emb = nn.Parameter(torch.empty(1, config.head_dim // 2))  # RoPE angles
+        self.class_pos_emb = nn.Parameter(torch.empty(1, config.head_dim // 2))  # angles
         self.pre_layernorm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.merger = Merger(config)
 
     def rope(self, grid_thw: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of every token's angles, class tokens included: (P + S, 1, E/2) each."""
+        """cos and sin of the angles of every token, (P + S, 1, E/2) each; order as in `forward`."""
         half = self.config.head_dim // 2
+        # E/4 frequencies, from 1 down to about 1/10000, turn with y; the same E/4 turn with x.
         powers = torch.arange(0, half, 2, device=grid_thw.device, dtype=torch.float32) / half
         angles = patch_positions(grid_thw)[..., None] * 10000.0**-powers  # (P, 2, E/4)
-        frames = int(grid_thw[:, 0].sum())
-        class_angles = self.class_pos_emb.float().expand(frames, half)
-        angles = torch.cat([class_angles, angles.flatten(1)]).index_select(0, order)
-        return angles.cos()[:, None], angles.sin()[:, None]
+        class_angles = self.class_pos_emb.float().expand(len(order) - len(angles), half)  # (S, E/2)
+        angles = torch.cat([class_angles, angles.flatten(1)])  # (P + S, E/2)
+        angles = angles.index_select(0, order)[:, None]  # (P + S, 1, E/2)
+        return angles.cos(), angles.sin()
 
     def strip(self, x: Tensor, segment: Tensor) -> Tensor:
         """Drop the class tokens: (P + S, D) -> (P, D).
 
-        The released modeling code forgets that each class token moved all later rows by one, so its
-        segments after the first are shifted; `released_class_token_shift` does the same.
+        The released code drops only the first class token and then takes P tokens, so later
+        segments are shifted.  `released_class_token_shift` repeats this slip.
         """
-        offset = 1 if self.config.released_class_token_shift else segment + 1
-        return x.index_select(0, torch.arange(len(segment), device=x.device) + offset)
+        index = torch.arange(1, len(segment) + 1, device=x.device)
+        if not self.config.released_class_token_shift:
+            index = index + segment  # each earlier segment has a class token, too
+        return x.index_select(0, index)  # (P, D)
 
     def forward(self, patches: Tensor, grid_thw: Tensor) -> Tensor:
         """patches (P, 588) and grid_thw (I, 3) int64 -> (M, C)."""
         sizes = frame_sizes(grid_thw)  # (S,)
-        frames = len(sizes)
-        segment = torch.repeat_interleave(torch.arange(frames, device=patches.device), sizes)
-        cu_seqlens = F.pad((sizes + 1).cumsum(0), (1, 0))  # (S + 1,), class tokens counted
-        # sources are stacked [class tokens; patches]; order[i] is the source of packed row i
-        patch_rows = torch.arange(len(patches), device=patches.device)
-        order = torch.empty(len(patches) + frames, dtype=torch.int64, device=patches.device)
-        order[cu_seqlens[:-1]] = torch.arange(frames, device=patches.device)
-        order[patch_rows + segment + 1] = patch_rows + frames
+        frames = torch.arange(len(sizes), device=patches.device)  # (S,)
+        segment = torch.repeat_interleave(frames, sizes)  # (P,)
+        cu_seqlens = F.pad((sizes + 1).cumsum(0), (1, 0))  # (S + 1,), with class tokens
 
-        x = self.patch_embed(patches.to(self.class_embedding.dtype))
-        x = torch.cat([self.class_embedding.expand(frames, -1), x]).index_select(0, order)
-        x = self.pre_layernorm(x)  # (P + S, D)
+        # Each class token goes in front of its frame: [c0 c1 p0 p0 p1 p1] -> [c0 p0 p0 c1 p1 p1].
+        # A stable sort by frame gives this order.
+        order = torch.cat([frames, segment]).argsort(stable=True)  # (P + S,)
+        class_tokens = self.class_embedding.expand(len(sizes), -1)  # (S, D)
+        x = self.patch_embed(patches.to(self.class_embedding.dtype))  # (P, D)
+        x = torch.cat([class_tokens, x]).index_select(0, order)  # (P + S, D)
+        x = self.pre_layernorm(x)
+
         cos, sin = self.rope(grid_thw, order)
-        max_seqlen = len(x) - len(cu_seqlens) + 2  # an upper bound that asks the GPU nothing
+        # An upper bound is enough; the exact length would have to come from the GPU.
+        max_seqlen = len(patches) + 1
         for block in self.blocks:
             x = block(x, cu_seqlens, max_seqlen, cos, sin)
-        return self.merger(self.strip(x, segment))
+        return self.merger(self.strip(x, segment))  # (M, C)
 
 
 def main() -> None:
+    # Other commands use `data.refuse_in_one_sentence`; this file imports nothing above itself.
     try:
         if len(sys.argv) != 2:
             raise ValueError("usage: python vision.py PICTURE")
@@ -431,9 +480,9 @@ def main() -> None:
     except ValueError as error:
         print(f"vision.py: {error}", file=sys.stderr)
         sys.exit(2)
+    h, w = grid[1:]
     print(f"{sys.argv[1]}: {image.width} x {image.height} pixels, {image.mode}")
-    print(f"resized to {grid[2] * PATCH} x {grid[1] * PATCH}, "
-          f"{grid[1]} x {grid[2]} patches: {tuple(patches.shape)}")
+    print(f"resized to {w * PATCH} x {h * PATCH}, {h} x {w} patches: {tuple(patches.shape)}")
     print(f"visual tokens: {len(patches) // MERGE**2}")
 
 

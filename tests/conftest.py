@@ -7,7 +7,10 @@ bit patterns of bfloat16 matrices: conversions are done by PyTorch here, product
 """
 
 import os
+import subprocess
+import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -54,6 +57,49 @@ if DEVICE == "cpu":
     import fp8_kernel  # noqa: F401
     interpret_faithfully()
     del os.environ["TRITON_INTERPRET"]
+
+
+# ------------------------------------------- commands that run beside the tests, on the other core
+
+BESIDE = pytest.StashKey[Future]()
+POOL = ThreadPoolExecutor(max_workers=1)
+RUNNING: list[subprocess.Popen] = []
+
+
+def run_beside(arguments: tuple[str, ...], root: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items()
+                   if name != "TRITON_LIBCUDA_PATH"}  # launch_walk sets it as a sign to itself
+    process = subprocess.Popen([sys.executable, *arguments], cwd=root, env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    RUNNING.append(process)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "beside(*arguments): a Python command that starts with the "
+                            "tests; the fixture `done` waits for it")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start what the tests marked `beside` wait for, one command after the other."""
+    for item in session.items:
+        marker = item.get_closest_marker("beside")
+        skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
+        if marker is not None and not skipped and not session.config.option.collectonly:
+            item.stash[BESIDE] = POOL.submit(run_beside, marker.args, str(session.config.rootpath))
+
+
+def pytest_sessionfinish() -> None:
+    POOL.shutdown(wait=False, cancel_futures=True)
+    for process in RUNNING:
+        process.kill()
+
+
+@pytest.fixture
+def done(request: pytest.FixtureRequest) -> subprocess.CompletedProcess[str]:
+    """What the command of the test's marker `beside` has printed."""
+    return request.node.stash[BESIDE].result()
 
 
 @pytest.fixture

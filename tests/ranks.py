@@ -1,5 +1,7 @@
 """Processes with everything imported already: ranks that can join, and commands that start fast."""
 
+import contextlib
+import io
 import multiprocessing
 import os
 import runpy
@@ -41,6 +43,27 @@ def fast_command(folder: Path, *arguments: str | Path,
     for file in files:
         file.unlink()
     return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
+
+
+def command_here(folder: Path, *arguments: str | Path,
+                 **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command as `python SCRIPT ARGUMENTS`, but in this process: for what ends at once."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    before, at = dict(os.environ), os.getcwd()
+    os.environ |= environment
+    os.chdir(folder)
+    argv, sys.argv = sys.argv, list(map(str, arguments))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = argv
+        os.chdir(at)
+        os.environ.clear()
+        os.environ |= before
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def child(function: Callable, rank: int, count: int, port: int, folder: str,

@@ -16,10 +16,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from attention_kernel import segment_ids
-from data import (CATEGORIES, IGNORE, STRUCTURE, PackedRows, Sample, chat_tokens, deal,
-                  default_records, default_texts, draw_scene, encode, held_out_questions, pack,
-                  pack_rows, read_json, read_tar, records, share_row, train_tokenizer)
+from assets.scenes import CATEGORIES, draw_scene, drawn_records, held_out_questions
+from data import (IGNORE, STRUCTURE, PackedRows, Sample, chat_tokens, deal, drawn_texts, encode,
+                  lay_out, plan_rows, read_json, read_tar, record_stream, train_tokenizer)
 from model import PRESETS
+from parallel import share_row
 from train import ALL, parse_flags, row_cost
 from vision import patch_grid
 
@@ -28,19 +29,19 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(default_texts(0), 1024)
+    return train_tokenizer(drawn_texts(0), 1024)
 
 
-def published_template(messages: list[dict], cells: list[int]) -> str:
+def published_template(messages: list[dict], counts: list[int]) -> str:
     """The published chat template, written out as one string."""
     text = "" if messages[0]["role"] == "system" else (
         f"{IM_START}system\nYou are a helpful assistant.{IM_END}\n")
-    counts = iter(cells)
+    each = iter(counts)
     for message in messages:
         parts = message["content"].split("<image>")
         content = parts[0]
         for part in parts[1:]:
-            content += "<|vision_start|>" + "<|image_pad|>" * next(counts) + "<|vision_end|>" + part
+            content += "<|vision_start|>" + "<|image_pad|>" * next(each) + "<|vision_end|>" + part
         text += f"{IM_START}{message['role']}\n{content}{IM_END}\n"
     return text
 
@@ -97,16 +98,16 @@ def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
     ([{"content": "x"}], [], "not a message with role"),
     ("hello", [], "not a list"),
 ])
-def test_template_refuses(tokenizer: Tokenizer, messages: list, cells: list, message: str) -> None:
+def test_template_refuses(tokenizer: Tokenizer, messages: list, counts: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        chat_tokens(messages, tokenizer, cells)
+        chat_tokens(messages, tokenizer, counts)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_packing_keeps_every_sample(tokenizer: Tokenizer, seed: int) -> None:
     """Rows hold each sample once and whole, are nearly full, and targets look one token ahead."""
-    samples = [encode(r, tokenizer) for r in islice(default_records("mixed", seed), 300)]
-    rows = [pack(row) for row, _ in pack_rows(iter(samples), seq_length=700)]
+    samples = [encode(r, tokenizer) for r in islice(drawn_records("mixed", seed), 300)]
+    rows = [lay_out(row) for row, _ in plan_rows(iter(samples), seq_length=700)]
     unseen = [(s.input_ids.tolist(), s.labels.tolist(), s.grid_thw.tolist()) for s in samples]
     for row in rows:
         assert len(row.input_ids) <= 700
@@ -126,9 +127,9 @@ def test_packing_keeps_every_sample(tokenizer: Tokenizer, seed: int) -> None:
 
 
 def test_samples_longer_than_a_row_are_counted(tokenizer: Tokenizer) -> None:
-    samples = [encode(r, tokenizer) for r in islice(default_records("questions", 0), 50)]
+    samples = [encode(r, tokenizer) for r in islice(drawn_records("questions", 0), 50)]
     longest = max(len(s.input_ids) for s in samples)
-    rows = list(pack_rows(iter(samples), seq_length=longest - 1))
+    rows = list(plan_rows(iter(samples), seq_length=longest - 1))
     dropped = sum(len(s.input_ids) == longest for s in samples)
     assert sum(skipped for _, skipped in rows) == dropped
     assert sum(len(row) for row, _ in rows) == len(samples) - dropped
@@ -156,32 +157,32 @@ TEXT = 10_000_000
 def test_shares_of_a_row(ranks: int, length: int) -> None:
     """Each token is some rank's and finds its keys, and its picture if it stands for one, in what
     the group gathers; of a long row the attention work is equal to 5 %."""
-    samples = next(row for row, _ in pack_rows(iter(random_samples(ranks, 300)), length)
+    samples = next(row for row, _ in plan_rows(iter(random_samples(ranks, 300)), length)
                    if sum(len(s.images) for s in row) or length < 100)
-    row = pack(samples)
+    row = lay_out(samples)
     holes = row.input_ids[row.input_ids < TEXT].tolist()
     shares = [share_row(samples, rank, ranks, holes) for rank in range(ranks)]
-    dealt = torch.cat([share.input_ids for share in shares])
+    dealt = torch.cat([share.row.input_ids for share in shares])
     assert torch.equal(dealt.sort().values, row.input_ids.sort().values)
 
-    def cells(patches: torch.Tensor | None) -> torch.Tensor:  # as the ViT might see them
+    def seen(patches: torch.Tensor | None) -> torch.Tensor:  # visual tokens of a sort
         return torch.zeros(0) if patches is None else patches[::4, 0]
 
     def gathered(parts: list[torch.Tensor], room: int) -> torch.Tensor:
         return torch.cat([F.pad(part, (0, room - len(part)), value=-9) for part in parts])
 
-    colours = dict(zip(holes, cells(row.patches).tolist()))
-    keys = gathered([share.input_ids for share in shares], shares[0].key_room)
-    visual = gathered([cells(share.patches) for share in shares], shares[0].visual_room)
+    colours = dict(zip(holes, seen(row.patches).tolist()))
+    keys = gathered([share.row.input_ids for share in shares], shares[0].key_room)
+    visual = gathered([seen(share.row.patches) for share in shares], shares[0].visual_room)
     targets = dict(zip(row.input_ids.tolist(), row.targets.tolist()))
     for share in shares:
-        ids, own_keys = share.input_ids, keys[share.key_rows]
-        starts = share.cu_seqlens_k[segment_ids(share.cu_seqlens)]
+        ids, own_keys = share.row.input_ids, keys[share.key_slots]
+        starts = share.cu_seqlens_k[segment_ids(share.row.cu_seqlens)]
         assert torch.equal(own_keys[starts + share.position_ids], ids)
         assert len(own_keys) == share.cu_seqlens_k[-1]
         assert set(own_keys.tolist()) <= set(row.input_ids.tolist())
-        assert share.targets.tolist() == [targets[i] for i in ids.tolist()]
-        assert visual[share.visual_rows].tolist() == [colours[i] for i in ids[ids < TEXT].tolist()]
+        assert share.row.targets.tolist() == [targets[i] for i in ids.tolist()]
+        assert visual[share.visual_slots].tolist() == [colours[i] for i in ids[ids < TEXT].tolist()]
     if length > 10_000:
         work = [float((share.position_ids + 1).sum()) for share in shares]
         assert max(work) < 1.05 * sum(work) / ranks
@@ -191,8 +192,8 @@ def test_shares_of_a_row(ranks: int, length: int) -> None:
 def test_ranks_finish_together(rows: int) -> None:
     """FLOPs of the 4B dealt to 8 ranks, mean over largest: of the whole step, and summed over the
     rows that the ranks do at the same time."""
-    stream = pack_rows(iter(random_samples(0, 2000)), seq_length=8192)
-    costs = [row_cost(pack(row, cut=False), PRESETS["4b"], ALL, "layer")["hardware_flops"]
+    stream = plan_rows(iter(random_samples(0, 2000)), seq_length=8192)
+    costs = [row_cost(lay_out(row, cut=False), PRESETS["4b"], ALL, "layer")["hardware_flops"]
              for row, _ in islice(stream, rows)]
 
     def balances(dealt: list[list[int]]) -> tuple[float, float]:
@@ -210,16 +211,16 @@ def test_ranks_finish_together(rows: int) -> None:
 
 def test_text_only_row(tokenizer: Tokenizer) -> None:
     record = {"messages": [{"role": "user", "content": "hello"}], "images": []}
-    batch = pack([encode(record, tokenizer, generation_prompt=True)])
+    batch = lay_out([encode(record, tokenizer, generation_prompt=True)])
     assert batch.patches is None and batch.grid_thw is None
     with pytest.raises(ValueError, match="no answer to learn"):
         encode(record, tokenizer)
 
 
 def test_a_row_too_short_for_every_sample_is_refused(tokenizer: Tokenizer) -> None:
-    samples = (encode(r, tokenizer) for r in default_records("captions", 0))
+    samples = (encode(r, tokenizer) for r in drawn_records("captions", 0))
     with pytest.raises(ValueError, match="1,000 samples in a row"):
-        next(pack_rows(samples, seq_length=10))
+        next(plan_rows(samples, seq_length=10))
 
 
 def test_workers_share_the_stream(tokenizer: Tokenizer) -> None:
@@ -231,7 +232,7 @@ def test_workers_share_the_stream(tokenizer: Tokenizer) -> None:
         return [row.input_ids[a:b].tolist() for row in rows for a, b in
                 zip(row.cu_seqlens.tolist(), row.cu_seqlens.tolist()[1:])]
     stream = [encode(r, tokenizer).input_ids.tolist()
-              for r in islice(default_records("captions", 0), 1500)]
+              for r in islice(drawn_records("captions", 0), 1500)]
     for found in (ids(0), ids(2)):
         remaining = list(stream)
         for sample in found:
@@ -286,7 +287,7 @@ def test_every_schema_gives_the_same_sample(tmp_path: Path, tokenizer: Tokenizer
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    samples = [encode(next(records(str(tmp_path / name), 0)), tokenizer)
+    samples = [encode(next(record_stream(str(tmp_path / name), 0)), tokenizer)
                for name in ("llava.json", "chat.jsonl", "shard.tar")]
     for sample in samples[1:]:
         assert torch.equal(sample.input_ids, samples[0].input_ids)

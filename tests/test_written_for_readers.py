@@ -1,5 +1,6 @@
 """What is written for readers is true: shape comments, the README's table and commands."""
 
+import ast
 import re
 import sys
 from dataclasses import fields, replace
@@ -7,14 +8,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
+from ranks import command_here
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import model as model_module
 import vision as vision_module
-from model import PRESETS, LlavaOneVision, packed_positions
-from train import TrainConfig, parse_flags, plan
+from attention_kernel import packed_positions
+from benchmarks import plan
+from model import PRESETS, LlavaOneVision
+from train import TrainConfig, parse_flags
 from vision import VisionConfig
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +83,83 @@ def test_shape_comments_hold_in_a_forward_pass() -> None:
     assert len(checked) >= 14 and not missed, (len(checked), missed)
 
 
+# Floors of the house: a file imports from lower floors only, but for the two exceptions that say so
+FLOORS = {"attention_kernel": 0, "fp8_kernel": 1, "vision": 1, "model": 2, "data": 2, "parallel": 3,
+          "convert": 3, "sample": 4, "train": 5}
+UPWARD = {("model", "convert"), ("scenes", "data")}  # deferred imports
+
+
+def rooms_imported(file: Path) -> set[str]:
+    """Files of the project that a file imports, at its top or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module.removeprefix("assets."))
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names & {*FLOORS, "scenes"}
+
+
+ROOMS = [ROOT / f"{name}.py" for name in FLOORS] + [ROOT / "assets" / "scenes.py"]
+
+
+@pytest.mark.parametrize("file", ROOMS, ids=lambda file: file.stem)
+def test_top_docstring_says_who_calls_whom(file: Path) -> None:
+    """`Called by ...; calls ...` names the files that import this one, and those it imports."""
+    docstring = ast.get_docstring(ast.parse(file.read_text()))
+    sentence = re.search(r"^(?:Called|Run) by .*?\.$", docstring, re.M | re.S)[0]
+    callers, _, called = sentence.partition("calls ")
+    said = [{name.removeprefix("assets/") for name in re.findall(r"`([\w/]+)\.py`", part)}
+            for part in (callers, called)]
+    imported = rooms_imported(file)
+    importing = {room.stem for room in ROOMS if file.stem in rooms_imported(room)}
+    assert said == [importing, imported]
+    for name in imported:
+        if file.stem in FLOORS and name in FLOORS and (file.stem, name) not in UPWARD:
+            assert FLOORS[name] < FLOORS[file.stem], f"{file.name} imports {name}.py, from above"
+
+
+def test_first_screen_of_the_readme() -> None:
+    """It says what this is, shows the way of a question, and has both commands."""
+    screen = (ROOT / "README.md").read_text()[:3000]
+    for words in ("vision-language model", "nine files", "logits (T, V)", "train.py", "pytest -q"):
+        assert words in screen, words
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 300
+    assert len([file for file in ROOT.glob("*.py")]) == 9
+
+
+# One word, one thing: what the glossary calls otherwise, by the word that is meant
+SYNONYMS = {r"(?<!micro-)\bbatch(es)?\b(?! dimension)": "row", r"\bmini-?batch": "row",
+            r"\b(image|vision) tokens?\b": "visual token", r"\bcells?\b": "visual token",
+            r"\b(language|text) (model|tower)\b": "decoder", r"\bvision tower\b": "ViT",
+            r"\bplaceholders?\b": "hole", r"\bshared_row\b|\bSharedRow\b": "share, keys"}
+
+
+def test_one_word_for_one_thing() -> None:
+    """No synonym of the glossary's words in what is written for readers; at most 20 words."""
+    readme = (ROOT / "README.md").read_text()
+    glossary = re.findall(r"^\| ([\w ]+) \| ", readme[readme.index("### Words"):
+                                                  readme.index("## Train on your own")], re.M)[1:]
+    assert 12 <= len(glossary) <= 20, glossary
+    for file in [ROOT / "README.md", *(ROOT / f"{name}.py" for name in FLOORS)]:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            for pattern, word in SYNONYMS.items():
+                assert not re.search(pattern, line), f"{file.name}:{number} means {word}: {line}"
+
+
+def test_files_print_what_their_docstrings_promise() -> None:
+    """`python vision.py PICTURE`, `python model.py` and `python data.py inspect`."""
+    scene = ROOT / "assets" / "examples" / "scene.png"
+    done = command_here(ROOT, "vision.py", scene)
+    assert done.returncode == 0 and "84 x 84 pixels" in done.stdout, done.stderr
+    assert "6 x 6 patches: (36, 588)" in done.stdout and "visual tokens: 9" in done.stdout
+    done = command_here(ROOT, "model.py")
+    assert done.returncode == 0 and "8,527,214,624" in done.stdout, done.stderr
+    done = command_here(ROOT, "data.py", "inspect", "--count", "2", "--data", "captions")
+    assert done.returncode == 0 and "<|im_start|>assistant" in done.stdout, done.stderr
+    assert re.search(r"rows of 1024: \d+ samples, 9\d\.\d% full", done.stdout), done.stdout
+
+
 def test_readme_file_table() -> None:
     """Every module is in the table, with its number of lines to within five per cent."""
     rows = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", (ROOT / "README.md").read_text(), re.M)
@@ -99,13 +181,16 @@ def test_readme_commands_exist() -> None:
     for line in commands:
         if "train.py" in line:
             parse_flags(line.partition("train.py")[2].split())
+        if " -m benchmarks." in line:
+            name = re.search(r"-m benchmarks\.(\w+)", line)[1]
+            assert (ROOT / "benchmarks" / f"{name}.py").is_file(), line
 
 
 def test_readme_plan_is_what_the_command_prints() -> None:
     text = (ROOT / "README.md").read_text()
-    flags = re.search(r"train.py (--plan .*)", text)[1].split()
-    printed = "\n".join(plan(parse_flags(flags)))
-    assert f"```\n{printed}\n```" in text
+    flags = re.search(r"benchmarks\.plan (--.*)", text)[1].split()
+    printed = "\n".join(plan.run(flags))
+    assert f"```\n{printed}\n```" in (ROOT / "benchmarks" / "RESULTS.md").read_text()
 
 
 def test_no_flag_abbreviates_one_of_torchruns() -> None:
