@@ -1,8 +1,8 @@
 """Compile every kernel configuration that ships, for GPUs that need not be here, and print a table.
 
-Usage: python tests/compile_kernels.py [attention|fp8 [90|89|80 ...]] [--common]
+Run `python -m benchmarks.compile [attention|fp8 [90|89|80 ...]] [--common]`.
 
---common: of attention a third, causal masks in bfloat16 at both widths and some others.
+--common: of attention only a third, the causal masks.
 
 sm_90: Hopper, H100; sm_89: Ada; sm_80: Ampere, A100, which has no FP8: that is refused, and said.
 Per configuration: registers of a thread, spilled loads and stores, shared memory, matrix
@@ -23,9 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompilationError
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import attention_kernel  # noqa: E402
-import fp8_kernel  # noqa: E402
+import attention_kernel
+import fp8_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_KIB = {80: 99, 89: 99, 90: 227}  # what one program may use; 80: on its kin, sm_86

@@ -1,6 +1,6 @@
 """Launch every kernel without a GPU, so that a launch no GPU would take is found on any machine.
 
-Usage: python tests/launch_walk.py [--break]
+Run `python -m benchmarks.launch_walk [--break]`.
 
 Triton compiles, handles arguments and launches here as for an H100, on tensors of the CPU; only the
 CUDA driver is another one, `stub_driver.c`.  It runs nothing, but refuses the tensor maps and
@@ -33,9 +33,8 @@ from torch import Tensor, nn
 from triton.backends.nvidia import compiler, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import attention_kernel  # noqa: E402
-import fp8_kernel  # noqa: E402
+import attention_kernel
+import fp8_kernel
 
 Call = Callable[[], object]
 Cases = Iterator[tuple[str, Call]]  # (name, what launches)
@@ -46,7 +45,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def run_with_stub() -> int:
-    """Compile the stub and run this script again where it is found in place of CUDA's driver."""
+    """Compile the stub and run this module again where it is found in place of CUDA's driver."""
     with tempfile.TemporaryDirectory() as folder:
         headers = Path(driver.__file__).with_name("include")
         subprocess.run([os.environ.get("CC") or shutil.which("gcc") or "clang", "-shared", "-fPIC",
@@ -59,7 +58,8 @@ def run_with_stub() -> int:
             "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":"),
             "TRITON_LIBCUDA_PATH": folder, "TRITON_CACHE_DIR": f"{folder}/cache",
             "TRITON_INTERPRET": "0", "DISABLE_LLVM_OPT": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
-        return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
+        command = [sys.executable, "-m", "benchmarks.launch_walk", *sys.argv[1:]]
+        return subprocess.run(command, env=environment).returncode
 
 
 def replace(name: str, value: Callable) -> None:
@@ -75,7 +75,7 @@ def act_as_gpu() -> None:
     torch.cuda.current_device = lambda: 0
     torch._C._cuda_getCurrentRawStream = lambda device: 0
     triton.runtime.driver.set_active(driver.CudaDriver())
-    # the last step of compiling is for who runs a kernel; `compile_kernels.py` looks at that
+    # machine code is for who runs a kernel; `benchmarks/compile.py` looks at it
     compiler.CUDABackend.make_cubin = lambda *_: b"machine code"
     replace("uses_kernels", lambda x: True)
     replace("has_copy_engine", lambda x: True)

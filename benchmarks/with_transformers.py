@@ -1,12 +1,14 @@
-"""Exported directories in Hugging Face's own loaders.
+"""Our files in Hugging Face's own loaders, and Hugging Face's files in ours.
 
-With transformers 4.53 beside the packages of requirements.txt: `python tests/with_transformers.py`
-exports the shipped checkpoint, reads it with AutoTokenizer and AutoImageProcessor, and compares a
-prompt's token ids and pixels with ours; it splits merged checkpoints and runs the parts as
-MLCDVisionModel and Qwen3.  `--record` makes the models and outputs of tests/parity/stage0 anew.
-The suite does without transformers.
+Run `python -m benchmarks.with_transformers` with transformers 4.53 beside the packages of
+requirements.txt: exports the shipped checkpoint, reads it with AutoTokenizer and
+AutoImageProcessor, and compares a prompt's token ids and pixels with ours; merges the models of
+tests/parity/stage0, and compares what the merged model computes with what MLCDVisionModel and
+Qwen3 compute.  `--record` makes the models and outputs of tests/parity/stage0 anew.  The tests do
+without transformers.
 """
 
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,17 +17,17 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer,
                           GenerationConfig, MLCDVisionConfig, MLCDVisionModel,
                           Qwen2_5_VLProcessor, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig,
                           Qwen3MoeForCausalLM)
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import convert  # noqa: E402
-from data import encode, pack  # noqa: E402
+from convert import load_model, load_tokenizer
+from data import encode, lay_out
+from model import LlavaOneVision
 
+ROOT = Path(__file__).parent.parent
 STAGE0, SHIPPED = ROOT / "tests" / "parity" / "stage0", ROOT / "assets" / "tiny"
 PROMPT, SCENE = "Where is the red circle?", ROOT / "assets" / "examples" / "scene.png"
 
@@ -64,48 +66,75 @@ def record() -> None:
               STAGE0 / "cases.safetensors")
 
 
-def convert_with(*arguments: object) -> None:
-    flags = convert.parse_flags([str(word) for word in arguments])
-    for line in flags.run(flags):
-        print(line)
+def convert(*arguments: object) -> None:
+    """Run convert.py."""
+    subprocess.run([sys.executable, "convert.py", *map(str, arguments)], cwd=ROOT, check=True)
+
+
+def compare_prompt(folder: Path) -> None:
+    """An exported directory: token ids and pixels of a prompt with a picture."""
+    convert("export", SHIPPED, "--out", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pictures = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    print(GenerationConfig.from_pretrained(folder))
+    Qwen2_5_VLProcessor.attributes = ["image_processor", "tokenizer"]  # video wants torchvision
+    processor = Qwen2_5_VLProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    theirs = processor(text=[text], images=[Image.open(SCENE)], return_tensors="pt")
+    record = {"messages": messages, "images": [str(SCENE)], "id": "prompt"}
+    ours = lay_out([encode(record, load_tokenizer(folder), generation_prompt=True)])
+    assert theirs["input_ids"][0].tolist() == ours.input_ids.tolist()
+    apart = (theirs["pixel_values"] - ours.patches).abs().max()
+    assert apart < 1e-6
+    print(f"transformers {transformers.__version__}: {len(ours.input_ids)} token ids equal, "
+          f"pixels differ by at most {apart:.2g}")
+
+
+def by_squares(x: Tensor) -> Tensor:
+    """4 x 4 patches in raster order, as our ViT has them: by squares of 2 x 2."""
+    return x.unflatten(0, (2, 2, 2, 2)).transpose(1, 2).flatten(0, 3)
+
+
+def vit_output(model: LlavaOneVision, pixels: Tensor) -> Tensor:
+    """What the ViT gives the merger for a picture (3, 56, 56): (16, D), by squares."""
+    patches = pixels.unfold(1, 14, 14).unfold(2, 14, 14)  # (3, 4, 4, 14, 14)
+    patches = patches.flatten(1, 2).transpose(0, 1).flatten(1)  # (16, 588)
+    seen = []
+    model.visual.merger.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model.visual(by_squares(patches), torch.tensor([[1, 4, 4]]))
+    return seen[0]
+
+
+@torch.no_grad()
+def compare_merged(decoder: str, folder: Path) -> None:
+    """A merged directory: each part computes what its source does, there and as recorded."""
+    convert("merge", "--vit", STAGE0 / "vit", "--llm", STAGE0 / decoder, "--tokenizer", SHIPPED,
+            "--out", folder, "--dtype", "float32")
+    cases = load_file(STAGE0 / "cases.safetensors")
+    ids, pixels = cases["input_ids"], cases["pixel_values"]
+    vit = MLCDVisionModel.from_pretrained(STAGE0 / "vit")
+    their_decoder = AutoModelForCausalLM.from_pretrained(STAGE0 / decoder)
+    theirs = {"vit": vit(pixel_values=pixels[None]).last_hidden_state[0],
+              decoder: their_decoder(input_ids=ids[None]).logits[0]}
+    merged = load_model(folder)
+    seen, logits = vit_output(merged, pixels), merged(ids, torch.tensor([0, len(ids)]))
+    for name, expected in (("transformers", theirs), ("the recorded outputs", cases)):
+        # their first line is the class token, which our merger never sees
+        apart = [(seen - by_squares(expected["vit"][1:])).abs().max(),
+                 (logits - expected[decoder]).abs().max()]
+        assert max(apart) < 1e-5
+        print(f"{type(their_decoder).__name__}: ViT and logits differ from {name} by at most "
+              f"{apart[0]:.2g} and {apart[1]:.2g}")
 
 
 def main() -> None:
     if "--record" in sys.argv:
         return record()
     with tempfile.TemporaryDirectory() as folder:
-        convert_with("export", SHIPPED, "--out", f"{folder}/out")
-        tokenizer = AutoTokenizer.from_pretrained(f"{folder}/out")
-        pictures = AutoImageProcessor.from_pretrained(f"{folder}/out", use_fast=False)
-        print(GenerationConfig.from_pretrained(f"{folder}/out"))
-        Qwen2_5_VLProcessor.attributes = ["image_processor", "tokenizer"]  # video wants torchvision
-        processor = Qwen2_5_VLProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
-        messages = [{"role": "user", "content": [{"type": "image"},
-                                                 {"type": "text", "text": PROMPT}]}]
-        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        theirs = processor(text=[text], images=[Image.open(SCENE)], return_tensors="pt")
-        ours = pack([encode({"messages": messages, "images": [str(SCENE)], "id": "prompt"},
-                            convert.load_tokenizer(Path(folder) / "out"), generation_prompt=True)])
-        assert theirs["input_ids"][0].tolist() == ours.input_ids.tolist()
-        apart = (theirs["pixel_values"] - ours.patches).abs().max()
-        assert apart < 1e-6
-        print(f"transformers {transformers.__version__}: {len(ours.input_ids)} token ids equal, "
-              f"pixels differ by at most {apart:.2g}")
-        expected = load_file(STAGE0 / "cases.safetensors")
-        for llm in ("llm", "llm-moe"):
-            convert_with("merge", "--vit", STAGE0 / "vit", "--llm", STAGE0 / llm, "--tokenizer",
-                         SHIPPED, "--out", f"{folder}/{llm}", "--dtype", "float32")
-            convert_with("split", f"{folder}/{llm}", "--out", f"{folder}/{llm}-parts", "--dtype",
-                         "float32")
-            vit = MLCDVisionModel.from_pretrained(f"{folder}/{llm}-parts/vit")
-            decoder = AutoModelForCausalLM.from_pretrained(f"{folder}/{llm}-parts/llm")
-            with torch.no_grad():
-                seen = vit(pixel_values=expected["pixel_values"][None]).last_hidden_state[0]
-                logits = decoder(input_ids=expected["input_ids"][None]).logits[0]
-            apart = [(seen - expected["vit"]).abs().max(), (logits - expected[llm]).abs().max()]
-            assert max(apart) < 1e-5
-            print(f"{type(decoder).__name__}: outputs of the parts differ by at most "
-                  f"{apart[0]:.2g} and {apart[1]:.2g}")
+        compare_prompt(Path(folder) / "exported")
+        for decoder in ("llm", "llm-moe"):
+            compare_merged(decoder, Path(folder) / decoder)
 
 
 if __name__ == "__main__":

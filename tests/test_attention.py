@@ -8,9 +8,7 @@ import math
 import random
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -438,21 +436,15 @@ def test_operator_compiles_and_checkpoints() -> None:
             torch.testing.assert_close(mine, reference, atol=0, rtol=0)
 
 
-def test_kernels_compile_without_spills(capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.beside("-m", "benchmarks.compile", "attention", "--common")
+def test_kernels_compile_without_spills(done: subprocess.CompletedProcess[str]) -> None:
     """For sm_90 and sm_80: no spills, shared memory fits, matrix instructions.
 
-    A third of what can be launched; `python tests/compile_kernels.py` compiles all of it.
+    A third of what can be launched; `python -m benchmarks.compile` compiles all of it.
     """
-    script = Path(__file__).parent / "compile_kernels.py"
-    command = [sys.executable, script, "attention", "--common"]
-    running = {sm: subprocess.Popen([*command, sm], stdout=subprocess.PIPE, text=True,
-                                    stderr=subprocess.STDOUT) for sm in ("90", "80")}
-    for sm, process in running.items():
-        table = process.communicate()[0]
-        with capfd.disabled():
-            print("\n" + table)
-        assert process.returncode == 0, table
-        assert len(re.findall(rf"^\w+ +{sm} ", table, re.MULTILINE)) > 20
+    assert done.returncode == 0, done.stdout + done.stderr
+    for sm in ("90", "80"):
+        assert len(re.findall(rf"^\w+ +{sm} ", done.stdout, re.MULTILINE)) > 20
 
 
 @pytest.mark.parametrize("change, message", [

@@ -87,7 +87,7 @@ def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
         assert text in tokenizer.decode([i for i in ids if i not in special])
 
 
-@pytest.mark.parametrize("messages, cells, message", [
+@pytest.mark.parametrize("messages, counts, message", [
     ([{"role": "user", "content": "<image><image>"}], [4], "more places"),
     ([{"role": "user", "content": "none"}], [4], "fewer places"),
     ([{"role": "robot", "content": "hm"}], [], "'robot'"),

@@ -407,13 +407,11 @@ def test_the_file_prints_its_errors() -> None:
     assert all(float(error) < 2**-8 for error in low)  # two factors of 2^-9 and the result
 
 
-def test_kernels_compile_without_spills() -> None:
+@pytest.mark.beside("-m", "benchmarks.compile", "fp8")
+def test_kernels_compile_without_spills(done: subprocess.CompletedProcess[str]) -> None:
     """For Hopper and Ada, with their FP8 matrix instructions; Ampere has none, and says so."""
-    command = [sys.executable, Path(__file__).parent / "compile_kernels.py", "fp8"]
-    running = {sm: subprocess.Popen([*command, sm], stdout=subprocess.PIPE, text=True,
-                                    stderr=subprocess.STDOUT) for sm in ("90", "89", "80")}
-    tables = {sm: process.communicate()[0] for sm, process in running.items()}
-    assert not any(process.returncode for process in running.values()), tables
+    assert done.returncode == 0, done.stdout + done.stderr
     for sm in ("90", "89"):
-        assert len(re.findall(rf"^(quantize|transpose|product).* {sm} ", tables[sm], re.M)) == 11
-    assert "type fp8e4nv not supported in this architecture" in tables["80"]
+        lines = re.findall(rf"^(quantize|transpose|product).* {sm} ", done.stdout, re.MULTILINE)
+        assert len(lines) == 11
+    assert "type fp8e4nv not supported in this architecture" in done.stdout

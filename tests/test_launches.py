@@ -1,4 +1,4 @@
-"""Every launch of a kernel is one that a GPU would take, and `launch_walk.py` knows others."""
+"""A GPU would take every launch of a kernel; `benchmarks/launch_walk.py` notices an illegal one."""
 
 import os
 import platform
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("launch_walk.py")
 LACKING = [reason for here, reason in (
     (sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64"),
      "the CUDA driver's stand-in is for Linux on x86-64 or aarch64"),
@@ -24,15 +23,8 @@ LACKING = [reason for here, reason in (
 pytestmark = pytest.mark.skipif(bool(LACKING), reason="; ".join(LACKING))
 
 
-def walk(*flags: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items()
-                   if name != "TRITON_LIBCUDA_PATH"}  # the script sets it, to tell what it has done
-    return subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True,
-                          env=environment, timeout=900)
-
-
-def test_all_launches_are_legal() -> None:
-    done = walk()
+@pytest.mark.beside("-m", "benchmarks.launch_walk")
+def test_all_launches_are_legal(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     *groups, total = done.stdout.splitlines()
     launches, maps = map(int, re.fullmatch(r"(\d+) launches, (\d+) tensor maps, all legal",
@@ -40,8 +32,8 @@ def test_all_launches_are_legal() -> None:
     assert len(groups) >= 13 and launches > 600 and maps > 450, done.stdout
 
 
-def test_an_illegal_launch_is_named() -> None:
-    done = walk("--break")
+@pytest.mark.beside("-m", "benchmarks.launch_walk", "--break")
+def test_an_illegal_launch_is_named(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "all legal" not in done.stdout
     last = done.stderr[done.stderr.rindex("attention, 2 heads"):]  # the case, and why

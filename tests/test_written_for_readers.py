@@ -108,7 +108,7 @@ def test_top_docstring_says_who_calls_whom(file: Path) -> None:
     """`Called by ...; calls ...` names the files that import this one, and those it imports."""
     docstring = ast.get_docstring(ast.parse(file.read_text()))
     sentence = re.search(r"^(?:Called|Run) by .*?\.$", docstring, re.M | re.S)[0]
-    callers, _, called = sentence.partition("calls ")
+    callers, called = re.split(r"; calls\s", sentence)
     said = [{name.removeprefix("assets/") for name in re.findall(r"`([\w/]+)\.py`", part)}
             for part in (callers, called)]
     imported = rooms_imported(file)
@@ -131,8 +131,8 @@ def test_first_screen_of_the_readme() -> None:
 # One word, one thing: what the glossary calls otherwise, by the word that is meant
 SYNONYMS = {r"(?<!micro-)\bbatch(es)?\b(?! dimension)": "row", r"\bmini-?batch": "row",
             r"\b(image|vision) tokens?\b": "visual token", r"\bcells?\b": "visual token",
-            r"\b(language|text) (model|tower)\b": "decoder", r"\bvision tower\b": "ViT",
-            r"\bplaceholders?\b": "hole", r"\bshared_row\b|\bSharedRow\b": "share, keys"}
+            r"(?<!-)\b(language|text) (model|tower)\b": "decoder", r"\bvision tower\b": "ViT",
+            r"\bshared_row\b|\bSharedRow\b": "share, keys"}
 
 
 def test_one_word_for_one_thing() -> None:
