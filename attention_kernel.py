@@ -31,14 +31,14 @@ The backward pass knows O, LSE and dO and computes p_ij = exp(s_ij - LSE_i) agai
     dv_j = sum_i p_ij dO_i        ds_ij = p_ij (dO_i . v_j - delta_i),  delta_i = dO_i . O_i
     dq_i = scale sum_j ds_ij k_j             dk_j = scale sum_i ds_ij q_i
 
-Why delta?  The weights of a query sum to 1, so its softmax subtracts a mean: sum_j p_ij dO_i . v_j.
-This sum over all keys is dO_i . sum_j p_ij v_j = dO_i . O_i, a number known before the loop.  dQ
-sums over keys, dK and dV sum over queries: two kernels.  One program owns each sum, so there are no
-atomics, and every run gives the same bits.
+Why delta?  The weights of a query sum to 1, so the gradient of the softmax subtracts a mean:
+sum_j p_ij dO_i . v_j.  This sum over all keys is dO_i . sum_j p_ij v_j = dO_i . O_i, a number known
+before the loop.  dQ sums over keys, dK and dV sum over queries: two kernels.  One program owns each
+sum, so there are no atomics, and every run gives the same bits.
 
 Shapes: T tokens in a packed row, S segments, H query heads, G key/value heads (H a multiple of G;
 query head h reads key head h // (H / G)), E head width, L tokens of one segment.
-Each of the three steps below is tested against the one before.  The models call
+Steps 2 and 3 below are tested against step 1.  The models call
 `flash_attn_varlen_func`: the kernels on a GPU, PyTorch's own attention on a CPU.
 
 Run `python attention_kernel.py`: prints errors against float64 beside those of PyTorch's attention.
@@ -170,10 +170,12 @@ def attention_tiled_backward(
 # The loop takes the full blocks first (up to key full_end = 8) and spends nothing on a mask there,
 # then the masked ones (up to end_key = 12).  `dkdv_kernel` reads the picture by columns: keys 8 to
 # 11 meet their masked block of queries first, then full blocks from full_begin on.
+# It computes S transposed, S^T = K Q^T: dV = P^T dO and dK = dS^T Q then find their left factors in
+# the registers as they are.  From S they would have to be transposed in shared memory.
 #
 # start_q, start_k: where a segment starts in the packed row; its tokens, keys and tile rows count
 # from there.  Scores are in units of log 2 (a GPU has an instruction for exp2), hence LOG2E.
-# Numbers that change with every packed row are not specialised on, which would compile anew.
+# Triton compiles a kernel again for some values of an argument; these change with every row.
 
 LOG2E = constexpr(1.4426950408889634)
 
@@ -282,12 +284,11 @@ def load_keys(x, token_stride, head_stride, start_k, begin_key, length_k, key_he
     """Keys or values begin_key:begin_key + BLOCK_N of a segment, (BLOCK_N, BLOCK_E).
     x is a pointer to (Tk, G, E) or, with DESCRIPTORS, its tensor descriptor: Hopper's copy engine
     then fetches the tile, and no register holds an address.  Behind the segment's end a pointer
-    finds the last key again, a descriptor the next segment.  The weights of those keys are zero,
-    but zero times NaN is NaN: BOUNDARY makes foreign keys zero, too.
-    """
+    finds the last key again, a descriptor the next segment."""
     key = begin_key + tl.arange(0, BLOCK_N)
     if DESCRIPTORS:
         tile = x.load([start_k + begin_key, key_head, 0]).reshape(BLOCK_N, BLOCK_E)
+        # the weights of the next segment's keys are zero, but zero times NaN is NaN
         if BOUNDARY:
             tile = tl.where((key < length_k)[:, None], tile, 0.0)
         return tile
@@ -445,18 +446,14 @@ def tokens_that_see(begin_key, q_positions, start_q, length_q, length_k, BLOCK_M
 @triton.jit(do_not_specialize=["tokens_q"])
 def dkdv_kernel(
     q, grad,       # (Tq, H, E) as pointers or, with DESCRIPTORS, as descriptors of R heads at once
-    k, v,          # (Tk, G, E)
-    q_token, q_head, k_token, k_head, v_token, v_head,  # strides of q, k and v
-    lse, delta, dk, dv,  # (H, Tq) float32 both; out: (Tk, G, E) both
+    k, v, q_token, q_head, k_token, k_head, v_token, v_head,  # (Tk, G, E); strides of q, k and v
+    lse, delta,    # (H, Tq) float32
+    dk, dv,        # (Tk, G, E), out
     cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens_q, scale,  # table: tiles of BLOCK_N keys
     R: constexpr, E: constexpr, BLOCK_E: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     CAUSAL: constexpr, EXPLICIT: constexpr, DESCRIPTORS: constexpr,
 ):
-    """Program (slot, key head): a tile of keys over all tile rows (tokens x R heads) that see it.
-
-    Why S^T = K Q^T, (BLOCK_N, BLOCK_M)?  dV = P^T dO and dK = dS^T Q then find their left factors
-    in the registers as they are.  From S they would have to be transposed in shared memory.
-    """
+    """Program (slot, key head): a tile of keys over all tile rows, of R heads, that see it."""
     slot = tl.program_id(0)
     key_head, key_heads = tl.program_id(1), tl.num_programs(1)
     segment = tl.load(table + 2 * slot)
@@ -478,7 +475,6 @@ def dkdv_kernel(
     key = begin_key + tl.arange(0, BLOCK_N)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-
     # Part 0 is the diagonal, part 1 the full blocks.  With descriptors the last block may reach
     # into the next segment: it is part 2, and its foreign queries become zero (see `load_keys`).
     tail = end_q_row
@@ -573,7 +569,7 @@ def has_copy_engine(x: Tensor) -> bool:
 
 
 def architecture(x: Tensor) -> str:
-    """Which column of TILES: full float32 products, a copy engine, or what all GPUs have."""
+    """The architecture in TILES: of float32 products, of GPUs with a copy engine, of all others."""
     if x.dtype == torch.float32:
         return "float32"
     return "hopper" if has_copy_engine(x) else "ampere"
@@ -773,7 +769,8 @@ def sdpa_forward(
         mask = dense_mask(queries, keys, call.position, causal)
         call_out, call_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, batched(v, call.keys, call.segments), 0.0, **mask, scale=scale)
-        if mask["attn_mask"] is not None:  # it says 0 for a query that sees no key
+        # for a query that sees no key the CPU kernel says 0
+        if mask["attn_mask"] is not None:
             call_lse = call_lse.masked_fill(mask["attn_mask"].isneginf().all(dim=-1), -math.inf)
         out[call.queries] = call_out.transpose(1, 2).flatten(0, 1)
         lse[:, call.queries] = call_lse.transpose(0, 1).flatten(1)
@@ -873,7 +870,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def check_tensors(tensors: dict[str, object]) -> None:
-    """Raise ValueError unless all are tensors on q's device; what is not q, k, v holds integers."""
+    """Raise ValueError unless all are tensors on q's device, and all but q, k and v integers."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, not a {type(x).__name__}")
@@ -885,10 +882,12 @@ def check_tensors(tensors: dict[str, object]) -> None:
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless the shapes, types and strides fit together and the kernels."""
+    """Raise ValueError unless shapes, types and strides fit each other, and fit the kernels."""
     if not q.dim() == k.dim() == v.dim() == 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"need q (Tq, H, E) and k, v (Tk, G, E), got {tuple(q.shape)}, "
                          f"{tuple(k.shape)}, {tuple(v.shape)}")
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"attention runs on cpu and cuda, not on {q.device.type}")
     heads, width = q.shape[1:]
     key_heads = k.shape[1]
     if key_heads == 0 or heads % key_heads != 0:
@@ -970,7 +969,7 @@ def masked_sdpa(lengths: list[int], rest: dict) -> Callable[..., Tensor]:
         mask = mask.tril()
 
     def attend(*qkv: Tensor) -> Tensor:
-        dense = (x.transpose(0, 1)[None] for x in qkv)  # (1, heads, T, E) each
+        dense = (x.transpose(0, 1)[None] for x in qkv)
         out = F.scaled_dot_product_attention(*dense, attn_mask=mask, enable_gqa=True)
         return out[0].transpose(0, 1)
     return attend

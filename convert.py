@@ -294,6 +294,8 @@ def tensor_files(path: Path) -> dict[str, Stored]:
     # every tensor of every file is in the index, and every tensor of the index in its file
     for file_name in sorted(set(weight_map.values())) or [WEIGHTS]:
         file = path / file_name
+        if not file.is_file():
+            raise ValueError(f"{path} has no {file_name}")
         for key in open_tensors(file).keys():
             name = canonical_name(key)
             if name in tensors:
@@ -307,7 +309,7 @@ def tensor_files(path: Path) -> dict[str, Stored]:
 
     # an FP8 matrix and its scales are two tensors of the files, and one of the model
     for name in list(tensors):
-        if name + SCALES in tensors:
+        if name in tensors and name + SCALES in tensors:
             tensors[name] = tensors[name]._replace(scales=tensors.pop(name + SCALES))
     return tensors
 
@@ -487,9 +489,11 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None,
 def read_tokenizer(path: Path) -> Tokenizer:
     """A directory's `tokenizer.json` as it is.  Raises ValueError if it cannot be read."""
     file = path / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{path} has no tokenizer.json")
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception, also for a missing file
+    except Exception as error:  # the library raises bare Exception for malformed files
         raise ValueError(f"{file} is no tokenizer: {error}") from error
 
 
@@ -537,15 +541,14 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer, config: ModelConfig) -> No
 
 
 def load_checkpoint(path: str | Path, dtype: torch.dtype, device: torch.device,
-                    prepare: Callable[[LlavaOneVision], None] | None = None,
                     ) -> tuple[LlavaOneVision, Tokenizer]:
-    """Model and tokenizer of a directory; `prepare` as in `load_model`.
-    Raises ValueError if they do not belong together."""
+    """Model and tokenizer of a directory.  Raises ValueError if they do not belong together."""
     path = Path(path)
     # the small files first: to read the weights may take minutes
+    config = read_config(path)
     tokenizer = load_tokenizer(path)
-    check_tokenizer(path, tokenizer, read_config(path))
-    return load_model(path, dtype, device, prepare), tokenizer
+    check_tokenizer(path, tokenizer, config)
+    return load_model(path, dtype, device), tokenizer
 
 
 # -------------------------------------------------------------------------- checkpoints, as written
@@ -593,7 +596,7 @@ def write_directory(path: Path, tensors: Tensors, contents: dict[str, object]) -
     """Write weights and other files to the directory `path`, which must be new.
     contents: of the other files, by name; a text as it is, anything else as JSON.
     Raises ValueError if `path` exists, or its parent does not."""
-    if path.exists():
+    if os.path.lexists(path):  # also a link to nowhere
         raise ValueError(f"{path} is there already")
     if not path.parent.is_dir():
         raise ValueError(f"there is no directory {path.parent}")
@@ -952,9 +955,12 @@ def compare(path: Path, other: Path) -> None:
     Raises ValueError if their tensors have other names or shapes."""
     model, pieces = find_checkpoint(path)
     other_model, other_pieces = find_checkpoint(other)
-    unshared = sorted(pieces.keys() ^ other_pieces.keys())
-    if unshared:
-        raise ValueError(f"only one of {path} and {other} has the parameter {unshared[0]}")
+    shapes, other_shapes = ({name: tuple(p.shape) for name, p in m.named_parameters()}
+                            for m in (model, other_model))
+    for name in shapes | other_shapes:
+        if shapes.get(name) != other_shapes.get(name):
+            raise ValueError(f"{name} has shape {shapes.get(name)} in {path}, "
+                             f"{other_shapes.get(name)} in {other}")
     theirs = vars(other_model.config)
     for name, value in vars(model.config).items():
         if value != theirs[name]:
@@ -1020,6 +1026,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 def run() -> None:
     flags = parse_flags(sys.argv[1:])
+    sys.stdout.reconfigure(line_buffering=True)  # each line as it comes, into a pipe, too
     flags.run(flags)
 
 

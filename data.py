@@ -22,12 +22,13 @@ a user's turn is the place of a picture.  Everywhere else `<image>` is text.
 Samples of any length lie end to end in rows of at most `seq_length` tokens, without padding.
 `cu_seqlens` says where each sample starts, and attention stays inside a sample.
 
-The helpers for command lines, which all commands of this project use, stand last in the file.
+The helpers for command lines, which other files share, stand last in this file.
 
 Shapes: T tokens in a packed row, L tokens in a sample, S samples, P patches, I pictures.
 
 Run `python data.py inspect` (default data) or `python data.py inspect --data PATH`: prints records,
-their tokens with what is learnt, and how full rows are; --save DIR writes the pictures.
+their tokens with what is learnt, and how full rows are; --save DIR writes the pictures.  Tokens are
+those of the tiny tokenizer.
 """
 
 import argparse
@@ -447,7 +448,7 @@ def is_list_of(values: Any, entry_type: type) -> bool:
 
 
 def words_of(key: str) -> list[str]:
-    """Words of a key, lower case and singular: video, path of "videoPaths" and "video_paths"."""
+    """Words of a key, lower case and singular: "videoPaths" and "video_paths" give video, path."""
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", key)] or [""]
     # "loss" is singular already
     return [word if word in LEARNING_WORDS else word.removesuffix("s") for word in words]

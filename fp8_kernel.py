@@ -606,7 +606,7 @@ PLACEHOLDERS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def placeholder(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """NaNs, no fewer than values has numbers.  One tensor for all layers: nobody reads it."""
+    """NaNs, at least as many as `values` has numbers; one tensor for all layers, never read."""
     nans = PLACEHOLDERS.get((dtype, values.device))
     if nans is None or nans.numel() < values.numel():
         nans = values.new_full((values.numel(),), torch.nan, dtype=dtype)
@@ -619,7 +619,7 @@ def convert_to_fp8(model: nn.Module) -> None:
     before FSDP shards the model.  Call `quantize_weights` when the weights are there, and after
     each change of them.  Raises ValueError naming a layer whose width FP8 cannot take."""
     layers = {path: layer for path, layer in model.named_modules()
-              if path.endswith(FP8_LAYERS) and isinstance(layer, nn.Linear)}
+              if path.split(".")[-1] in FP8_LAYERS and isinstance(layer, nn.Linear)}
     # check all before changing any: a refused model stays as it was
     for path, layer in layers.items():
         outputs = layer.out_features // getattr(layer, "matrices", 1)

@@ -69,7 +69,7 @@ class ModelConfig:
     @classmethod
     def from_dir(cls, path: str | Path) -> "ModelConfig":
         """Read the `config.json` of a checkpoint directory."""
-        from convert import read_config  # the one import upward: convert.py reads files
+        from convert import read_config  # here, because convert.py imports this file
         return read_config(path)
 
 
@@ -98,7 +98,7 @@ class Where(NamedTuple):
 
 
 class Keys(Protocol):
-    """A source of more keys than the row's own: a `KVCache`, or `parallel.GatheredKeys`.
+    """A source of keys beside those of the tokens at hand: `KVCache` or `parallel.GatheredKeys`.
 
     `begin` is called once for each forward pass, then `of_layer` by each layer.
     """
@@ -227,8 +227,9 @@ class GroupedLinear(nn.Linear):
 class Experts(nn.Module):
     """X gated MLPs, each for the tokens routed to it.
 
-    One weight (X F, C) holds the matrices of all experts.  FSDP cuts it along X F, and can so give
-    each of any number of ranks an equal part.
+    Each of the three weights holds the matrices of all experts, one above the other: (X F, C), or
+    (X C, F) for down_proj.  FSDP cuts along the first dimension, so any number of ranks get equal
+    parts.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -249,7 +250,7 @@ class Experts(nn.Module):
 class WithLoss(torch.autograd.Function):
     """Return x unchanged, and add `loss` to the total loss.
 
-    A layer deep in the model can so add a summand, without a second result in every forward method.
+    So a layer deep in the model can add to the loss, and no forward method returns a second result.
     """
 
     @staticmethod
@@ -456,7 +457,7 @@ class LlavaOneVision(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> "LlavaOneVision":
-        """Draw fresh weights from torch's global generator, as upstream does (but patch_embed)."""
+        """Draw fresh weights from torch's global generator, as upstream but for patch_embed."""
         for module in self.modules():
             init_linear(module, self.config.initializer_range)
         # The norm behind patch_embed cancels its scale.  Large weights make an optimizer step small
@@ -481,6 +482,7 @@ class LlavaOneVision(nn.Module):
 
         if patches is None:
             patches = x.new_zeros(0, PATCH_NUMBERS)
+        if grid_thw is None:
             grid_thw = input_ids.new_zeros(0, 3)
         expected = int(visual_tokens(grid_thw).sum())
         # in a shared row, a rank may run the ViT on the pictures of another rank's holes
@@ -513,7 +515,7 @@ class LlavaOneVision(nn.Module):
         input_ids: (T,).
         cu_seqlens: (S + 1,) first token of each sample, then T.
         patches: (P, 588) of all pictures, in the order of their holes.
-        grid_thw: (I, 3) frames, patch rows and patch columns of each picture.
+        grid_thw: (I, 3) frames, height and width in patches of each picture.
         position_ids: (T,), by default 0, 1, 2, ... in each sample.
         Raises ValueError if the numbers of visual tokens and holes differ.
         """
@@ -581,7 +583,7 @@ class LlavaOneVision(nn.Module):
 
         By default, dtype is that of the files, and device is the CPU.
         """
-        from convert import load_model  # the one import upward: convert.py reads files
+        from convert import load_model  # here, because convert.py imports this file
         return load_model(path, dtype, device)
 
 

@@ -441,7 +441,7 @@ def exchanged(forward: Callable[[Tensor, Tensor], Tensor], group: dist.ProcessGr
     leaving = counts.view(group.size(), -1)  # (ranks, X / ranks), a line for each receiver
     arriving = torch.empty_like(leaving)  # (ranks, X / ranks), a line for each sender
     dist.all_to_all_single(arriving, leaving, group=group)
-    # the one place where the host waits for the GPU: it must know the sizes of the messages
+    # here the host waits for the GPU: it must know the sizes of the messages
     sizes = torch.stack([leaving.sum(1), arriving.sum(1)])  # (2, ranks)
     sent, received = sizes.tolist()
     x = Exchange.apply(x, received, sent, group)

@@ -99,7 +99,7 @@ def trace(model: LlavaOneVision, row: Row) -> None:
     station(decoder.embed_tokens, "model.py", "embed_tokens: a vector per token")
     station(attention.q_proj, "model.py", "first layer: all query heads")
     station(attention.k_proj, "model.py", "first layer: all key heads")
-    station(attention, "attention_kernel.py", "first layer: attended")
+    station(attention, "model.py", "first layer: attention, after o_proj")
     station(decoder.norm, "model.py", f"after {len(decoder.layers)} layers")
     station(model.lm_head, "model.py", "logits of the first word")
 

@@ -29,9 +29,9 @@ The learning rate rises linearly, then falls along a cosine from `lr` to `min_lr
     lr to min_lr    1e-4 to 1e-6 in align, 1e-5 to 1e-6 in mid and instruct
     the rest        beta_1 0.9, eps 1e-5, clip 1, warm-up over 0.2 % of the steps
 
-Upstream's instruct takes 224 samples a step, unpacked; 24 rows hold about 260.  Rows and steps of
-upstream's full run were not published.  Those above show 558 thousand, 85 million and 22 million
-samples of 600 tokens, each once.  A third recipe, `--recipe tiny`, is for the tiny preset.
+Upstream's instruct takes 224 samples a step, unpacked; 24 rows hold about 260, of 753 tokens each.
+Rows and steps of upstream's full run were not published.  Those above show 558 thousand, 85 million
+and 22 million samples of 600 tokens, each once.  `--recipe tiny` is for the tiny preset.
 
 A mixture of experts adds the mean balance of its layers and rows (model.MixtureOfExperts), times
 `--expert-balance`, to the loss.  The log shows the loss without it.
@@ -48,15 +48,16 @@ token passes (K of X experts):
     decoder   2 N T + 4 layers H E sum over samples of L (L + 1) / 2
     ViT       2 N P + 4 layers D sum over frames of L^2,  merger  2 N P / 4,  head  2 C V labels
 
-A backward pass costs twice as much, but only once as much where gradients pass through frozen
-weights.  MFU divides these FLOPs by what the hardware can do in bf16, even where `--fp8` computes
-some products at twice that rate.  HFU also counts what the backward pass computes again.
+A backward pass costs two forward passes.  With frozen weights it costs one, and in front of the
+first trained part nothing.  MFU divides these FLOPs by what the hardware can do in bf16, even where
+`--fp8` computes some products at twice that rate.  HFU also counts what the backward pass computes
+again.
 
 Shapes: T tokens in a packed row, L of a sample or patches of a frame, P patches, C and D width of
 decoder and ViT, H heads, E head width, V vocabulary, X experts.
 
-Run `python train.py`: trains the tiny preset from random weights through all stages, in about ten
-minutes on two CPU cores, and prints its accuracies.  A checkpoint of any size:
+Run `python train.py`: trains the tiny preset from random weights through all stages, in about a
+quarter of an hour on two CPU cores, and prints its accuracies.  A checkpoint of any size:
 `torchrun --nproc-per-node 8 train.py --stage align --start-from DIR --data FILE`.  `--help` lists
 all flags; `python -m benchmarks.plan` computes what a run needs.
 """
@@ -140,7 +141,7 @@ FULL = {  # all public data once
 # Captions come first: every word of a caption is learnt, so the ViT learns to see several times
 # as fast as from short answers.  In `instruct` captions stay among the questions; without them the
 # model forgets how to read.
-# Each expert sees half of the tokens.  At half the rate it ends better than at the full rate.
+# On average an expert sees 3 of 8 tokens.  At half the rate it ends better than at the full rate.
 TINY_MID = Recipe(
     trainable=ALL, data="captions", steps=900, rows=1, seq_length=1024,
     lr=2e-3, min_lr=2e-4, weight_decay=0.01, beta2=0.95, eps=1e-8, warmup=0.02,
@@ -165,10 +166,10 @@ RECOMPUTE = ("none", "selective", "layer")  # selective: all of a layer except i
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Command-line flags; 0 or an empty text means the stage's own value."""
+    """Command-line flags.  A flag of the recipe that is 0 or empty keeps the stage's own value."""
 
     model: str = ""  # a preset of model.py; default the size of --start-from, without it tiny
-    stage: str = "all"  # align, mid, instruct, or all three in a row
+    stage: str = "all"  # align, mid, instruct, or all three one after the other
     recipe: str = ""  # tiny, quick or full; default quick, but tiny below 100 M parameters
     start_from: str = ""  # checkpoint directory; default that of the stage before
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME

@@ -428,7 +428,7 @@ class RiceViT(nn.Module):
     def rope(self, grid_thw: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the angles of every token, (P + S, 1, E/2) each; order as in `forward`."""
         half = self.config.head_dim // 2
-        # E/4 frequencies, from 1 down to about 1/10000, turn with y; the same E/4 turn with x.
+        # E/4 frequencies, from 1 down to 10000^(4/E - 1), turn with y; the same E/4 turn with x.
         powers = torch.arange(0, half, 2, device=grid_thw.device, dtype=torch.float32) / half
         angles = patch_positions(grid_thw)[..., None] * 10000.0**-powers  # (P, 2, E/4)
         class_angles = self.class_pos_emb.float().expand(len(order) - len(angles), half)  # (S, E/2)
@@ -471,7 +471,7 @@ class RiceViT(nn.Module):
 
 
 def main() -> None:
-    # Other commands use `data.refuse_in_one_sentence`; this file imports nothing above itself.
+    # as `data.refuse_in_one_sentence`, but this file imports nothing above itself
     try:
         if len(sys.argv) != 2:
             raise ValueError("usage: python vision.py PICTURE")

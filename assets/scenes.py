@@ -258,8 +258,8 @@ def scene_caption(rng: random.Random, held_out: bool) -> Record:
 # Width of a flag in pixels.  Multiples of 7 are held out.
 WIDTHS = range(48, 104)
 # Share of a flag that is cut off each side.  A flag's file is 100 pixels wide, so held-out shares
-# cut other columns of pixels than those of training.  Heights differ, and there a held-out share
-# could cut the same pixels: top and bottom have no held-out shares.
+# cut other columns of pixels than those of training.  Heights differ: at top and bottom a
+# held-out crop could cut the same pixels as a training crop, so there are none.
 CROPS = (0.0, 0.02, 0.05)
 HELD_OUT_CROPS = (0.01, 0.035)
 HELD_OUT_BACKGROUNDS = [

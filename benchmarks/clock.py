@@ -53,7 +53,7 @@ def attempt(reasons: dict[str, str], name: str, call: Callable, *arguments: Any)
 
 
 def print_table(header: list[str], lines: list[list[object]]) -> None:
-    """A table as the README has them: text to the left, numbers to the right; None is a dash."""
+    """A Markdown table: text to the left, numbers to the right; None is a dash."""
     def shown(value: object) -> str:
         if value is None:
             return "-"

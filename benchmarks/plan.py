@@ -88,6 +88,7 @@ def published() -> Iterator[str]:
 def run(arguments: list[str]) -> Iterator[str]:
     """The lines that the command prints.  Raises ValueError for a flag that makes no sense."""
     parser = flag_parser("What a run needs.", arguments)
+    parser.epilog = "All flags of train.py are taken, too."
     parser.add_argument("--gpus", type=int, default=8, help="how many (default 8)")
     parser.add_argument("--gpu", default="a100", choices=[name.lower() for name in GPUS])
     parser.add_argument("--tokens", type=float, default=64e9, help="to train on (default 64e9)")
@@ -96,8 +97,8 @@ def run(arguments: list[str]) -> Iterator[str]:
                         help="share of the GPUs' rate; default what 45 %% HFU comes to")
     flags, rest = parser.parse_known_args(arguments)
     config = parse_flags(rest)
-    if flags.gpus < 1 or not 0 < flags.tokens < 1e18 or flags.price < 0:
-        raise ValueError("--gpus and --tokens must be positive, --price not negative")
+    if flags.gpus < 1 or not 0 < flags.tokens < 1e18 or not 0 <= flags.price < 1e9:
+        raise ValueError("--gpus and --tokens must be positive, --price not negative, all finite")
     if not 0 <= flags.mfu <= 1:
         raise ValueError(f"--mfu is a share of 1, not {flags.mfu}")
     if config.fp8 and flags.gpu in ("a100", "a800"):

@@ -64,15 +64,14 @@ if DEVICE == "cpu":
 BESIDE = pytest.StashKey[Future]()
 POOL = ThreadPoolExecutor(max_workers=1)
 RUNNING: list[subprocess.Popen] = []
+ENVIRONMENT = dict(os.environ)  # tests change it while a command waits for its turn
 
 
 def run_beside(arguments: tuple[str, ...], root: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items()
-                   if name != "TRITON_LIBCUDA_PATH"}  # launch_walk sets it as a sign to itself
-    process = subprocess.Popen([sys.executable, *arguments], cwd=root, env=environment, text=True,
+    process = subprocess.Popen([sys.executable, *arguments], cwd=root, env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     RUNNING.append(process)
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=1800)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
@@ -85,7 +84,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Start what the tests marked `beside` wait for, one command after the other."""
     for item in session.items:
         marker = item.get_closest_marker("beside")
-        skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
+        skipped = any(all(mark.args) for mark in item.iter_markers("skipif"))
         if marker is not None and not skipped and not session.config.option.collectonly:
             item.stash[BESIDE] = POOL.submit(run_beside, marker.args, str(session.config.rootpath))
 
