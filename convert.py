@@ -828,7 +828,7 @@ def merge(flags: argparse.Namespace) -> None:
     write_directory(flags.out, chain(merger, sources),
                     side_files(model.config, tokenizer, flags.dtype, flags.code))
     print(f"{flags.out}: {sum(p.numel() for p in model.parameters()):,} parameters, merger from "
-          f"seed {flags.seed}{remark}")
+          f"seed {flags.seed}{remark}", flush=True)
     if not flags.verify:
         return
 
@@ -931,7 +931,7 @@ def verify(flags: argparse.Namespace) -> None:
         if file.is_file():
             with open(file, "rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
-            print(f"{digest}  {file.stat().st_size:>14,}  {file.name}")
+            print(f"{digest}  {file.stat().st_size:>14,}  {file.name}", flush=True)
     counts = ", ".join(f"{count:,} of {dtype}" for dtype, count in types.items())
     print(f"the weights of {flags.path} are whole: {types.total():,} tensors, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, all finite, {counts}")
@@ -1026,7 +1026,6 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 def run() -> None:
     flags = parse_flags(sys.argv[1:])
-    sys.stdout.reconfigure(line_buffering=True)  # each line as it comes, into a pipe, too
     flags.run(flags)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ RUNNING: list[subprocess.Popen] = []
 ENVIRONMENT = dict(os.environ)  # tests change it while a command waits for its turn
 
 
-def run_beside(arguments: tuple[str, ...], root: str) -> subprocess.CompletedProcess[str]:
+def run_beside(root: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     process = subprocess.Popen([sys.executable, *arguments], cwd=root, env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     RUNNING.append(process)
@@ -76,8 +77,8 @@ def run_beside(arguments: tuple[str, ...], root: str) -> subprocess.CompletedPro
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "beside(*arguments): a Python command that starts with the "
-                            "tests; the fixture `done` waits for it")
+    config.addinivalue_line("markers", "beside(*arguments): a Python command, or a function, that "
+                            "starts with the tests; the fixture `done` waits for it")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -86,7 +87,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         marker = item.get_closest_marker("beside")
         skipped = any(all(mark.args) for mark in item.iter_markers("skipif"))
         if marker is not None and not skipped and not session.config.option.collectonly:
-            item.stash[BESIDE] = POOL.submit(run_beside, marker.args, str(session.config.rootpath))
+            work = (marker.args if callable(marker.args[0]) else
+                    (run_beside, str(session.config.rootpath), *marker.args))
+            item.stash[BESIDE] = POOL.submit(*work)
 
 
 def pytest_sessionfinish() -> None:
@@ -96,8 +99,8 @@ def pytest_sessionfinish() -> None:
 
 
 @pytest.fixture
-def done(request: pytest.FixtureRequest) -> subprocess.CompletedProcess[str]:
-    """What the command of the test's marker `beside` has printed."""
+def done(request: pytest.FixtureRequest) -> Any:
+    """What the command of the test's marker `beside` has printed, or the function returned."""
     return request.node.stash[BESIDE].result()
 
 

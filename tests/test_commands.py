@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,14 +96,15 @@ def test_training_is_reproducible(trained: Path, tmp_path: Path) -> None:
 def test_an_fp8_run_writes_ordinary_checkpoints(tmp_path: Path) -> None:
     """As a plain run's; exported in FP8 it can be trained on; broken weights are refused."""
     flags = ["--fp8", "--seq-length", "256", "--questions", "0", "--out"]
-    done = fast_command(tmp_path, "train.py", "--steps", "2", *flags, "run")
+    fresh = write_checkpoint(tmp_path / "fresh")
+    start = ["--stage", "instruct", "--steps", "2", "--start-from"]
+    done = fast_command(tmp_path, "train.py", *start, fresh, *flags, "run")
     assert done.returncode == 0 and "torch.float32, FP8" in done.stdout, done.stderr
     tensors = load_file(tmp_path / "run" / "instruct" / "model.safetensors")
     assert tensors.keys() == meta_model(PRESETS["tiny"]).state_dict().keys()
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     done = fast_command(tmp_path, "convert.py", "export", "run", "--fp8", "--out", "served")
     assert done.returncode == 0 and "21 matrices in FP8" in done.stdout, done.stderr
-    start = ["--stage", "instruct", "--steps", "1", "--start-from"]
     done = fast_command(tmp_path, "train.py", *start, "served", *flags, "more")
     assert done.returncode == 0, done.stderr
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
@@ -229,42 +231,52 @@ def readme_commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line]
 
 
-def test_readme_commands_run_as_written(tmp_path: Path) -> None:
-    """All but the tests themselves, in the order in which one makes what another reads.
+def run_readme_commands() -> tuple[list[tuple[str, subprocess.CompletedProcess[str]]], str]:
+    """All but the tests themselves, in the order in which one makes what another reads; and the log
+    of the runs on several ranks.
 
-    What is put in their place is small: directories and files of the names in the README, 2 ranks
-    for 8, one step of two rows for a run; and setting up, which CI does, is left out.
+    Small things take the place of large ones: directories and files of the names in the README, 2
+    ranks for 8, one step of two rows for a run.  Setting up, which CI does, is left out.
     """
-    for file in [*ROOT.glob("*.py"), ROOT / "assets", ROOT / "benchmarks"]:
-        (tmp_path / file.name).symlink_to(file)
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    parts = Path(__file__).parent / "parity" / "stage0"
-    for name, target in {"RICE-VIT": parts / "vit", "QWEN3": parts / "llm", "QWEN2.5-VL": SHIPPED,
-                         "CHECKPOINT": SHIPPED, "OTHER": tmp_path / "RELEASE"}.items():
-        (tmp_path / name).symlink_to(target)
-    for name in ("captions.json", "questions.json", "records.json"):
-        write_records(tmp_path, name)
-    commands = readme_commands()
-    assert len(commands) >= 12 and sum("torchrun" in line for line in commands) == 3
-    for line in sorted(commands, key=lambda line: "convert.py merge" not in line):
-        if "pytest" in line:
-            continue
-        line = re.sub(r"^python3 -m venv .* && (?=\S+/python )", "", line)
-        if "train.py" in line:
-            line += " --steps 1 --rows 2 --questions 1"
-        line = line.replace("--nproc-per-node 8", "--nproc-per-node 2")
-        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, text=True, capture_output=True,
-                              timeout=300)
-        assert done.returncode == 0, (line, done.stderr)
-        assert done.stdout, line
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        for file in [*ROOT.glob("*.py"), ROOT / "assets", ROOT / "benchmarks"]:
+            (here / file.name).symlink_to(file)
+        (here / ".venv").symlink_to(sys.prefix)
+        parts = Path(__file__).parent / "parity" / "stage0"
+        for name, target in {"RICE-VIT": parts / "vit", "QWEN3": parts / "llm", "OTHER": "RELEASE",
+                             "QWEN2.5-VL": SHIPPED, "CHECKPOINT": SHIPPED}.items():
+            (here / name).symlink_to(target)
+        for name in ("captions.json", "questions.json", "records.json"):
+            write_records(here, name)
+        finished = []
+        for line in sorted(readme_commands(), key=lambda line: "convert.py merge" not in line):
+            if "pytest" in line:
+                continue
+            line = re.sub(r"^python3 -m venv .* && (?=\S+/python )", "", line)
+            if "train.py" in line:
+                line += " --steps 1 --rows 2 --questions 1"
+            line = line.replace("--nproc-per-node 8", "--nproc-per-node 2")
+            finished.append((line, subprocess.run(["bash", "-c", line], cwd=here, text=True,
+                                                  capture_output=True, timeout=600)))
+        log = here / "runs" / "8b" / "log.jsonl"
+        return finished, log.read_text() if log.exists() else ""
+
+
+@pytest.mark.beside.with_args(run_readme_commands)
+def test_readme_commands_run_as_written(done: tuple) -> None:
+    finished, log = done
+    for line, process in finished:
+        assert process.returncode == 0, (line, process.stderr)
+        assert process.stdout, line
+    assert len(finished) >= 12 and sum("torchrun" in line for line, _ in finished) == 3
     # the log of the runs on two ranks has the accounting
-    lines = [json.loads(line) for line in (tmp_path / "runs" / "8b" / "log.jsonl").open()]
-    steps = [line for line in lines if "step" in line]
-    assert [line["stage"] for line in steps] == list(STAGES)
-    for line in steps:
-        assert 0 < line["mfu"] < line["hfu"] < 1 and 0 <= line["padding"] < 1
+    steps = [entry for entry in map(json.loads, log.splitlines()) if "step" in entry]
+    assert [entry["stage"] for entry in steps] == list(STAGES)
+    for entry in steps:
+        assert 0 < entry["mfu"] < entry["hfu"] < 1 and 0 <= entry["padding"] < 1
         assert {"loss", "lr", "norm", "tokens_per_second", "labels_per_second", "wait",
-                "images_per_second", "memory_gib", "seconds_left", "rank_balance"} <= line.keys()
+                "images_per_second", "memory_gib", "seconds_left", "rank_balance"} <= entry.keys()
 
 
 def test_shipped_checkpoint_answers(tmp_path: Path) -> None:
