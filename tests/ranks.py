@@ -36,7 +36,7 @@ def fast_command(folder: Path, *arguments: str | Path,
     process = CONTEXT.Process(target=run_script, args=(folder, list(map(str, arguments)),
                                                        environment))
     process.start()
-    process.join(120)
+    process.join(300)
     process.kill()
     files = [folder.with_name(f"{folder.name}.{name}") for name in ("stdout", "stderr")]
     texts = [file.read_text() for file in files]
