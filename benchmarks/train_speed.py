@@ -12,18 +12,17 @@ import os
 import statistics
 import time
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from PIL import Image
 
-from data import PackedRows, Sample, Step, flag_parser, lay_out
+from data import Sample, Step, flag_parser
 from fp8_kernel import check_device, convert_to_fp8, quantize_weights
 from model import PRESETS, LlavaOneVision, ModelConfig
-from parallel import Ranks, find_ranks, join_ranks, shard, share_row
-from train import (QUICK, RECOMPUTE, make_optimizer, matrix_rate, memory_by_part, memory_of_rank,
-                   peak_memory, row_cost, train_step)
+from parallel import Ranks, find_ranks, join_ranks, shard
+from train import (QUICK, RECOMPUTE, TrainConfig, make_optimizer, matrix_rate, memory_by_part,
+                   memory_of_rank, peak_memory, step_loader, train_step)
 
 SAMPLE, PICTURE = 600, 560  # tokens of a sample; a picture's side, 400 visual tokens
 
@@ -39,15 +38,9 @@ def random_step(config: ModelConfig, seq_length: int, rows: int, ranks: Ranks,
     labels = torch.where(torch.arange(tokens) < tokens * 5 // 6, -100, ids)
     grid = torch.tensor([[1, side // 14, side // 14]])
     sample = Sample(ids, labels, [Image.effect_noise((side, side), 64)], grid, (3136, 10**7), "")
-    cut = lay_out
-    if ranks.context > 1:
-        cut = partial(share_row, rank=ranks.rank % ranks.context, ranks=ranks.context,
-                      visual_ids=[config.image_token_id, config.video_token_id])
-    dataset = PackedRows("", None, seq_length, 0, rows=rows, rank=ranks.rank // ranks.context,
-                         ranks=ranks.data_ranks, cut=cut,
-                         cost=partial(row_cost, config=config, trainable=QUICK["mid"].trainable,
-                                      recompute=recompute))
-    return dataset.step_of([[sample] * (seq_length // tokens)] * rows, 0)
+    recipe = replace(QUICK["mid"], seq_length=seq_length, rows=rows, recompute=recompute)
+    loader = step_loader(config, None, recipe, TrainConfig(workers=0), ranks)
+    return loader.dataset.step_of([[sample] * (seq_length // tokens)] * rows, 0)
 
 
 def that_fit(config: ModelConfig, seq_length: int, ranks: Ranks, recompute: str) -> int:
