@@ -1,5 +1,6 @@
 """Any number of ranks computes what one does: FSDP, copies, shared rows, experts apart."""
 
+import copy
 import gc
 import json
 import math
@@ -25,7 +26,7 @@ import convert
 import train as train_module
 from assets.scenes import drawn_records
 from convert import load_model, load_tokenizer, save_checkpoint
-from data import PackedRows, Sample, Step, lay_out
+from data import Sample, Step, lay_out
 from fp8_kernel import convert_to_fp8, quantize_weights
 from model import PRESETS, LlavaOneVision, parameters_by_part
 from parallel import Ranks, RowShare, find_ranks, join_ranks, shard
@@ -291,8 +292,9 @@ def meet(kind: str, data: Path, ranks: Ranks) -> dict:
     model = LlavaOneVision(SMALL).init_weights()
     shard(model, "none", False, ranks)
     optimizer = make_optimizer(model, RECIPE)
-    stream = iter(PackedRows(str(data), load_tokenizer(SHIPPED), 640, 0, rows=4, rank=ranks.rank,
-                             ranks=ranks.data_ranks))
+    place = Ranks(ranks.device, ranks.dtype, ranks.rank, ranks.count)
+    # copies, since a pixel is spoilt
+    first, step, last_step = copy.deepcopy(steps_of(data, 640, 4, place, 3))
 
     def local(x: torch.Tensor) -> torch.Tensor:
         return (x.to_local() if isinstance(x, DTensor) else x).detach()
@@ -301,8 +303,8 @@ def meet(kind: str, data: Path, ranks: Ranks) -> dict:
         moments = [x for entry in optimizer.state.values() for x in entry.values()]
         return [local(x).clone() for x in [*model.parameters(), *moments]]
 
-    train_step(model, optimizer, next(stream), 1e-3, 1.0, ranks)
-    before, step, compute = state(), next(stream), train_module.backward
+    train_step(model, optimizer, first, 1e-3, 1.0, ranks)
+    before, compute = state(), train_module.backward
     last = ranks.rank == ranks.count - 1
 
     def spoilt(*arguments: object) -> torch.Tensor:
@@ -320,7 +322,7 @@ def meet(kind: str, data: Path, ranks: Ranks) -> dict:
     loss, norm = train_step(model, optimizer, step, 1e-3, 1.0, ranks)
     train_module.backward = compute
     same = all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
-    good = train_step(model, optimizer, next(stream), 1e-3, 1.0, ranks)  # it goes on from there
+    good = train_step(model, optimizer, last_step, 1e-3, 1.0, ranks)  # it goes on from there
     return {"decided on": (loss, norm), "same": same, "good": good}
 
 

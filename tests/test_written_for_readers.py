@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
@@ -42,6 +43,44 @@ def shape_comments(file: Path) -> dict[int, tuple[str, str]]:
     return {number: match.groups() for number, match in found if match}
 
 
+def executed(comments: dict[str, dict[int, tuple[str, str]]], work: Callable[[], None],
+             check: Callable[[str, torch.Size, FrameType, dict[str, int]], None],
+             ) -> set[tuple[str, int]]:
+    """Do the work; check(dimensions, shape, frame, letters) after each commented line of it.
+
+    comments: of each file, see `shape_comments`; letters: sizes known in the call, at first its
+    whole numbers.  Returns the lines that were checked, as (file, number).
+    """
+    checked: set[tuple[str, int]] = set()
+
+    def tracer(frame: FrameType, event: str, argument: Any) -> Any:
+        name, before = frame.f_code.co_filename, [frame.f_lineno]
+        if name not in comments or frame.f_code.co_name.startswith("<"):  # a comprehension
+            return None
+        letters = {key: x for key, x in frame.f_locals.items() if type(x) is int}
+
+        def line(frame: FrameType, event: str, argument: Any) -> Any:
+            if event in ("line", "return") and before[0] in comments[name]:
+                target, text = comments[name][before[0]]
+                value = (argument if target == "return" else
+                         frame.f_locals[target.removesuffix(" =")])
+                try:
+                    check(text, value.shape, frame, letters)
+                except AssertionError as error:
+                    raise AssertionError(f"{name}:{before[0]}: ({text})") from error
+                checked.add((name, before[0]))
+            before[0] = frame.f_lineno
+            return line
+        return line
+
+    sys.settrace(tracer)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return checked
+
+
 def test_shape_comments_hold_in_a_forward_pass() -> None:
     """Every commented assignment or return has the shape its comment says, and runs."""
     config = replace(PRESETS["tiny"], hidden_size=96, num_attention_heads=6, num_key_value_heads=3,
@@ -56,38 +95,21 @@ def test_shape_comments_hold_in_a_forward_pass() -> None:
     symbols = {vision_module.__file__: {**common, "D": 64, "H": 4, "E": 16},
                model_module.__file__: {**common, "H": 6, "G": 3, "E": 32, "X": 5, "K": 2}}
     comments = {name: shape_comments(Path(name)) for name in symbols}
-    checked: set[tuple[str, int]] = set()
 
-    def check(frame: FrameType, name: str, number: int, returned: Any) -> None:
-        target, text = comments[name][number]
-        value = returned if target == "return" else frame.f_locals[target.removesuffix(" =")]
-        known = {**frame.f_locals, **symbols[name]}
+    def check(text: str, shape: torch.Size, frame: FrameType, letters: dict[str, int]) -> None:
+        known = {**frame.f_locals, **symbols[frame.f_code.co_filename]}
         wanted = [eval(re.sub(r"(\w) ([A-Z])", r"\1*\2", d), {}, known)
                   for d in text.split(",") if d.strip()]
-        assert list(value.shape) == wanted, (name, number, text, value.shape)
-        checked.add((name, number))
+        assert list(shape) == wanted, (text, shape)
 
-    def tracer(frame: FrameType, event: str, argument: Any) -> Any:
-        name, before = frame.f_code.co_filename, [frame.f_lineno]
-        if name not in comments:
-            return None
+    @torch.no_grad()
+    def work() -> None:
+        vision_module.image_to_patches(Image.new("RGB", (60, 80)))
+        for net in nets:
+            net(ids, cu_seqlens, torch.randn(28, 588), grid, packed_positions(cu_seqlens))
+            list(net.generate(ids, cu_seqlens, torch.randn(28, 588), grid, max_new_tokens=1))
 
-        def line(frame: FrameType, event: str, argument: Any) -> Any:
-            if event in ("line", "return") and before[0] in comments[name]:
-                check(frame, name, before[0], argument)
-            before[0] = frame.f_lineno
-            return line
-        return line
-
-    sys.settrace(tracer)
-    try:
-        with torch.no_grad():
-            vision_module.image_to_patches(Image.new("RGB", (60, 80)))
-            for net in nets:
-                net(ids, cu_seqlens, torch.randn(28, 588), grid, packed_positions(cu_seqlens))
-                list(net.generate(ids, cu_seqlens, torch.randn(28, 588), grid, max_new_tokens=1))
-    finally:
-        sys.settrace(None)
+    checked = executed(comments, work, check)
     missed = {(name, n) for name, lines in comments.items() for n in lines} - checked
     assert len(checked) >= 14 and not missed, (len(checked), missed)
 
@@ -97,7 +119,7 @@ UNREACHED = {"forward_kernel", "dq_kernel", "dkdv_kernel", "gather", "of_layer",
              "routing", "triton_forward"}
 
 
-def bind(text: str, shape: torch.Size, letters: dict[str, int]) -> None:
+def bind(text: str, shape: torch.Size, frame: FrameType, letters: dict[str, int]) -> None:
     """Check a shape against a comment such as `T, 2 G, E`; a new letter gets its size."""
     dimensions = [d.strip() for d in text.split(",") if d.strip()]
     assert len(dimensions) == len(shape)
@@ -136,29 +158,7 @@ def test_shape_comments_hold_in_the_other_rooms() -> None:
             if isinstance(node, ast.FunctionDef):
                 functions |= {(file.__file__, n): node.name for n in comments[file.__file__]
                               if node.lineno <= n <= node.end_lineno}
-    checked: set[tuple[str, int]] = set()
-
-    def tracer(frame: FrameType, event: str, argument: Any) -> Any:
-        name, before = frame.f_code.co_filename, [frame.f_lineno]
-        if name not in comments or frame.f_code.co_name.startswith("<"):  # a comprehension
-            return None
-        letters = {key: x for key, x in frame.f_locals.items() if type(x) is int}
-
-        def line(frame: FrameType, event: str, argument: Any) -> Any:
-            if event in ("line", "return") and before[0] in comments[name]:
-                target, text = comments[name][before[0]]
-                value = argument if target == "return" else frame.f_locals[target[:-2]]
-                bind(text, value.shape, letters)
-                checked.add((name, before[0]))
-            before[0] = frame.f_lineno
-            return line
-        return line
-
-    sys.settrace(tracer)
-    try:
-        use_the_other_rooms()
-    finally:
-        sys.settrace(None)
+    checked = executed(comments, use_the_other_rooms, bind)
     missed = {functions[key] for key in functions.keys() - checked}
     assert len(checked) >= 20 and missed <= UNREACHED, (len(checked), missed)
 
