@@ -58,7 +58,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 # ------------------------------------------------------------------ step 1: the dense definition
 
@@ -150,87 +149,34 @@ def attention_tiled_backward(
 
 
 # --------------------------------------------------------------------------- step 3: the kernels
-# A program owns one tile: BLOCK_M tile rows of queries, or BLOCK_N keys, of one segment and one key
-# head.  The R = H / G query heads that share this key head are stacked in the tile.  Tile row
-# `q_row` of a segment is token q_row // R and head q_row % R of those R.  For R = 2, key head g:
-#     q_row     0      1      2      3      4      5    ...
-#     token     0      0      1      1      2      2
-#     head     2g   2g+1     2g   2g+1     2g   2g+1
-# Keys are then loaded once for R heads, a short segment fills its last tile R times better, and the
-# R tile rows of a decoding step are still one matrix product.
+# A program owns one tile: BLOCK_M queries, or BLOCK_N keys, of one segment and one head.  It finds
+# the tile by its number and walks over blocks of the other side.
 #
-# A causal mask makes three sorts of blocks.  Here the tile of queries 8 to 11 (R = 1) walks over
-# blocks of 4 keys; # is a visible key, . a masked one:
+# What a descriptor is.  `vectors` describes the vectors of a segment to the GPU: an address, a
+# height, a width, a stride.  Hopper's copy engine then fetches a whole tile by one instruction, and
+# no register holds an address (older GPUs: Triton turns the same lines into ordinary loads).  It
+# reads zeros behind the end of the segment.  So the tiles need no masks, and a NaN of the next
+# segment cannot get in: its weights would be zero, but zero times NaN is NaN.
+#
+# A causal mask makes three sorts of blocks.  Here the tile of queries 8 to 11 walks over blocks of
+# 4 keys; # is a visible key, . a masked one:
 #     keys        0-3    4-7    8-11     12-15
 #     query  8    ####   ####   #...
 #     query  9    ####   ####   ##..
 #     query 10    ####   ####   ###.
 #     query 11    ####   ####   ####
 #                 full   full   masked   not visited
-# The loop takes the full blocks first (up to key full_end = 8) and spends nothing on a mask there,
-# then the masked ones (up to end_key = 12).  `dkdv_kernel` reads the picture by columns: keys 8 to
-# 11 meet their masked block of queries first, then full blocks from full_begin on.
+# Blocks that end at or before full_end = 8 are full, and nothing is spent on a mask there; the loop
+# stops at end_key = 12.  `dkdv_kernel` reads the picture by columns: keys 8 to 11 meet their masked
+# block of queries first, then full ones from full_begin on.
 # It computes S transposed, S^T = K Q^T: dV = P^T dO and dK = dS^T Q then find their left factors in
 # the registers as they are.  From S they would have to be transposed in shared memory.
 #
-# start_q, start_k: where a segment starts in the packed row; its tokens, keys and tile rows count
-# from there.  Scores are in units of log 2 (a GPU has an instruction for exp2), hence LOG2E.
+# start_q, start_k: where a segment starts in the packed row; its tokens and keys count from there.
+# Scores and LSE are in units of log 2, since a GPU has an instruction for exp2: hence LOG2E.
 # Triton compiles a kernel again for some values of an argument; these change with every row.
 
 LOG2E = constexpr(1.4426950408889634)
-
-
-@triton.jit(do_not_specialize=["tokens_q", "tokens_k", "segments", "slots"])
-def tile_table_kernel(
-    table,         # (N + 1, 2) int32, out: segment and first tile row of each tile; last, validity
-    cu_seqlens,    # (S + 1,) of the side that is tiled
-    cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k,  # checked for validity
-    segments, slots,                                 # S, N
-    ROWS: constexpr,  # tile rows of a token: R on the query side, 1 on the key side
-    BLOCK: constexpr, LAST_FIRST: constexpr,
-):
-    """List the tiles, long segments first; slots that no tile needs get segment -1.
-    A GPU starts programs in this order: costly ones first, small ones then even out the end.  With
-    LAST_FIRST a segment's last tile comes first: under a causal mask the last queries cost most (of
-    keys, the first).  Last entry: 1 if cu_seqlens rise from 0 to the tokens on both sides, else 0.
-    """
-    segment, lane = tl.program_id(0), tl.arange(0, 128)
-    # programs 0 to S - 1 list a segment each, program S writes the free slots and the last entry
-    is_segment = segment < segments
-    begin = tl.load(cu_seqlens + segment)
-    end = tl.load(cu_seqlens + segment + 1, mask=is_segment, other=0)
-    tiles = tl.cdiv(tl.maximum(end - begin, 0).to(tl.int32) * ROWS, BLOCK)
-    tiles = tl.where(is_segment, tiles, -1)
-    # Sort by counting: before this segment stand the tiles of all longer segments and, of equally
-    # long ones, those with a smaller number.  Program S, with -1 tiles, comes last.
-    first_slot = 0
-    for first in range(0, segments, 128):
-        other = first + lane
-        begins = tl.load(cu_seqlens + other, mask=other < segments, other=0)
-        ends = tl.load(cu_seqlens + other + 1, mask=other < segments, other=0)
-        other_tiles = tl.cdiv(tl.maximum(ends - begins, 0).to(tl.int32) * ROWS, BLOCK)
-        is_ahead = (other_tiles > tiles) | ((other_tiles == tiles) & (other < segment))
-        first_slot += tl.sum(tl.where(is_ahead, other_tiles, 0))
-    count = tl.where(is_segment, tiles, slots - first_slot)
-    for first in range(0, count, 128):
-        number = first + lane
-        tile = count - 1 - number if LAST_FIRST else number
-        begin_q_row = tile * BLOCK
-        slot = first_slot + number
-        inside = (number < count) & (slot >= 0) & (slot < slots)
-        tl.store(table + 2 * slot, tl.where(is_segment, segment, -1), mask=inside)
-        tl.store(table + 2 * slot + 1, begin_q_row, mask=inside)
-    # count what is wrong in cu_seqlens: first and last number, then every place where they fall
-    if segment == segments:
-        wrong = (tl.load(cu_seqlens_q) != 0) | (tl.load(cu_seqlens_q + segments) != tokens_q)
-        wrong |= (tl.load(cu_seqlens_k) != 0) | (tl.load(cu_seqlens_k + segments) != tokens_k)
-        wrong = wrong.to(tl.int32)
-        for first in range(1, segments + 1, 128):
-            at = tl.minimum(first + lane, segments)
-            falls = tl.load(cu_seqlens_q + at) < tl.load(cu_seqlens_q + at - 1)
-            falls |= tl.load(cu_seqlens_k + at) < tl.load(cu_seqlens_k + at - 1)
-            wrong += tl.sum(falls.to(tl.int32))
-        tl.store(table + 2 * slots, (wrong == 0).to(tl.int32))
 
 
 @triton.jit
@@ -242,317 +188,313 @@ def segment_bounds(cu_seqlens, segment):
 
 
 @triton.jit
-def token_and_head(q_row, length_q, key_head, R: constexpr):
-    """Token and query head of each tile row; behind the segment's end its last token, so that loads
-    need no mask."""
-    token = tl.minimum(q_row // R, length_q - 1)
-    return token, key_head * R + q_row % R
+def find_tile(cu_seqlens, segments, slot, BLOCK: constexpr):
+    """The tile of a slot: its segment, start and length of this, and its first token therein.
+
+    A segment has the slots from start // BLOCK + its number on: at least as many as it has tiles,
+    and the next segment's come behind.  So a row of T tokens has T // BLOCK + S slots, which the
+    host knows without reading cu_seqlens.  A slot too many begins at the segment's end or behind.
+    """
+    segment = -1
+    for first in range(0, segments, 128):
+        number = first + tl.arange(0, 128)
+        inside = number < segments
+        start = tl.load(cu_seqlens + number, mask=inside, other=0).to(tl.int32)
+        begins = inside & (start // BLOCK + number <= slot)
+        segment += tl.sum(begins.to(tl.int32))
+    start, length = segment_bounds(cu_seqlens, segment)
+    return segment, start, length, (slot - start // BLOCK - segment) * BLOCK
 
 
 @triton.jit
-def tile_offsets(start, token, head, token_stride, head_stride, BLOCK_E: constexpr):
-    """Offsets (vectors, BLOCK_E) of these tokens and heads in a tensor of these strides."""
-    offset = (start + token).to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
-    return offset[:, None] + tl.arange(0, BLOCK_E)[None, :]
+def vectors(x, stride, start, length, HEADS: constexpr, E: constexpr, BLOCK: constexpr):
+    """Describe a segment of x (T, HEADS, E), `stride` numbers a token: tiles (BLOCK, E) of it are
+    loaded from [first token, head * E]."""
+    return tl.make_tensor_descriptor(
+        x + start.to(tl.int64) * stride, shape=[length, HEADS * E], strides=[stride, 1],
+        block_shape=[BLOCK, E])
 
 
 @triton.jit
-def load_tile(x, offsets, E: constexpr, BLOCK_E: constexpr):
-    """Load x at these offsets, with zeros in the columns from E on."""
-    if E < BLOCK_E:
-        return tl.load(x + offsets, mask=(tl.arange(0, BLOCK_E) < E)[None, :], other=0.0)
-    else:
-        return tl.load(x + offsets)
+def first_number(segment, start):
+    """Where a segment starts in a vector of one number a query, as LSE and delta are for
+    `dkdv_kernel`: at a multiple of 4, for the copy engine wants 16 bytes.  See `find_tile`."""
+    return (start // 4 + segment) * 4
 
 
 @triton.jit
-def last_visible_key(token, q_positions, start_q, length_q, length_k,
+def last_visible_key(query, q_positions, start_q, length_q, length_k, ROWS: constexpr,
                      CAUSAL: constexpr, EXPLICIT: constexpr):
-    """The mask: index in the segment of the last key that each token sees; negative: none."""
+    """The mask: index in the segment of the last key that each query sees; negative: none.
+    ROWS: so many successive queries are heads of one token (see `stack_heads`)."""
     if EXPLICIT:
-        last = tl.load(q_positions + start_q + token).to(tl.int32)
+        # behind the segment's end its last query again
+        at = start_q + tl.minimum(query, length_q - 1)
+        last = tl.load(q_positions + at // ROWS).to(tl.int32)
     elif CAUSAL:
-        last = token + (length_k - length_q)
+        last = query // ROWS + (length_k - length_q // ROWS)
     else:
-        last = token * 0 + length_k  # one number per token
+        last = query * 0 + length_k  # one number per query
     return tl.minimum(last, length_k - 1)
 
 
 @triton.jit
-def load_keys(x, token_stride, head_stride, start_k, begin_key, length_k, key_head, E: constexpr,
-              BLOCK_N: constexpr, BLOCK_E: constexpr, DESCRIPTORS: constexpr, BOUNDARY: constexpr):
-    """Keys or values begin_key:begin_key + BLOCK_N of a segment, (BLOCK_N, BLOCK_E).
-    x is a pointer to (Tk, G, E) or, with DESCRIPTORS, its tensor descriptor: Hopper's copy engine
-    then fetches the tile, and no register holds an address.  Behind the segment's end a pointer
-    finds the last key again, a descriptor the next segment."""
-    key = begin_key + tl.arange(0, BLOCK_N)
-    if DESCRIPTORS:
-        tile = x.load([start_k + begin_key, key_head, 0]).reshape(BLOCK_N, BLOCK_E)
-        # the weights of the next segment's keys are zero, but zero times NaN is NaN
-        if BOUNDARY:
-            tile = tl.where((key < length_k)[:, None], tile, 0.0)
-        return tile
-    else:
-        key = tl.minimum(key, length_k - 1)
-        offsets = tile_offsets(start_k, key, key_head, token_stride, head_stride, BLOCK_E)
-        return load_tile(x, offsets, E, BLOCK_E)
+def hide(x, begin, last_key, hidden, BLOCK_N: constexpr):
+    """x (BLOCK_M, BLOCK_N), with `hidden` for keys from `begin` on that a query does not see."""
+    visible = tl.arange(0, BLOCK_N)[None, :] <= (last_key - begin)[:, None]
+    return tl.where(visible, x, hidden)
 
 
-@triton.jit(do_not_specialize=["tokens_q", "split_keys"])
+@triton.jit(do_not_specialize=["segments", "tokens_q", "split_keys"])
 def forward_kernel(
-    q, k, v,               # (Tq, H, E), (Tk, G, E), (Tk, G, E); k and v as `load_keys` wants them
-    q_token, q_head, k_token, k_head, v_token, v_head,  # their strides, in numbers
-    out, lse,              # (splits, Tq, H, E), (splits, H, Tq) float32
-    cu_seqlens_q, cu_seqlens_k, q_positions,
-    table, tokens_q,       # tiles of BLOCK_M tile rows, Tq
-    split_keys, scale,     # keys of a split, softmax scale * log2(e)
-    R: constexpr, E: constexpr, BLOCK_E: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
-    CAUSAL: constexpr, EXPLICIT: constexpr, DESCRIPTORS: constexpr,
+    q, k, v,                       # (Tq, H, E), (Tk, G, E), (Tk, G, E)
+    q_stride, k_stride, v_stride,  # numbers from token to token
+    out, lse,                      # (splits, Tq, H, E), (splits, H, Tq) float32
+    cu_seqlens_q, cu_seqlens_k, q_positions,  # (S + 1,), (S + 1,), (Tq,)
+    segments, tokens_q,            # S, Tq
+    split_keys, scale,             # keys of a split, softmax scale * log2(e)
+    H: constexpr, G: constexpr, E: constexpr, ROWS: constexpr,
+    CAUSAL: constexpr, EXPLICIT: constexpr,
+    HEADS: constexpr,              # heads of a program, one after the other
+    SPECIALIZED: constexpr,        # warps that load, and others that compute; Hopper only
+    BLOCK_M: constexpr, BLOCK_N: constexpr,
 ):
-    """Program (slot, key head, split): a tile of queries against the keys of one split."""
-    slot, key_head = tl.program_id(0), tl.program_id(1)
-    split, key_heads = tl.program_id(2), tl.num_programs(1)
-    segment = tl.load(table + 2 * slot)
-    if segment < 0:
-        return
-    start_q, length_q = segment_bounds(cu_seqlens_q, segment)
+    """Program (slot, heads, split): a tile of queries against the keys of one split."""
+    split = tl.program_id(2)
+    # last tiles first: under a causal mask the last queries of a segment cost most
+    slot = tl.num_programs(0) - 1 - tl.program_id(0)
+    segment, start_q, length_q, begin_q = find_tile(cu_seqlens_q, segments, slot, BLOCK_M)
     start_k, length_k = segment_bounds(cu_seqlens_k, segment)
-    q_row = tl.load(table + 2 * slot + 1) + tl.arange(0, BLOCK_M)
-    token, head = token_and_head(q_row, length_q, key_head, R)
-    q_offsets = tile_offsets(start_q, token, head, q_token, q_head, BLOCK_E)
-    q_tile = load_tile(q, q_offsets, E, BLOCK_E)
-    last_key = last_visible_key(token, q_positions, start_q, length_q, length_k, CAUSAL, EXPLICIT)
+    queries = vectors(q, q_stride, start_q, length_q, H, E, BLOCK_M)
+    keys = vectors(k, k_stride, start_k, length_k, G, E, BLOCK_N)
+    values = vectors(v, v_stride, start_k, length_k, G, E, BLOCK_N)
+    query = begin_q + tl.arange(0, BLOCK_M)
+    is_query = query < length_q
+    last_key = last_visible_key(query, q_positions, start_q, length_q, length_k, ROWS, CAUSAL,
+                                EXPLICIT)
 
     # keys begin_key:end_key of this split; every query of the tile sees those before full_end
     begin_key = split * split_keys
+    is_last = split == tl.num_programs(2) - 1
     end_key = tl.max(last_key) + 1
-    if split < tl.num_programs(2) - 1:
-        end_key = tl.minimum(end_key, begin_key + split_keys)
-    seen_by_all = tl.minimum(tl.min(last_key) + 1, end_key)
-    full_blocks = tl.maximum(seen_by_all - begin_key, 0) // BLOCK_N
-    full_end = begin_key + full_blocks * BLOCK_N
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    for MASKED in tl.static_range(2):  # full blocks first, then masked ones
-        from_key, to_key = (full_end, end_key) if MASKED else (begin_key, full_end)
-        for begin in range(from_key, to_key, BLOCK_N):
-            k_tile = load_keys(k, k_token, k_head, start_k, begin, length_k, key_head, E, BLOCK_N,
-                               BLOCK_E, DESCRIPTORS, False)
+    end_key = tl.where(is_last, end_key, tl.minimum(end_key, begin_key + split_keys))
+    full_end = tl.min(last_key) + 1
+    # Several heads share the descriptors, which take about a microsecond to make.  The warps that
+    # load run on into the next head.  A slot too many has no heads: a loop, for the compiler that
+    # gives warps their parts takes neither `return` nor `if`.
+    first_head = tl.program_id(1) * HEADS
+    end_head = tl.where(begin_q < length_q, first_head + HEADS, first_head)
+    for head in tl.range(first_head, end_head, warp_specialize=SPECIALIZED):
+        column = head // (H // G) * E  # where the vectors of its key head begin
+        q_tile = queries.load([begin_q, head * E])
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, E], tl.float32)
+        for begin in range(begin_key, end_key, BLOCK_N):
+            k_tile = keys.load([begin, column])
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-            if MASKED:
-                key = begin + tl.arange(0, BLOCK_N)
-                s = tl.where(key[None, :] <= last_key[:, None], s, float("-inf"))
+            if SPECIALIZED:
+                s = hide(s, begin, last_key, float("-inf"), BLOCK_N)
+            elif begin + BLOCK_N > full_end:
+                s = hide(s, begin, last_key, float("-inf"), BLOCK_N)
             m_new = tl.maximum(m, tl.max(s, 1) * scale)
-            shift = m_new
-            if MASKED:  # a query that has seen no key yet: exp2(-inf - 0) = 0, not NaN
-                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            # a query that has seen no key yet: exp2(-inf - 0) = 0, not NaN
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.exp2(s * scale - shift[:, None])
             alpha = tl.exp2(m - shift)
             total = alpha * total + tl.sum(p, 1)
-            v_tile = load_keys(v, v_token, v_head, start_k, begin, length_k, key_head, E, BLOCK_N,
-                               BLOCK_E, DESCRIPTORS, MASKED)
+            v_tile = values.load([begin, column])
             p = p.to(v_tile.dtype)
             acc = tl.dot(p, v_tile, acc * alpha[:, None], input_precision="ieee")
             m = m_new
 
-    # each split has its own (Tq, H, E) in out and (H, Tq) in lse; both are contiguous
-    vectors = tokens_q * key_heads * R
-    out_offsets = tile_offsets(start_q, token, head, key_heads * R * E, E, BLOCK_E)
-    lse_at = head * tokens_q + start_q + token
-    is_query = q_row < length_q * R
-    inside = is_query[:, None] & (tl.arange(0, BLOCK_E) < E)[None, :]
-    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    tl.store(out + split.to(tl.int64) * vectors * E + out_offsets, acc, mask=inside)
-    tl.store(lse + split * vectors + lse_at, (m + tl.log2(total)) / LOG2E, mask=is_query)
+        # each split has its own (Tq, H, E) in out and (H, Tq) in lse; both are contiguous
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+        vector = (split * tokens_q + start_q + query).to(tl.int64) * H + head
+        place = vector[:, None] * E + tl.arange(0, E)[None, :]
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=is_query[:, None])
+        lse_at = (split * H + head) * tokens_q + start_q + query
+        tl.store(lse + lse_at, m + tl.log2(total), mask=is_query)
 
 
-@triton.jit(do_not_specialize=["tokens_q"])
+@triton.jit(do_not_specialize=["segments", "tokens_q", "numbers"])
 def dq_kernel(
-    q, k, v,
-    q_token, q_head, k_token, k_head, v_token, v_head,  # strides of these three
-    out, grad, lse,  # (Tq, H, E), its gradient, (H, Tq) float32
-    dq, delta,       # out: (Tq, H, E), (H, Tq) float32; `dkdv_kernel` reads delta
-    cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens_q, scale,
-    R: constexpr, E: constexpr, BLOCK_E: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
-    CAUSAL: constexpr, EXPLICIT: constexpr, DESCRIPTORS: constexpr,
+    q, k, v, grad,  # (Tq, H, E), (Tk, G, E), (Tk, G, E), gradient of out (Tq, H, E)
+    q_stride, k_stride, v_stride, grad_stride,
+    out, lse,       # (Tq, H, E), (H, Tq) float32
+    dq,             # out: (Tq, H, E)
+    for_keys,       # out: (2, H, `numbers`) float32, LSE and delta as `dkdv_kernel` reads them
+    cu_seqlens_q, cu_seqlens_k, q_positions, segments, tokens_q, numbers, scale,
+    H: constexpr, G: constexpr, E: constexpr, CAUSAL: constexpr, EXPLICIT: constexpr,
+    BLOCK_M: constexpr, BLOCK_N: constexpr,
 ):
-    """Program (slot, key head): a tile of queries over the keys they see; also their delta."""
-    slot = tl.program_id(0)
-    key_head, key_heads = tl.program_id(1), tl.num_programs(1)
-    segment = tl.load(table + 2 * slot)
-    if segment < 0:
+    """Program (slot, head): a tile of queries over the keys they see; also their delta."""
+    slot, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    segment, start_q, length_q, begin_q = find_tile(cu_seqlens_q, segments, slot, BLOCK_M)
+    if begin_q >= length_q:
         return
-    start_q, length_q = segment_bounds(cu_seqlens_q, segment)
     start_k, length_k = segment_bounds(cu_seqlens_k, segment)
-    q_row = tl.load(table + 2 * slot + 1) + tl.arange(0, BLOCK_M)
-    token, head = token_and_head(q_row, length_q, key_head, R)
-    out_offsets = tile_offsets(start_q, token, head, key_heads * R * E, E, BLOCK_E)
-    lse_at = head * tokens_q + start_q + token
-    q_offsets = tile_offsets(start_q, token, head, q_token, q_head, BLOCK_E)
-    q_tile = load_tile(q, q_offsets, E, BLOCK_E)
-    grad_tile = load_tile(grad, out_offsets, E, BLOCK_E)
-    out_tile = load_tile(out, out_offsets, E, BLOCK_E)
+    keys = vectors(k, k_stride, start_k, length_k, G, E, BLOCK_N)
+    values = vectors(v, v_stride, start_k, length_k, G, E, BLOCK_N)
+    corner = [begin_q, head * E]
+    q_tile = vectors(q, q_stride, start_q, length_q, H, E, BLOCK_M).load(corner)
+    grad_tile = vectors(grad, grad_stride, start_q, length_q, H, E, BLOCK_M).load(corner)
+    out_tile = vectors(out, H * E, start_q, length_q, H, E, BLOCK_M).load(corner)
+
     # delta here, once per query, because out and grad are at hand
-    lse_tile = tl.load(lse + lse_at) * LOG2E
     delta_tile = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    is_query = q_row < length_q * R
-    tl.store(delta + lse_at, delta_tile, mask=is_query)
-    last_key = last_visible_key(token, q_positions, start_q, length_q, length_k, CAUSAL, EXPLICIT)
+    query = begin_q + tl.arange(0, BLOCK_M)
+    is_query = query < length_q
+    # behind the segment's end the weight is exp2(s - inf) = 0
+    lse_at = head * tokens_q + start_q + query
+    lse_tile = tl.load(lse + lse_at, mask=is_query, other=float("inf"))
+    at = head * numbers + first_number(segment, start_q) + query
+    tl.store(for_keys + at, lse_tile, mask=is_query)
+    tl.store(for_keys + H * numbers + at, delta_tile, mask=is_query)
+    last_key = last_visible_key(query, q_positions, start_q, length_q, length_k, 1, CAUSAL,
+                                EXPLICIT)
     end_key = tl.max(last_key) + 1
-    full_end = tl.maximum(tl.min(last_key) + 1, 0) // BLOCK_N * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    for MASKED in tl.static_range(2):  # full blocks first, then masked ones
-        from_key, to_key = (full_end, end_key) if MASKED else (0, full_end)
-        for begin in range(from_key, to_key, BLOCK_N):
-            k_tile = load_keys(k, k_token, k_head, start_k, begin, length_k, key_head, E, BLOCK_N,
-                               BLOCK_E, DESCRIPTORS, MASKED)
-            v_tile = load_keys(v, v_token, v_head, start_k, begin, length_k, key_head, E, BLOCK_N,
-                               BLOCK_E, DESCRIPTORS, MASKED)
-            s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-            p = tl.exp2(s * scale - lse_tile[:, None])
-            if MASKED:
-                key = begin + tl.arange(0, BLOCK_N)
-                p = tl.where(key[None, :] <= last_key[:, None], p, 0.0)
-            dp = tl.dot(grad_tile, v_tile.T, input_precision="ieee")
-            ds = p * (dp - delta_tile[:, None])
-            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+    full_end = tl.min(last_key) + 1
+    column = head // (H // G) * E
+    acc = tl.zeros([BLOCK_M, E], tl.float32)
+    for begin in range(0, end_key, BLOCK_N):
+        k_tile = keys.load([begin, column])
+        v_tile = values.load([begin, column])
+        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        p = tl.exp2(s * scale - lse_tile[:, None])
+        if begin + BLOCK_N > full_end:
+            p = hide(p, begin, last_key, 0.0, BLOCK_N)
+        dp = tl.dot(grad_tile, v_tile.T, input_precision="ieee")
+        ds = p * (dp - delta_tile[:, None])
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+
     # `scale` contains log2(e) for exp2, the gradient does not
-    inside = is_query[:, None] & (tl.arange(0, BLOCK_E) < E)[None, :]
-    tl.store(dq + out_offsets, acc * (scale / LOG2E), mask=inside)
+    acc = acc * (scale / LOG2E)
+    place = ((start_q + query).to(tl.int64) * H + head)[:, None] * E + tl.arange(0, E)[None, :]
+    tl.store(dq + place, acc.to(dq.dtype.element_ty), mask=is_query[:, None])
 
 
 @triton.jit
-def tokens_that_see(begin_key, q_positions, start_q, length_q, length_k, BLOCK_M: constexpr,
-                    BLOCK_N: constexpr, CAUSAL: constexpr, EXPLICIT: constexpr):
-    """Who sees the tile of keys at begin_key: tokens before begin_token see no key of it, tokens
-    from full_token on see all of it."""
-    begin_token, full_token = 0, 0
+def queries_that_see(begin_key, q_positions, start_q, length_q, length_k, BLOCK_M: constexpr,
+                     BLOCK_N: constexpr, CAUSAL: constexpr, EXPLICIT: constexpr):
+    """Who sees the tile of keys at begin_key: queries before begin_q see no key of it, queries
+    from full_begin on see all of it."""
+    begin_q, full_begin = 0, 0
     if EXPLICIT:
-        # right for any order of positions; in rising order it skips all tokens that see nothing
+        # right for any order of positions; in rising order it skips all queries that see nothing
         last = -1
-        while (begin_token < length_q) & (last < begin_key):
-            token = tl.minimum(begin_token + tl.arange(0, BLOCK_M), length_q - 1)
-            last = tl.max(last_visible_key(token, q_positions, start_q, length_q, length_k,
+        while (begin_q < length_q) & (last < begin_key):
+            query = begin_q + tl.arange(0, BLOCK_M)
+            last = tl.max(last_visible_key(query, q_positions, start_q, length_q, length_k, 1,
                                            CAUSAL, EXPLICIT))
-            begin_token += tl.where(last < begin_key, BLOCK_M, 0)
-        full_token = length_q
+            begin_q += tl.where(last < begin_key, BLOCK_M, 0)
+        full_begin = length_q
     elif CAUSAL:
-        begin_token = tl.maximum(begin_key + length_q - length_k, 0)
-        full_token = tl.minimum(begin_key + BLOCK_N, length_k) - 1 + length_q - length_k
-    return begin_token, full_token
+        begin_q = tl.maximum(begin_key + length_q - length_k, 0) // 4 * 4  # see `first_number`
+        full_begin = tl.minimum(begin_key + BLOCK_N, length_k) - 1 + length_q - length_k
+    return begin_q, full_begin
 
 
-@triton.jit(do_not_specialize=["tokens_q"])
+@triton.jit(do_not_specialize=["segments", "tokens_q", "numbers"])
 def dkdv_kernel(
-    q, grad,       # (Tq, H, E) as pointers or, with DESCRIPTORS, as descriptors of R heads at once
-    k, v, q_token, q_head, k_token, k_head, v_token, v_head,  # (Tk, G, E); strides of q, k and v
-    lse, delta,    # (H, Tq) float32
-    dk, dv,        # (Tk, G, E), out
-    cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens_q, scale,  # table: tiles of BLOCK_N keys
-    R: constexpr, E: constexpr, BLOCK_E: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
-    CAUSAL: constexpr, EXPLICIT: constexpr, DESCRIPTORS: constexpr,
+    q, k, v, grad, q_stride, k_stride, v_stride, grad_stride,  # as in `dq_kernel`
+    for_keys,  # (2, H, `numbers`) float32: LSE and delta
+    dk, dv,    # out: (Tk, G, E)
+    cu_seqlens_q, cu_seqlens_k, q_positions, segments, tokens_q, numbers, scale,
+    H: constexpr, G: constexpr, E: constexpr, CAUSAL: constexpr, EXPLICIT: constexpr,
+    BLOCK_M: constexpr, BLOCK_N: constexpr,
 ):
-    """Program (slot, key head): a tile of keys over all tile rows, of R heads, that see it."""
-    slot = tl.program_id(0)
-    key_head, key_heads = tl.program_id(1), tl.num_programs(1)
-    segment = tl.load(table + 2 * slot)
-    if segment < 0:
+    """Program (slot, key head): a tile of keys over all queries, of H / G heads, that see it."""
+    slot, key_head = tl.program_id(0), tl.program_id(1)
+    segment, start_k, length_k, begin_key = find_tile(cu_seqlens_k, segments, slot, BLOCK_N)
+    if begin_key >= length_k:
         return
     start_q, length_q = segment_bounds(cu_seqlens_q, segment)
-    start_k, length_k = segment_bounds(cu_seqlens_k, segment)
-    begin_key = tl.load(table + 2 * slot + 1)
-    k_tile = load_keys(k, k_token, k_head, start_k, begin_key, length_k, key_head, E, BLOCK_N,
-                       BLOCK_E, False, False)
-    v_tile = load_keys(v, v_token, v_head, start_k, begin_key, length_k, key_head, E, BLOCK_N,
-                       BLOCK_E, False, False)
-    begin_token, full_token = tokens_that_see(begin_key, q_positions, start_q, length_q, length_k,
-                                              BLOCK_M, BLOCK_N, CAUSAL, EXPLICIT)
-    # from tokens to tile rows; full_begin is a whole number of blocks behind begin_q_row
-    begin_q_row, end_q_row = begin_token * R, length_q * R
-    masked_blocks = tl.cdiv(tl.maximum(full_token * R - begin_q_row, 0), BLOCK_M)
-    full_begin = begin_q_row + masked_blocks * BLOCK_M
+    corner = [begin_key, key_head * E]
+    k_tile = vectors(k, k_stride, start_k, length_k, G, E, BLOCK_N).load(corner)
+    v_tile = vectors(v, v_stride, start_k, length_k, G, E, BLOCK_N).load(corner)
+    queries = vectors(q, q_stride, start_q, length_q, H, E, BLOCK_M)
+    grads = vectors(grad, grad_stride, start_q, length_q, H, E, BLOCK_M)
+    # one number a query: the copy engine fetches a block of them at once, too
+    lse = for_keys + first_number(segment, start_q)
+    lses = tl.make_tensor_descriptor(lse, [H, length_q], [numbers, 1], [1, BLOCK_M])
+    deltas = tl.make_tensor_descriptor(lse + H * numbers, [H, length_q], [numbers, 1], [1, BLOCK_M])
+    begin_q, full_begin = queries_that_see(begin_key, q_positions, start_q, length_q, length_k,
+                                           BLOCK_M, BLOCK_N, CAUSAL, EXPLICIT)
     key = begin_key + tl.arange(0, BLOCK_N)
-    dk_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-    dv_tile = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-    # Part 0 is the diagonal, part 1 the full blocks.  With descriptors the last block may reach
-    # into the next segment: it is part 2, and its foreign queries become zero (see `load_keys`).
-    tail = end_q_row
-    if DESCRIPTORS:
-        tail = begin_q_row + (end_q_row - begin_q_row) // BLOCK_M * BLOCK_M
-    for PART in tl.static_range(3 if DESCRIPTORS else 2):
-        if PART == 0:
-            from_q_row, to_q_row = begin_q_row, tl.minimum(full_begin, end_q_row)
-        elif PART == 1:
-            from_q_row, to_q_row = full_begin, tail
-        else:
-            from_q_row, to_q_row = tl.maximum(full_begin, tail), end_q_row
-        for begin in range(from_q_row, to_q_row, BLOCK_M):
-            q_row = begin + tl.arange(0, BLOCK_M)
-            token, head = token_and_head(q_row, length_q, key_head, R)
-            lse_at = head * tokens_q + start_q + token
-            if DESCRIPTORS:
-                corner = [start_q + begin // R, key_head * R, 0]
-                q_tile = q.load(corner).reshape(BLOCK_M, BLOCK_E)
-                grad_tile = grad.load(corner).reshape(BLOCK_M, BLOCK_E)
-                if PART != 1:
-                    is_query = q_row < end_q_row
-                    q_tile = tl.where(is_query[:, None], q_tile, 0.0)
-                    grad_tile = tl.where(is_query[:, None], grad_tile, 0.0)
-            else:
-                q_offsets = tile_offsets(start_q, token, head, q_token, q_head, BLOCK_E)
-                q_tile = load_tile(q, q_offsets, E, BLOCK_E)
-                out_offsets = tile_offsets(start_q, token, head, key_heads * R * E, E, BLOCK_E)
-                grad_tile = load_tile(grad, out_offsets, E, BLOCK_E)
-            # behind the segment's end the weight is exp2(s - inf) = 0
-            lse_tile = tl.load(lse + lse_at, mask=q_row < end_q_row, other=float("inf")) * LOG2E
-            delta_tile = tl.load(delta + lse_at)
+    dk_tile = tl.zeros([BLOCK_N, E], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, E], tl.float32)
+    for head in range(key_head * (H // G), (key_head + 1) * (H // G)):
+        for begin in range(begin_q, length_q, BLOCK_M):
+            q_tile = queries.load([begin, head * E])
+            grad_tile = grads.load([begin, head * E])
+            lse_tile = lses.load([head, begin]).reshape(BLOCK_M)
+            delta_tile = deltas.load([head, begin]).reshape(BLOCK_M)
             s = tl.dot(k_tile, q_tile.T, input_precision="ieee")  # (BLOCK_N, BLOCK_M)
             p = tl.exp2(s * scale - lse_tile[None, :])
-            if PART != 1:
-                last_key = last_visible_key(token, q_positions, start_q, length_q, length_k,
+            # the last block may reach behind the segment, where an LSE of 0 is no LSE
+            if (begin < full_begin) | (begin + BLOCK_M > length_q):
+                query = begin + tl.arange(0, BLOCK_M)
+                last_key = last_visible_key(query, q_positions, start_q, length_q, length_k, 1,
                                             CAUSAL, EXPLICIT)
+                last_key = tl.where(query < length_q, last_key, -1)
                 p = tl.where(key[:, None] <= last_key[None, :], p, 0.0)
             dv_tile = tl.dot(p.to(grad_tile.dtype), grad_tile, dv_tile, input_precision="ieee")
             dp = tl.dot(v_tile, grad_tile.T, input_precision="ieee")
             ds = p * (dp - delta_tile[None, :])
             dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
 
-    column = tl.arange(0, BLOCK_E)
-    vector = (start_k + key).to(tl.int64) * key_heads + key_head
-    offsets = vector[:, None] * E + column[None, :]
-    inside = (key < length_k)[:, None] & (column < E)[None, :]
-    tl.store(dk + offsets, dk_tile * (scale / LOG2E), mask=inside)
-    tl.store(dv + offsets, dv_tile, mask=inside)
+    place = ((start_k + key).to(tl.int64) * G + key_head)[:, None] * E + tl.arange(0, E)[None, :]
+    is_key = (key < length_k)[:, None]
+    dk_tile = dk_tile * (scale / LOG2E)
+    tl.store(dk + place, dk_tile.to(dk.dtype.element_ty), mask=is_key)
+    tl.store(dv + place, dv_tile.to(dv.dtype.element_ty), mask=is_key)
+
+
+@triton.jit(do_not_specialize=["tokens_q", "tokens_k", "segments"])
+def check_kernel(valid, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, segments):
+    """valid: 1 if cu_seqlens rise from 0 to the tokens on both sides, else 0."""
+    wrong = (tl.load(cu_seqlens_q) != 0) | (tl.load(cu_seqlens_q + segments) != tokens_q)
+    wrong |= (tl.load(cu_seqlens_k) != 0) | (tl.load(cu_seqlens_k + segments) != tokens_k)
+    wrong = wrong.to(tl.int32)
+    for first in range(1, segments + 1, 128):
+        at = tl.minimum(first + tl.arange(0, 128), segments)
+        falls = tl.load(cu_seqlens_q + at) < tl.load(cu_seqlens_q + at - 1)
+        falls |= tl.load(cu_seqlens_k + at) < tl.load(cu_seqlens_k + at - 1)
+        wrong += tl.sum(falls.to(tl.int32))
+    tl.store(valid, (wrong == 0).to(tl.int32))
 
 
 # ---------------------------------------------------------------------------------- the launches
 
 class Tile(NamedTuple):
     """A launch configuration."""
-    BLOCK_M: int     # tile rows of queries in a block
+    BLOCK_M: int     # queries in a block
     BLOCK_N: int     # keys in a block
     num_warps: int
     num_stages: int  # of the pipeline that loads blocks ahead
 
 
-# (kernel, architecture) -> the numbers of a Tile for widths up to 64, and for widths up to 128.  No
-# kernel spills registers in Triton 3.6 and 3.9 (`benchmarks/compile.py` prints all); only a GPU can
-# say which tiles are fastest.  Decoding has 16 tile rows, too few for Hopper's matrix instructions.
+# (kernel, architecture) -> the numbers of a Tile for widths up to 64, and for width 128.  No kernel
+# spills registers in Triton 3.6 and 3.9 (`benchmarks/compile.py` prints all); only a GPU can say
+# which tiles are fastest.  Decoding has 16 queries, too few for Hopper's matrix instructions.
 TILES = {
+    ("specialized", "hopper"): ((128, 128, 4, 2), (128, 128, 4, 2)),
     ("forward", "hopper"): ((128, 64, 4, 3), (128, 128, 8, 2)),
-    ("forward", "ampere"): ((128, 64, 8, 3), (128, 32, 8, 3)),
-    ("forward", "float32"): ((16, 32, 4, 2), (16, 32, 8, 1)),
+    ("forward", "ampere"): ((128, 64, 8, 2), (128, 32, 8, 3)),
+    ("forward", "float32"): ((16, 32, 8, 1), (16, 16, 8, 1)),
     ("decode", "hopper"): ((16, 128, 4, 3), (16, 64, 4, 3)),
     ("decode", "ampere"): ((16, 128, 4, 2), (16, 64, 4, 2)),
-    ("decode", "float32"): ((16, 32, 4, 2), (16, 32, 8, 1)),
+    ("decode", "float32"): ((16, 32, 8, 1), (16, 16, 8, 1)),
     ("dq", "hopper"): ((128, 64, 8, 2), (128, 64, 8, 2)),
-    ("dq", "ampere"): ((128, 64, 8, 2), (128, 32, 8, 2)),
-    ("dq", "float32"): ((16, 32, 4, 2), (8, 32, 4, 2)),
+    ("dq", "ampere"): ((128, 64, 8, 2), (64, 64, 8, 2)),
+    ("dq", "float32"): ((16, 32, 4, 2), (8, 16, 4, 1)),
     ("dkdv", "hopper"): ((64, 128, 8, 2), (32, 128, 8, 2)),
-    ("dkdv", "ampere"): ((32, 128, 8, 2), (64, 64, 8, 2)),
-    ("dkdv", "float32"): ((16, 32, 4, 1), (16, 32, 8, 1)),
+    ("dkdv", "ampere"): ((32, 128, 8, 2), (32, 64, 8, 2)),
+    ("dkdv", "float32"): ((16, 16, 8, 2), (16, 16, 8, 1)),
 }
+SPECIALIZE = True      # on Hopper give warps their parts, loading or computing; False: plain forms
+HEADS = 4              # of a program whose warps have parts
 PROGRAMS_WANTED = 256  # about two for each of a large GPU's multiprocessors
 SPLIT_KEYS = 256       # keys in a split, at least: shorter ones cost more to merge than they save
 
@@ -562,17 +504,17 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def has_copy_engine(x: Tensor) -> bool:
-    """Hopper and B200 fetch tiles by tensor descriptors, into 227 KiB of shared memory.  sm_120
-    (RTX 50) has an engine for it, but 99 KiB, too few for these tiles; older GPUs have none."""
-    return compute_capability(x.device)[0] in (9, 10)
-
-
 def architecture(x: Tensor) -> str:
-    """The architecture in TILES: of float32 products, of GPUs with a copy engine, of all others."""
+    """The architecture in TILES: of float32 products; of Hopper and B200, which have 227 KiB of
+    shared memory; of all others, sm_120 (RTX 50) among them, with 99 KiB."""
     if x.dtype == torch.float32:
         return "float32"
-    return "hopper" if has_copy_engine(x) else "ampere"
+    return "hopper" if compute_capability(x.device)[0] in (9, 10) else "ampere"
+
+
+def specializes(x: Tensor) -> bool:
+    """Only Hopper's compiler is known to give warps of these kernels their parts."""
+    return SPECIALIZE and compute_capability(x.device)[0] == 9
 
 
 def tile_for(kernel: str, target: str, width: int) -> Tile:
@@ -580,86 +522,89 @@ def tile_for(kernel: str, target: str, width: int) -> Tile:
     return Tile(*(narrow if width <= 64 else wide))
 
 
-def readable(x: Tensor, descriptors: bool) -> Tensor:
-    """x (T, heads, E), or a copy if the kernel wants a descriptor and the strides forbid it: the
-    copy engine wants addresses divisible by 16, and heads that lie inside their token."""
+def describable(x: Tensor) -> Tensor:
+    """x (T, heads, E), or a copy if its strides fit no descriptor: that wants heads side by side,
+    and addresses divisible by 16."""
     token, head = x.stride()[:2]
-    steps = (x.data_ptr(), token * x.element_size(), head * x.element_size())
-    aligned = all(step % 16 == 0 for step in steps)
-    nested = head >= x.shape[2] and token % head == 0 and token >= head * x.shape[1]
-    if descriptors and not (aligned and nested):
-        return x.clone(memory_format=torch.contiguous_format)
-    return x
-
-
-def described(x: Tensor, tokens: int, heads: int, descriptors: bool) -> TensorDescriptor | Tensor:
-    """x (T, heads, E), or its descriptor for tiles of these tokens and heads."""
-    if not descriptors:
+    nested = head == x.shape[2] and token >= x.shape[1] * head
+    if nested and x.data_ptr() % 16 == 0 and token * x.element_size() % 16 == 0:
         return x
-    tile = [tokens, heads, triton.next_power_of_2(x.shape[2])]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), tile)
+    return x.clone(memory_format=torch.contiguous_format)
 
 
-def strides(*tensors: Tensor) -> list[int]:
-    """Strides of tokens and heads of each, in turn."""
-    return [stride for x in tensors for stride in x.stride()[:2]]
+def give_scratch(device: torch.device) -> None:
+    """Let Triton have memory for the descriptors that a kernel makes.  The allocator belongs to a
+    thread, and PyTorch runs a backward pass in another one: say it before each launch."""
+    triton.set_allocator(
+        lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
 
 
-def tile_table(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, of_queries: bool,
-               block: int) -> tuple[Tensor, int]:
-    """Table of `tile_table_kernel` and its number of slots, enough for every layout."""
-    cu_seqlens = cu_seqlens_q if of_queries else cu_seqlens_k
-    tokens = len(q) if of_queries else len(k)
-    ratio = q.shape[1] // k.shape[1] if of_queries else 1
-    # S segments waste at most block - 1 tile rows each: no need to read lengths from the GPU
-    segments = len(cu_seqlens) - 1
-    slots = max(1, (tokens * ratio + segments * (block - 1)) // block)
-    table = torch.empty(slots + 1, 2, dtype=torch.int32, device=q.device)
-    tile_table_kernel[(segments + 1,)](
-        table, cu_seqlens, cu_seqlens_q, cu_seqlens_k, len(q), len(k), segments, slots,
-        ROWS=ratio, BLOCK=block, LAST_FIRST=of_queries)
-    return table, slots
+def slots_of(tokens: int, cu_seqlens: Tensor, block: int) -> int:
+    """Slots of a row, see `find_tile`."""
+    return tokens // block + len(cu_seqlens) - 1
+
+
+def stack_heads(q: Tensor, key_heads: int) -> Tensor:
+    """q (Tq, H, E) as (Tq R, G, E): the R = H / G heads that share keys, as R queries.  Keys are then
+    loaded once for all of them, and a decoding step, one token, is a matrix product."""
+    return q.unflatten(1, (key_heads, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def triton_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, scale: float, causal: bool, q_positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """out (Tq, H, E) and LSE (H, Tq) by `forward_kernel`."""
-    tokens, heads = q.shape[:2]
-    key_heads, width = k.shape[1:]
-    ratio = heads // key_heads
+    """out (Tq, H, E) and LSE (H, Tq) in units of log 2, by `forward_kernel`."""
+    tokens, heads, width = q.shape
+    key_heads = k.shape[1]
     if tokens == 0 or len(k) == 0:
         return q.new_zeros(q.shape), q.new_full((heads, tokens), -math.inf, dtype=torch.float32)
-    target = architecture(q)
-    descriptors = target == "hopper"
-    k, v = readable(k, descriptors), readable(v, descriptors)
-    kernel = "decode" if max_seqlen_q * ratio <= 16 else "forward"
-    tile = tile_for(kernel, target, width)
-    table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, True, tile.BLOCK_M)
+    give_scratch(q.device)
+    valid = torch.empty(1, dtype=torch.int32, device=q.device)
+    segments = len(cu_seqlens_q) - 1
+    check_kernel[1,](valid, cu_seqlens_q, cu_seqlens_k, tokens, len(k), segments)
     torch.ops.aten._assert_async.msg(
-        table[-1, 0], "cu_seqlens_q and cu_seqlens_k must rise from 0 to the number of tokens")
+        valid[0], "cu_seqlens_q and cu_seqlens_k must rise from 0 to the number of tokens")
+
+    rows, target, kernel = heads // key_heads, architecture(q), "forward"
+    if max_seqlen_q * rows <= 16:
+        kernel = "decode"
+        q, cu_seqlens_q, heads = stack_heads(q, key_heads), cu_seqlens_q * rows, key_heads
+    elif specializes(q) and target == "hopper" and q_positions is None:
+        kernel = "specialized"
+    tile = tile_for(kernel, target, width)
+    q, k, v = describable(q), describable(k), describable(v)
+    slots = slots_of(len(q), cu_seqlens_q, tile.BLOCK_M)
     # generation has too few tiles of queries to fill a GPU: several programs share the keys
     splits = 1
     if kernel == "decode":
-        splits = min(triton.cdiv(max_seqlen_k, SPLIT_KEYS), PROGRAMS_WANTED // (slots * key_heads))
+        splits = min(triton.cdiv(max_seqlen_k, SPLIT_KEYS), PROGRAMS_WANTED // (slots * heads))
         splits = max(splits, 1)
-    dtype = q.dtype if splits == 1 else torch.float32
     split_keys = triton.cdiv(triton.cdiv(max_seqlen_k, splits), tile.BLOCK_N) * tile.BLOCK_N
-    out = q.new_empty(splits, *q.shape, dtype=dtype)
-    lse = q.new_empty(splits, heads, tokens, dtype=torch.float32)
-    forward_kernel[(slots, key_heads, splits)](
-        q, described(k, tile.BLOCK_N, 1, descriptors), described(v, tile.BLOCK_N, 1, descriptors),
-        *strides(q, k, v), out, lse, cu_seqlens_q, cu_seqlens_k, q_positions, table, tokens,
-        split_keys, scale * LOG2E.value, R=ratio, E=width, BLOCK_E=triton.next_power_of_2(width),
-        CAUSAL=causal, EXPLICIT=q_positions is not None, DESCRIPTORS=descriptors, **tile._asdict())
-    if splits == 1:
+    together = math.gcd(heads, HEADS) if kernel == "specialized" else 1
+    out = q.new_empty(splits, *q.shape, dtype=q.dtype if splits == 1 else torch.float32)
+    lse = q.new_empty(splits, heads, len(q), dtype=torch.float32)
+    forward_kernel[slots, heads // together, splits](
+        q, k, v, q.stride(0), k.stride(0), v.stride(0), out, lse, cu_seqlens_q, cu_seqlens_k,
+        q_positions, segments, len(q), split_keys, scale * LOG2E.value, H=heads, G=key_heads,
+        E=width, ROWS=rows if kernel == "decode" else 1, CAUSAL=causal,
+        EXPLICIT=q_positions is not None, HEADS=together, SPECIALIZED=kernel == "specialized",
+        **tile._asdict())
+    out, lse = merge_splits(out, lse)
+    if kernel == "decode":
+        # back from (Tq R, G, E) to (Tq, H, E), and from (G, Tq R) to (H, Tq)
+        out = out.unflatten(0, (tokens, rows)).transpose(1, 2).flatten(1, 2)
+        lse = lse.unflatten(1, (tokens, rows)).transpose(1, 2).flatten(0, 1).contiguous()
+    return out.to(k.dtype), lse
+
+
+def merge_splits(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Each split counts by its share of the sum of exponentials: (splits, ...) -> (...)."""
+    if len(out) == 1:
         return out[0], lse[0]
-    # merge: each split counts by its share of the sum of exponentials
-    total = lse.logsumexp(dim=0)  # (H, Tq)
-    weights = (lse - total.masked_fill(total.isinf(), 0)).exp()  # (splits, H, Tq)
-    out = out * weights.transpose(1, 2)[..., None]
-    return out.sum(dim=0).to(q.dtype), total
+    total = torch.logsumexp(lse / LOG2E.value, dim=0) * LOG2E.value  # (H, Tq)
+    weights = (lse - total.masked_fill(total.isinf(), 0)).exp2()  # (splits, H, Tq)
+    return (out * weights.transpose(1, 2)[..., None]).sum(dim=0), total
 
 
 def triton_backward(
@@ -667,36 +612,29 @@ def triton_backward(
     cu_seqlens_k: Tensor, scale: float, causal: bool, q_positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv: `dq_kernel` first, for it also finds delta, which `dkdv_kernel` reads."""
-    key_heads, width = k.shape[1:]
-    ratio = q.shape[1] // key_heads
+    heads, width = q.shape[1:]
+    key_heads = k.shape[1]
     dq = q.new_empty(q.shape)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     if len(q) == 0 or len(k) == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    target = architecture(q)
-    descriptors = target == "hopper"
-    grad, q = readable(grad.contiguous(), descriptors), readable(q, descriptors)
-    k, v = readable(k, descriptors), readable(v, descriptors)
-    delta = torch.empty_like(lse)
-    common = {"R": ratio, "E": width, "BLOCK_E": triton.next_power_of_2(width), "CAUSAL": causal,
+    give_scratch(q.device)
+    inputs = [describable(x) for x in (q, k, v, grad)]
+    inputs += [x.stride(0) for x in inputs]
+    segments = len(cu_seqlens_q) - 1
+    numbers = (len(q) // 4 + segments) * 4  # see `first_number`
+    for_keys = lse.new_empty(2, heads, numbers)
+    rest = (cu_seqlens_q, cu_seqlens_k, q_positions, segments, len(q), numbers,
+            scale * LOG2E.value)
+    common = {"H": heads, "G": key_heads, "E": width, "CAUSAL": causal,
               "EXPLICIT": q_positions is not None}
 
-    tile = tile_for("dq", target, width)
-    table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, True, tile.BLOCK_M)
-    dq_kernel[(slots, key_heads)](
-        q, described(k, tile.BLOCK_N, 1, descriptors), described(v, tile.BLOCK_N, 1, descriptors),
-        *strides(q, k, v), out, grad, lse, dq, delta, cu_seqlens_q, cu_seqlens_k, q_positions,
-        table, len(q), scale * LOG2E.value, **common, DESCRIPTORS=descriptors, **tile._asdict())
-    # a described tile of queries holds all R heads, so R must be a power of 2 that fits the tile
-    tile = tile_for("dkdv", target, width)
-    descriptors = descriptors and ratio == triton.next_power_of_2(ratio) <= tile.BLOCK_M
-    block_tokens = tile.BLOCK_M // ratio
-    table, slots = tile_table(q, k, cu_seqlens_q, cu_seqlens_k, False, tile.BLOCK_N)
-    dkdv_kernel[(slots, key_heads)](
-        described(q, block_tokens, ratio, descriptors),
-        described(grad, block_tokens, ratio, descriptors), k, v, *strides(q, k, v), lse, delta,
-        dk, dv, cu_seqlens_q, cu_seqlens_k, q_positions, table, len(q), scale * LOG2E.value,
-        **common, DESCRIPTORS=descriptors, **tile._asdict())
+    tile = tile_for("dq", architecture(q), width)
+    dq_kernel[slots_of(len(q), cu_seqlens_q, tile.BLOCK_M), heads](
+        *inputs, out, lse, dq, for_keys, *rest, **common, **tile._asdict())
+    tile = tile_for("dkdv", architecture(q), width)
+    dkdv_kernel[slots_of(len(k), cu_seqlens_k, tile.BLOCK_N), key_heads](
+        *inputs, for_keys, dk, dv, *rest, **common, **tile._asdict())
     return dq, dk, dv
 
 
@@ -774,7 +712,7 @@ def sdpa_forward(
             call_lse = call_lse.masked_fill(mask["attn_mask"].isneginf().all(dim=-1), -math.inf)
         out[call.queries] = call_out.transpose(1, 2).flatten(0, 1)
         lse[:, call.queries] = call_lse.transpose(0, 1).flatten(1)
-    return out, lse
+    return out, lse * LOG2E.value
 
 
 def sdpa_backward(
@@ -787,7 +725,7 @@ def sdpa_backward(
     copies = q.shape[1] // k.shape[1] if q.dtype != dtype else 1
     dq = q.new_zeros(q.shape)
     dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (k, v))
-    lse = lse.masked_fill(lse.isneginf(), 0)
+    lse = lse.masked_fill(lse.isneginf(), 0) / LOG2E.value
     for call in dense_calls(cu_seqlens_q, cu_seqlens_k, q_positions):
         queries = batched(q, call.queries, call.segments)
         keys = batched(k, call.keys, call.segments)
@@ -902,9 +840,8 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if uses_kernels(q):
         if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"the kernels take float32, float16 or bfloat16, not {q.dtype}")
-        if width % 8 or not 16 <= width <= 128:
-            raise ValueError(f"the kernels take head widths of 16 to 128 in steps of 8, "
-                             f"not {width}")
+        if width not in (16, 32, 64, 128):
+            raise ValueError(f"the kernels take head widths of 16, 32, 64 and 128, not {width}")
 
 
 def flash_attn_varlen_func(
@@ -946,7 +883,7 @@ def flash_attn_varlen_func(
     scale = softmax_scale or q.shape[-1] ** -0.5
     out, lse = attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
                          causal, q_positions)
-    return (out, lse.detach()) if return_lse else out
+    return (out, lse.detach() * math.log(2)) if return_lse else out
 
 
 # ------------------------------------------------------------------------------------------- errors

@@ -88,7 +88,7 @@ from assets.scenes import held_out_questions
 from convert import check_tokenizer, load_model, load_tokenizer, read_config, save_checkpoint
 from data import (PackedRows, Row, Step, drawn_texts, encode, flag_parser, lay_out, record_stream,
                   train_tokenizer)
-from fp8_kernel import Fp8Linear, check_device, convert_to_fp8, quantize_weights
+from fp8_kernel import check_device, convert_to_fp8
 from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, ModelConfig, meta_model,
                    parameters_by_part, part_of)
 from parallel import (Ranks, RowShare, clip_gradients, find_ranks, join_ranks, loss_arguments,
@@ -272,12 +272,10 @@ def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) ->
 
     if start:
         # the model is sharded while it is empty, so each rank reads only its own slices
-        model = load_model(start, torch.float32, ranks.device, prepare)
-    else:
-        torch.manual_seed(config.seed)
-        model = LlavaOneVision(sizes_of(config, start)).init_weights().to(ranks.device)
-        prepare(model)
-    quantize_weights(model)
+        return load_model(start, torch.float32, ranks.device, prepare)
+    torch.manual_seed(config.seed)
+    model = LlavaOneVision(sizes_of(config, start)).init_weights().to(ranks.device)
+    prepare(model)
     return model
 
 
@@ -285,10 +283,7 @@ def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) ->
 
 
 def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over the parts that the stage trains; freezes the others.
-
-    After each step the optimizer quantises the weights of FP8 layers again.
-    """
+    """AdamW over the parts that the stage trains; freezes the others."""
     factors = {"vision": recipe.vision_lr_factor, "merger": recipe.merger_lr_factor,
                "experts": recipe.expert_lr_factor, "decoder": 1.0}
     groups: dict[tuple[str, bool], dict] = {}
@@ -305,11 +300,8 @@ def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
         group = groups.setdefault((part, is_matrix), {
             "params": [], "lr_factor": factors[part], "weight_decay": decay})
         group["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
-                                  eps=recipe.eps, fused=True)
-    if "decoder" in recipe.trainable:
-        optimizer.register_step_post_hook(lambda *_: quantize_weights(model))
-    return optimizer
+    return torch.optim.AdamW(groups.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
+                             eps=recipe.eps, fused=True)
 
 
 def set_balance(model: LlavaOneVision, recipe: Recipe, weight: float) -> None:
@@ -595,11 +587,7 @@ def saved_bytes(layer: nn.Module, width: int, heads: int, head_dim: int,
         layer(x, cu_seqlens, tokens, angles, angles)
 
     # autograd saves weights, too, but those are no activations
-    weights = [*layer.parameters()]
-    for module in layer.modules():
-        if isinstance(module, Fp8Linear):
-            weights += [module.values, module.scales]
-    for weight in weights:
+    for weight in layer.parameters():
         storages.pop(weight.untyped_storage()._cdata, None)
     held = sum(storage.nbytes() for storage in storages.values()) / tokens
 
@@ -652,24 +640,15 @@ def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int, context: in
     layer.requires_grad_("decoder" in recipe.trainable)
     if fp8:
         convert_to_fp8(layer)
-        quantize_weights(layer)
-    layer_size, sizes_in_fp8, stored_in_fp8 = 0, [], 0
-    for name, module in layer.named_modules():
-        size = sum(weight.numel() for weight in module.parameters(recurse=False))
-        # with expert parallelism a rank gathers the weights of its own experts only
-        gathered = size / experts if ".experts." in name else size
-        layer_size += gathered
-        if isinstance(module, Fp8Linear):
-            stored_in_fp8 += size
-            sizes_in_fp8.append(gathered)
+    # with expert parallelism a rank gathers the weights of its own experts only
+    sizes = [weight.numel() / (experts if ".experts." in name else 1)
+             for name, weight in layer.named_parameters()]
+    layer_size = sum(sizes)
 
     # copies in bf16, 2 bytes a number: the layer that computes, the next layer, merger, head
     copies = 2 * (2 * layer_size + parts["merger"] + head)
     if fp8:
-        memory["weights in FP8"] = stored_in_fp8 * config.num_hidden_layers / shards
-        # two layers need a byte less for each number; one bf16 placeholder, as large as the
-        # largest matrix, takes the place of all weights (fp8_kernel.Fp8Linear)
-        copies += 2 * (max(sizes_in_fp8) - sum(sizes_in_fp8))
+        copies += 2 * max(sizes)  # one matrix at a time also in 8 bits, as it is and transposed
     memory["gathered weights"] = copies
     # of the largest unit: a gradient in bf16 and its copy in fp32, which the ranks sum
     memory["gradients, not yet reduced"] = 6 * max(layer_size, head)

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.clock import attempt, describe_machine, median_ms, print_reasons, print_table
-from fp8_kernel import (E4M3, Quantized, check_device, convert_to_fp8, error_cases, fp8_matmul,
-                        fp8_of, layer_products, quantize_fp8, quantize_weights, relative_error,
-                        transpose_op)
+from fp8_kernel import (E4M3, Fp8Linear, Quantized, check_device, convert_to_fp8, error_cases,
+                        fp8_matmul, layer_products, quantize_fp8, relative_error)
 from model import PRESETS, DecoderLayer
 
 MATRICES = {  # inputs and outputs of the matrices that read the same numbers, together
@@ -119,17 +118,18 @@ def passes_ms(layer: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Te
 def print_layers(sizes: dict[str, tuple[int, int]], tokens: int, device: str,
                  dtype: torch.dtype) -> None:
     """Linear layers, forward and backward: how much faster than in `dtype`, and which share of the
-    time quantising takes (x and dy along both sides, W transposed)."""
+    time quantising takes: x and dy along both sides, W before each pass."""
     lines = []
     for name, (inputs, outputs) in sizes.items():
         layer = nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
         x, dy = (torch.randn(tokens, n, device=device, dtype=dtype) for n in (inputs, outputs))
-        fast = fp8_of(layer.weight)
+        fast, weight = Fp8Linear(layer.weight), layer.weight.detach()
         before = passes_ms(layer, [layer.weight], x, device)
         after = passes_ms(fast, [fast.weight], x, device)
         extra = sum(median_ms(call, device) for call in (
-            partial(quantize_fp8, x, transposed=True), partial(transpose_op, fast.values, 1),
-            partial(quantize_fp8, dy, transposed=True)))
+            partial(quantize_fp8, x, transposed=True), partial(quantize_fp8, dy, transposed=True),
+            partial(quantize_fp8, weight, square=True),
+            partial(quantize_fp8, weight, square=True, transposed=True)))
         lines.append([f"{name}, {inputs} to {outputs}", before, after, before / after,
                       f"{extra / after:.1%}"])
     print_table([f"{tokens:,} tokens, both passes", f"{str(dtype)[6:]}, ms", "FP8, ms", "ratio",
@@ -147,7 +147,6 @@ def print_decoder_layer(tokens: int) -> None:
         layer = DecoderLayer(config, 0).to("cuda", torch.bfloat16)
         if fp8:
             convert_to_fp8(layer)
-            quantize_weights(layer)
         run = torch.compile(partial(layer, cu_seqlens=cu_seqlens, max_seqlen=tokens,
                                     cos=angles.cos(), sin=angles.sin()))
         ms.append(passes_ms(run, list(layer.parameters()), x, "cuda"))

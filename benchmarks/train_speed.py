@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from data import Sample, Step, flag_parser
-from fp8_kernel import check_device, convert_to_fp8, quantize_weights
+from fp8_kernel import check_device, convert_to_fp8
 from model import PRESETS, LlavaOneVision, ModelConfig
 from parallel import Ranks, find_ranks, join_ranks, shard
 from train import (QUICK, RECOMPUTE, TrainConfig, make_optimizer, matrix_rate, memory_by_part,
@@ -66,7 +66,6 @@ def measure(config: ModelConfig, seq_length: int, rows: int, recompute: str, com
     if fp8:
         convert_to_fp8(model)
     shard(model, recompute, compiled, ranks)
-    quantize_weights(model)
     optimizer = make_optimizer(model, QUICK["mid"])
     step = random_step(config, seq_length, rows * ranks.data_ranks, ranks, recompute)
     if ranks.device.type == "cuda":

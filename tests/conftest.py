@@ -65,7 +65,8 @@ if DEVICE == "cpu":
 BESIDE = pytest.StashKey[Future]()
 POOL = ThreadPoolExecutor(max_workers=1)
 RUNNING: list[subprocess.Popen] = []
-ENVIRONMENT = dict(os.environ)  # tests change it while a command waits for its turn
+# of the commands: tests change their own meanwhile, and have the other core
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run_beside(root: str, *arguments: str) -> subprocess.CompletedProcess[str]:

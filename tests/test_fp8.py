@@ -18,11 +18,11 @@ from conftest import DEVICE
 from torch import Tensor, nn
 
 import fp8_kernel
-from fp8_kernel import (BLOCK, Fp8Linear, Groups, Quantized, convert_to_fp8, fp8_matmul, matmul_op,
-                        quantize_fp8, quantize_op, quantize_reference, quantize_weights,
-                        transpose_op)
+from fp8_kernel import (BLOCK, Fp8Linear, Groups, Quantized, convert_to_fp8, fp8_matmul,
+                        fp8_matmul_of_groups, matmul_op, quantize_fp8, quantize_op,
+                        quantize_reference)
 from model import PRESETS, GroupedLinear, LlavaOneVision, SwiGlu
-from train import TINY, Ranks, make_optimizer, shard
+from train import Ranks, shard
 
 ROUNDING = 2**-4  # relative error of a number in e4m3 at most, in its normal range
 # Root mean square of that over all mantissas is 0.026; of a product of two such numbers 0.036.
@@ -69,23 +69,36 @@ def wild_matrix(seed: int) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(24))
 def test_quantising_equals_its_twin_bit_for_bit(seed: int, kernels: None) -> None:
-    """Values and scales, by rows with the transposed copy, and by squares."""
+    """Values and scales, by rows and by squares, each with the transposed copy; of one matrix of
+    any height, and of three."""
     x = wild_matrix(seed)
     if seed % 3 == 0:
         x[len(x) // 2, 5], x[-1, -1] = torch.inf, torch.nan
-    for square in (False, True):
-        ours, theirs = (call(quantize_op, x, square, not square) for call in (
+    cases = [(x, False, True, 1), (x, True, seed % 2 == 0, 1),
+             (x[:1].repeat(3 * BLOCK, 1) * torch.rand(3 * BLOCK, 1).to(x), True, True, 3)]
+    for matrix, square, transposed, matrices in cases:
+        ours, theirs = (call(quantize_op, matrix, square, transposed, matrices) for call in (
             lambda f, *a: f(*a), twin))
-        assert len(ours) == len(theirs) == (2 if square else 4)
+        assert len(ours) == len(theirs) == (4 if transposed else 2)
         assert all(same(a, b) for a, b in zip(ours, theirs))
+
+
+def test_a_square_and_its_transpose_have_the_same_numbers() -> None:
+    """Of each matrix by itself."""
+    torch.manual_seed(0)
+    w = torch.randn(3 * 256, 128)
+    squares, turned = quantize_fp8(w, square=True, transposed=True, matrices=3)
+    assert turned.values.shape == (3 * 128, 256) and turned.scales.shape == (3, 2)
+    for whole, other in zip(squares.dequantize().chunk(3), turned.dequantize().chunk(3)):
+        assert torch.equal(whole.T, other)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_products_equal_their_twin(seed: int, kernels: None,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """b by squares and by rows, ragged shapes, with tensor descriptors and without."""
+    """b by squares and by rows, ragged shapes, with wide tiles and narrow ones."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(fp8_kernel, "has_copy_engine", lambda x: seed % 2 == 0)
+        monkeypatch.setattr(fp8_kernel, "compute_capability", lambda x: (8 + seed % 2, 9))
     a = wild_matrix(seed)
     b = torch.randn(int(torch.randint(1, 400, ())), a.shape[1]).to(a)
     left = quantize_fp8(a)[0]
@@ -106,7 +119,7 @@ def test_products_of_groups_equal_one_by_one(seed: int, kernels: None,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """All three products of experts, some without rows, against a product for each."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(fp8_kernel, "has_copy_engine", lambda x: seed % 2 == 0)
+        monkeypatch.setattr(fp8_kernel, "compute_capability", lambda x: (8 + seed % 2, 9))
     torch.manual_seed(seed)
     counts = (torch.randint(0, 200, (5,)) * torch.randint(0, 2, (5,)) * (seed > 0)).to(DEVICE)
     rows, n, k = int(counts.sum()), 256, 128
@@ -115,12 +128,10 @@ def test_products_of_groups_equal_one_by_one(seed: int, kernels: None,
     assert groups.room % BLOCK == 0 and groups.room >= int(groups.starts[-1]) * BLOCK
     x_rows, x_columns = quantize_fp8(groups.spread(x), transposed=True)
     dy_rows, dy_columns = quantize_fp8(groups.spread(dy), transposed=True)
-    weights = quantize_fp8(w, square=True)[0]
-    turned = Quantized(transpose_op(weights.values, 5), weights.scales.view(5, n // BLOCK, 1)
-                       .transpose(1, 2).reshape(5, n // BLOCK))
+    weights, turned = quantize_fp8(w, square=True, transposed=True, matrices=5)
     y = fp8_matmul(x_rows, weights, torch.float32, groups.starts)[groups.places]
     dx = fp8_matmul(dy_rows, turned, torch.float32, groups.starts)[groups.places]
-    dw = fp8_matmul(dy_columns, x_columns, torch.float32, groups.starts)
+    dw = fp8_matmul_of_groups(dy_columns, x_columns, torch.float32, groups.starts)
     whole = weights.dequantize().chunk(5)
     for expert, (xs, dys) in enumerate(zip(x.split(counts.tolist()), dy.split(counts.tolist()))):
         start = int(counts[:expert].sum())
@@ -187,7 +198,6 @@ def test_gradients_are_within_the_step_of_the_format(seed: int) -> None:
     n, k = (BLOCK * int(torch.randint(1, 4, ())) for _ in range(2))
     layer = GroupedLinear(matrices, k, n)
     fast = Fp8Linear(layer.weight)
-    quantize_weights(fast)
     counts = torch.randint(0, 150, (matrices,)) * (seed > 1)
     x = torch.randn(int(counts.sum()), k, requires_grad=True)
     dy = torch.randn(len(x), n)
@@ -217,89 +227,34 @@ def test_only_the_large_matrices_of_the_decoder_are_converted() -> None:
             f"{kind}.up", f"{kind}.down")}
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
-def test_weights_are_quantised_once_a_step(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the number of micro-batches; nothing is done for the gradient of a frozen one."""
+def test_each_pass_quantises_the_weights_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each, in experts too: so a weight that changed counts at once.  For the gradient of a
+    frozen weight nothing is kept."""
     calls = []
 
-    def counted(x: Tensor, square: bool = False, transposed: bool = False) -> object:
+    def counted(x: Tensor, square: bool = False, transposed: bool = False,
+                matrices: int = 1) -> object:
         calls.append((square, transposed))
-        return quantize_fp8(x, square, transposed)
+        return quantize_fp8(x, square, transposed, matrices)
 
     monkeypatch.setattr(fp8_kernel, "quantize_fp8", counted)
-    net = LlavaOneVision(PRESETS[model]).init_weights()
+    net = LlavaOneVision(PRESETS["tiny-moe"]).init_weights()
     convert_to_fp8(net)
-    optimizer = make_optimizer(net, TINY["mid"])
-    quantize_weights(net)
     layers = [module for module in net.modules() if isinstance(module, Fp8Linear)]
-    assert calls == [(True, False)] * len(layers) and len(layers) == 21
     ids, starts = torch.arange(30) + 20, torch.tensor([0, 10, 30])
-    for _ in range(2):
-        calls.clear()
-        for _ in range(3):
-            net.loss(ids, ids, starts).backward()
-        optimizer.step()
-        assert calls.count((True, False)) == len(layers)
-        assert calls.count((False, True)) == 6 * len(layers)  # x and dy, three times
-    for layer in layers:
-        again = quantize_fp8(layer.weight.detach(), square=True)[0]
-        assert all(same(a, b) for a, b in zip(again, (layer.values, layer.scales)))
+    net.loss(ids, ids, starts).backward()
+    assert len(layers) == 21
+    assert calls.count((True, False)) == calls.count((True, True)) == 21
+    assert calls.count((False, True)) == 2 * 21 and len(calls) == 4 * 21
     net.requires_grad_(False)
     calls.clear()
     net.loss(ids, ids, starts)
-    assert set(calls) == {(False, False)}
+    assert set(calls) == {(True, False), (False, False)}
 
-
-class Mesh:
-    """What a layer asks a device mesh: ranks that share the rows, and which experts are its own."""
-
-    def __init__(self, ranks: int, expert: int) -> None:
-        self.ranks, self.expert = ranks, expert
-
-    def size(self) -> int:
-        return self.ranks
-
-    def get_coordinate(self) -> list[int]:
-        return [0, self.expert]
-
-
-@pytest.mark.parametrize("rows, expert, own", [
-    (256, 0, (0, 64)), (256, 0, (128, 192)), (256, 0, (256, 256)), (128, 1, (128, 192)),
-    (128, 1, (192, 250)), (128, 1, (256, 256))])
-def test_what_is_gathered(rows: int, expert: int, own: tuple[int, int],
-                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 bits a weight, padded to the longest shard, of a rank without rows as well; and the scales
-    of the rows as they are used, which are not those of the shard.
-
-    rows: that a rank uses, of 256; expert: which of them; own: those of its shard.
-    """
-    weight, ranks = torch.randn(256, 128), 4 if rows == 256 else 2
-    layer, whole = Fp8Linear(nn.Parameter(weight)), quantize_fp8(weight, square=True)[0]
-    monkeypatch.setattr(nn.Parameter, "device_mesh", Mesh(ranks, expert), raising=False)
-    shard = whole.values.view(torch.uint8)[slice(*own)]
-    layer.shard, layer.first_row, layer.all_scales = shard, own[0], whole.scales
-    layer.version = layer.weight._version
-    for _ in range(2):
-        (gathered,), _ = layer.fsdp_pre_all_gather(
-            Mesh(ranks, expert), torch.Size([rows, 128]), (128, 1), layer, None)
-        assert gathered.dtype == torch.uint8 and gathered.shape == (rows // ranks, 128)
-        assert torch.equal(gathered[:len(shard)], shard)
-        first = expert * rows // BLOCK
-        assert torch.equal(layer.scales, whole.scales[first:first + rows // BLOCK])
-
-
-def test_a_weight_that_changed_must_be_quantised_again() -> None:
-    layer, x = Fp8Linear(nn.Parameter(torch.randn(128, 128))), torch.randn(3, 128)
-    with pytest.raises(AssertionError, match="call quantize_weights before"):
-        layer(x)
-    quantize_weights(layer)
-    before = layer(x)
-    with torch.no_grad():
-        layer.weight *= 2
-    with pytest.raises(AssertionError, match="a weight changed: call quantize_weights"):
-        layer(x)
-    quantize_weights(layer)
-    torch.testing.assert_close(layer(x), 2 * before, rtol=1e-6, atol=1e-6)
+    x = torch.randn(3, layers[0].in_features)
+    before = layers[0](x)
+    layers[0].weight.mul_(2)
+    assert torch.equal(layers[0](x), 2 * before)
 
 
 def test_recomputing_changes_no_bit() -> None:
@@ -310,7 +265,6 @@ def test_recomputing_changes_no_bit() -> None:
     for recompute in ("none", "layer", "selective"):
         other = copy.deepcopy(net)
         shard(other, recompute, False, Ranks(torch.device("cpu"), torch.float32))
-        quantize_weights(other)
         other.loss(ids, ids.roll(1), torch.tensor([0, 15, 40])).backward()
         found.append([p.grad for p in other.parameters() if p.grad is not None])
     assert len(found[0]) > 20
@@ -322,7 +276,6 @@ def test_compiled_layers_quantise_what_they_share_once(monkeypatch: pytest.Monke
     torch.manual_seed(0)
     mlp = SwiGlu(PRESETS["tiny"])
     convert_to_fp8(mlp)
-    quantize_weights(mlp)
     x, calls = torch.randn(20, 256, requires_grad=True), []
 
     def counted(x: Tensor, height: int, width: int) -> Quantized:
@@ -336,6 +289,7 @@ def test_compiled_layers_quantise_what_they_share_once(monkeypatch: pytest.Monke
         y = run(x)
         found.append([y, *torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])])
         assert calls.count((1, BLOCK)) == calls.count((BLOCK, 1)) == (6 if run is mlp else 5)
+        assert calls.count((BLOCK, BLOCK)) == 6  # three weights, in both passes
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -358,12 +312,12 @@ def test_widths_are_refused_by_the_name_of_the_layer(change: dict, words: str) -
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_weights_that_are_not_finite_are_refused(value: float) -> None:
-    net = LlavaOneVision(PRESETS["tiny"]).init_weights()
-    convert_to_fp8(net)
-    net.model.layers[1].mlp.up_proj.weight.data[3, 7] = value
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj are not finite"):
-        quantize_weights(net)
+def test_a_weight_that_is_not_finite_makes_no_number(value: float) -> None:
+    """Its outputs are NaN, so that training refuses the step; those of other squares are not."""
+    weight = torch.randn(256, 128)
+    weight[3, 7] = value
+    y = Fp8Linear(nn.Parameter(weight))(torch.randn(5, 128))
+    assert y[:, :128].isnan().all() and y[:, 128:].isfinite().all()
 
 
 def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,6 +341,11 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
      "starts must be int32, not torch.float32"),
     (lambda: fp8_matmul(quantize_fp8(torch.zeros(4, 256))[0], SQUARES, starts=torch.zeros(4).int()),
      "256 rows are not 3 matrices"),
+    (lambda: quantize_fp8(torch.zeros(256, 128), square=True, transposed=True, matrices=3),
+     "256 rows are not 3 matrices"),
+    (lambda: fp8_matmul(ROWS, ROWS, starts=torch.zeros(2).int()), "must be scaled by squares"),
+    (lambda: fp8_matmul_of_groups(ROWS, SQUARES, torch.float32, torch.zeros(2).int()),
+     "both factors must be scaled by rows"),
 ])
 def test_shapes_that_do_not_fit_are_refused(call: Callable, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
@@ -394,6 +353,7 @@ def test_shapes_that_do_not_fit_are_refused(call: Callable, words: str) -> None:
 
 
 SQUARES = quantize_fp8(torch.zeros(256, 256), square=True)[0]
+ROWS = quantize_fp8(torch.zeros(4, 256))[0]
 
 
 def test_the_file_prints_its_errors() -> None:

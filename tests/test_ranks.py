@@ -27,7 +27,7 @@ import train as train_module
 from assets.scenes import drawn_records
 from convert import load_model, load_tokenizer, save_checkpoint
 from data import Sample, Step, lay_out
-from fp8_kernel import convert_to_fp8, quantize_weights
+from fp8_kernel import convert_to_fp8
 from model import PRESETS, LlavaOneVision, parameters_by_part
 from parallel import Ranks, RowShare, find_ranks, join_ranks, shard
 from train import (TINY, TrainConfig, backward, forward_flops, make_optimizer, refuse_step,
@@ -88,7 +88,6 @@ def train(flags: dict, data: Path, steps: int) -> dict:
     if config.fp8:
         convert_to_fp8(model)
     shard(model, config.recompute or "none", config.compile, ranks)
-    quantize_weights(model)
     optimizer = make_optimizer(model, RECIPE)
     set_balance(model, replace(RECIPE, rows=config.rows), config.expert_balance)
     place = Ranks(ranks.device, torch.float32, ranks.rank, ranks.count, context=ranks.context)
