@@ -2,13 +2,15 @@
 
 Run `python -m benchmarks.compile [attention|fp8 [90|89|80 ...]] [--common]`.
 
---common: of attention only the causal masks, 21 of 53 configurations.
+--common: of attention only the causal masks, 22 of 59 configurations for sm_90, 21 of 51 for sm_80.
 
 sm_90: Hopper, H100; sm_89: Ada; sm_80: Ampere, A100, which has no FP8: that is refused, and said.
-Per configuration: registers of a thread, spilled loads and stores, shared memory, matrix
-instructions (HGMMA and for FP8 QGMMA: Hopper's; HMMA, QMMA: the older ones), asynchronous copies
-(UTMALDG: Hopper's copy engine, LDGSTS: the older ones), stores of single bytes.  Exit code 1 if one
-spills, is too large, stores bytes or lacks its instruction.
+Per configuration: registers of a thread, spilled loads and stores, shared memory; of the loop over
+blocks the instructions that a warp passes in a full block (what a branch jumps over, as the mask
+is, not counted; of a kernel without a loop all) and the waits until all matrix products are done
+(DEPBAR); matrix instructions (HGMMA and for FP8 QGMMA: Hopper's; HMMA, QMMA: the older ones) and
+asynchronous copies (UTMALDG: Hopper's copy engine, LDGSTS: the older ones) in all; stores of single
+bytes.  Exit code 1 if one spills, is too large or too long, stores bytes or lacks its instruction.
 """
 
 import itertools
@@ -29,57 +31,55 @@ import fp8_kernel
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_KIB = {80: 99, 89: 99, 90: 227}  # what one program may use; 80: on its kin, sm_86
 INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "LDGSTS", "STG.E.U8")
+MATRIX = ("HGMMA", "QGMMA", "HMMA", "QMMA")
 COMMON = "--common"
-KERNELS = {"forward": "forward_kernel", "decode": "forward_kernel", "dq": "dq_kernel",
-           "dkdv": "dkdv_kernel", "table": "tile_table_kernel"}
-STRIDES = tuple(f"{x}_{of}" for x in "qkv" for of in ("token", "head"))
-TYPES = {"cu_seqlens": "*i64", "cu_seqlens_q": "*i64", "cu_seqlens_k": "*i64",
-         "q_positions": "*i64", "table": "*i32", "lse": "*fp32", "delta": "*fp32", "scale": "fp32",
-         "tokens_q": "i32", "tokens_k": "i32", "segments": "i32", "slots": "i32",
-         "split_keys": "i32"} | dict.fromkeys(STRIDES, "i32")
+KERNELS = {"specialized": "forward_kernel", "forward": "forward_kernel", "decode": "forward_kernel",
+           "dq": "dq_kernel", "dkdv": "dkdv_kernel"}
+TYPES = {"cu_seqlens_q": "*i64", "cu_seqlens_k": "*i64", "q_positions": "*i64", "lse": "*fp32",
+         "for_keys": "*fp32", "scale": "fp32"}
+# pointers without an entry above are of the case's type, all other arguments integers
+POINTERS = ("q", "k", "v", "grad", "out", "dq", "dk", "dv")
 # multiples of 16, if a kernel may specialise on them
-ALIGNED = ("rows", "columns", "columns_out", *STRIDES)
+ALIGNED = ("columns", "columns_out", "rows_b", "q_stride", "k_stride", "v_stride", "grad_stride")
 FP8 = {"quantize rows": ("bf16", "fp32"), "quantize square": ("bf16", "fp32"),
-       "transpose": ("fp8e4nv",), "product square": ("bf16", "fp32"), "product rows": ("fp32",),
+       "product square": ("bf16", "fp32"), "product rows": ("fp32",),
        "product square, experts": ("bf16",), "product rows, experts": ("bf16", "fp32")}
+# instructions that a block may take on Hopper: (kernel, width) of attention in 16 bits; FP8
+LIMITS = {("specialized", 64): 620, ("specialized", 128): 680, ("dq", 64): 270, ("dq", 128): 310,
+          ("dkdv", 64): 420, ("dkdv", 128): 300, "quantize rows": 2150, "product square": 150,
+          "product rows": 230}
+# Float32 of width 128, which checks use and training does not, spills so many with Triton 3.9: a
+# product of float32 keeps 128 numbers of both factors in registers.
+SPILLS = {("dkdv", "float32", 128, 90): 6}
 
 
 def configurations(capability: int) -> Iterator[tuple[str, str, str, int, int, str]]:
     """(kernel, architecture, dtype, width, heads per group, mask) of all that can be launched."""
     common = "hopper" if capability == 90 else "ampere"
-    attend = [name for name in KERNELS if name != "table"]
     masks = ("causal",) if COMMON in sys.argv else ("full", "causal", "explicit")
     for target, dtype in ((common, "bf16"), ("float32", "fp32")):
-        for kernel, (width, ratio), mask in itertools.product(
-                attend, ((64, 1), (128, 4)), masks):
-            yield kernel, target, dtype, width, ratio, mask
-    for kernel in attend:  # float16, an odd width, a ratio that is no power of 2
-        yield kernel, common, "fp16", 96, 5, "causal"
-    yield "table", common, "bf16", 128, 4, "causal"  # it has no tiles of its own: the forward's
-
-
-def tile_of(kernel: str, target: str, width: int) -> attention_kernel.Tile:
-    return attention_kernel.tile_for("forward" if kernel == "table" else kernel, target, width)
+        for kernel, (width, ratio), mask in itertools.product(KERNELS, ((64, 1), (128, 4)), masks):
+            # queries with positions of their own take the plain form
+            if kernel != "specialized" or (target == "hopper" and mask != "explicit"):
+                yield kernel, target, dtype, width, ratio, mask
+    for kernel in KERNELS:  # float16, narrow heads, a ratio that is no power of 2
+        if kernel != "specialized" or common == "hopper":
+            yield kernel, common, "fp16", 32, 5, "causal"
+    yield "dkdv", common, "bf16", 16, 2, "causal"
 
 
 def compile_one(kernel: str, target: str, dtype: str, width: int, ratio: int, mask: str,
                 capability: int) -> dict[str, int]:
     """Registers, spills, shared KiB and counts of instructions of one compiled configuration."""
     function = getattr(attention_kernel, KERNELS[kernel])
-    tile = tile_of(kernel, target, width)
-    block_e = triton.next_power_of_2(width)
-    descriptors = target == "hopper" and (kernel != "dkdv" or ratio & (ratio - 1) == 0)
-    constants = {"R": ratio, "E": width, "BLOCK_E": block_e, "BLOCK_M": tile.BLOCK_M,
-                 "BLOCK_N": tile.BLOCK_N, "CAUSAL": mask != "full", "EXPLICIT": mask == "explicit",
-                 "DESCRIPTORS": descriptors, "ROWS": ratio, "BLOCK": tile.BLOCK_M,
-                 "LAST_FIRST": True}
-    types = dict(TYPES)
-    if descriptors and kernel == "dkdv":
-        block = f"tensordesc<{dtype}[{tile.BLOCK_M // ratio},{ratio},{block_e}]>"
-        types |= {"q": block, "grad": block}
-    elif descriptors:
-        types |= dict.fromkeys("kv", f"tensordesc<{dtype}[{tile.BLOCK_N},1,{block_e}]>")
-    types = {name: types.get(name, f"*{dtype}") for name in function.arg_names}
+    tile = attention_kernel.tile_for(kernel, target, width)
+    groups, specialized, decode = 2, kernel == "specialized", kernel == "decode"
+    constants = {"H": groups if decode else ratio * groups, "G": groups, "E": width,
+                 "ROWS": ratio if decode else 1, "CAUSAL": mask != "full",
+                 "EXPLICIT": mask == "explicit", "SPECIALIZED": specialized,
+                 "HEADS": attention_kernel.HEADS if specialized else 1,
+                 "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N}
+    types = dict.fromkeys(function.arg_names, "i32") | dict.fromkeys(POINTERS, f"*{dtype}") | TYPES
     return build(function, types, constants, tile.num_warps, tile.num_stages, capability)
 
 
@@ -105,38 +105,89 @@ def build(function: triton.JITFunction, types: dict[str, str], constants: dict[s
     counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", code)) for name in INSTRUCTIONS}
     return {"registers": int(re.search(r"REG:(\d+)", usage)[1]),
             "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-            "shared": -(-built.metadata.shared // 1024), **counts}
+            "shared": -(-built.metadata.shared // 1024), **counts, **of_a_block(code)}
 
 
-def compile_fp8(name: str, dtype: str, capability: int) -> dict[str, int]:
-    """A kernel of fp8_kernel.py; dtype: of what it reads, or of a product."""
+def parse(code: str) -> tuple[list[str], dict[int, int]]:
+    """The instructions of disassembled code, and for those that branch to a label, where to."""
+    instructions, labels = [], {}
+    for line in code.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        instruction = re.search(r"/\*[0-9a-f]+\*/\s+(.*?);", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        elif instruction:
+            instructions.append(instruction[1])
+    targets = {}
+    for i, instruction in enumerate(instructions):
+        branch = re.search(r"\bBRA.*`\((\.L_x_\d+)\)", instruction)
+        if branch and branch[1] in labels:
+            targets[i] = labels[branch[1]]
+    return instructions, targets
+
+
+def shortest_way(instructions: list[str], targets: dict[int, int], begin: int,
+                 end: int) -> int | None:
+    """The fewest instructions from `begin` to the one at `end`; None if no way stays between."""
+    fewest: dict[int, int] = {end: 1}
+    for i in range(end - 1, begin - 1, -1):
+        ways = []
+        if i not in targets or instructions[i].startswith("@"):  # goes on, perhaps
+            ways.append(fewest.get(i + 1))
+        if targets.get(i, -1) > i:  # jumps ahead
+            ways.append(fewest.get(targets[i]))
+        known = [way for way in ways if way is not None]
+        if known:
+            fewest[i] = 1 + min(known)
+    return fewest.get(begin)
+
+
+def of_a_block(code: str) -> dict[str, int]:
+    """`block`, the fewest instructions on a way through the innermost loop that has matrix products,
+    and `waits` in it; without such a loop all instructions, and no waits."""
+    instructions, targets = parse(code)
+    products = [any(name in x for name in MATRIX) for x in instructions]
+    loops = [(to, at) for at, to in targets.items() if to <= at and any(products[to:at + 1])]
+    for begin, end in sorted(loops, key=lambda loop: loop[1] - loop[0]):
+        block = shortest_way(instructions, targets, begin, end)
+        if block is not None:  # None: rarely run code behind the loop, which jumps back into it
+            waits = sum("DEPBAR" in x and "gsb0, 0x0" in x for x in instructions[begin:end + 1])
+            return {"block": block, "waits": waits}
+    return {"block": len(instructions), "waits": 0}
+
+
+def compile_fp8(name: str, dtype: str, capability: int) -> tuple[str, dict[str, int]]:
+    """Block and warps, and counts, of a kernel of fp8_kernel.py; dtype: of what it reads, or of a
+    product."""
     kernel, _, variant = name.partition(" ")
     function = getattr(fp8_kernel, f"{kernel}_kernel")
-    descriptors = capability >= 90
-    columns = fp8_kernel.TILE_COLUMNS[descriptors]
-    a, b = (f"tensordesc<fp8e4nv[{rows},{fp8_kernel.BLOCK}]>" if descriptors else "*fp8e4nv"
-            for rows in (fp8_kernel.BLOCK, columns))
+    specialized = capability == 90 and kernel == "product"
+    columns = 64 if kernel == "product" and capability < 90 else fp8_kernel.BLOCK
     constants = {
-        "BLOCK": fp8_kernel.BLOCK, "BAND": fp8_kernel.PRODUCT["BAND"], "GROUPS_ROOM": 128,
-        "DESCRIPTORS": descriptors, "BLOCK_N": columns, "SQUARE": "square" in variant,
-        "TRANSPOSED": variant == "rows", "ROW_GROUPS": variant == "square, experts",
-        "SUM_GROUPS": variant == "rows, experts"}
+        "BLOCK": fp8_kernel.BLOCK, "BAND": 8, "BLOCK_N": columns, "SQUARE": "square" in variant,
+        "TRANSPOSED": True, "ROW_GROUPS": variant == "square, experts",
+        "SUM_GROUPS": variant == "rows, experts", "SPECIALIZED": specialized}
     types = {name: "i32" for name in function.arg_names} | {
         name: "*fp32" for name in ("scales", "t_scales", "scales_a", "scales_b")} | {
-        name: "*fp8e4nv" for name in ("values", "t_values")} | {
-        "starts": "*i32", "x": f"*{dtype}", "out": f"*{dtype}", "a": a, "b": b}
-    return build(function, types, constants, 8, fp8_kernel.PRODUCT["num_stages"], capability)
+        name: "*fp8e4nv" for name in ("values", "t_values", "a", "b")} | {
+        "starts": "*i32", "x": f"*{dtype}", "out": f"*{dtype}"}
+    warps = 4 if specialized else 8
+    row = build(function, types, constants, warps, 3, capability)
+    return f"{f'128x{columns}':>8} {warps:2}  3", row
 
 
-def faults(row: dict[str, int], capability: int, matrix: str | None) -> str:
+def faults(row: dict[str, int], capability: int, matrix: str | None, limit: int | None,
+           spills: int = 0) -> str:
     """What is wrong with a compiled configuration that should use a matrix instruction, if any."""
-    found = ["spills"] if row["spills"] else []
+    found = ["spills"] if row["spills"] > spills else []
     if row["shared"] > SHARED_KIB[capability]:
         found.append("does not fit shared memory")
     if row["STG.E.U8"]:
         found.append("stores single bytes")
     if matrix and not row[matrix]:
         found.append(f"no {matrix}")
+    if limit and row["block"] > limit:
+        found.append(f"more than {limit} instructions")
     return ", ".join(found)
 
 
@@ -144,25 +195,26 @@ def attention_rows(capability: int) -> Iterator[tuple[str, dict[str, int], str]]
     """(description, counts, faults) of each configuration."""
     for kernel, target, dtype, width, ratio, mask in configurations(capability):
         row = compile_one(kernel, target, dtype, width, ratio, mask, capability)
-        tile = tile_of(kernel, target, width)
+        tile = attention_kernel.tile_for(kernel, target, width)
         matrix = {"float32": None, "ampere": "HMMA", "hopper": "HGMMA"}[target]
         if kernel == "decode" and target == "hopper":
             matrix = "HMMA"  # 16 rows: HGMMA takes 64
-        yield (f"{kernel:8} {capability:3} {dtype:5} {width:3} {ratio:2} {mask:9}"
+        limit = LIMITS.get((kernel, width)) if target == "hopper" and mask != "explicit" else None
+        yield (f"{kernel:11} {capability:3} {dtype:5} {width:3} {ratio:2} {mask:9}"
                f"{f'{tile.BLOCK_M}x{tile.BLOCK_N}':>8} {tile.num_warps:2} {tile.num_stages:2}",
-               row, faults(row, capability, None if kernel == "table" else matrix))
+               row, faults(row, capability, matrix, limit,
+                           SPILLS.get((kernel, target, width, capability), 0)))
 
 
 def fp8_rows(capability: int) -> Iterator[tuple[str, dict[str, int], str]]:
     """The same of the FP8 kernels."""
     matrix = "QGMMA" if capability >= 90 else "QMMA"
     for name, dtypes in FP8.items():
+        limit = LIMITS.get(name.partition(",")[0]) if capability >= 90 else None
         for dtype in dtypes:
-            row = compile_fp8(name, dtype, capability)
-            columns = (fp8_kernel.TILE_COLUMNS[capability >= 90] if name.startswith("product")
-                       else fp8_kernel.BLOCK)
-            yield (f"{name:23} {capability:3} {dtype:8}{f'128x{columns}':>8}  8  3", row,
-                   faults(row, capability, matrix if name.startswith("product") else None))
+            launch, row = compile_fp8(name, dtype, capability)
+            yield (f"{name:26} {capability:3} {dtype:8}{launch}", row, faults(
+                row, capability, matrix if name.startswith("product") else None, limit))
 
 
 def refusal(capability: int) -> Iterator[tuple[str, dict[str, int], str]]:
@@ -172,7 +224,7 @@ def refusal(capability: int) -> Iterator[tuple[str, dict[str, int], str]]:
     except CompilationError as error:
         print(f"FP8 on sm_{capability}: {str(error).splitlines()[-1]}")
         return
-    counts = dict.fromkeys(("registers", "spills", "shared", *INSTRUCTIONS), 0)
+    counts = dict.fromkeys(("registers", "spills", "shared", "block", "waits", *INSTRUCTIONS), 0)
     yield f"FP8 on sm_{capability}", counts, "is not refused"
 
 
@@ -182,12 +234,14 @@ def main() -> None:
     tables = {"attention": {90: attention_rows, 80: attention_rows},
               "fp8": {90: fp8_rows, 89: fp8_rows, 80: refusal}}[kind]
     print(f"Triton {triton.__version__}")
-    print(f"{'kernel, sm, dtype':21}{'E, R, mask':12}{'block':>6}{'warps, stages':>14}"
-          f"{'regs':>6} {'spills':>6} {'KiB':>4}" + "".join(f"{name:>9}" for name in INSTRUCTIONS))
+    print(f"{'kernel, sm, dtype':24}{'E, R, mask':12}{'block':>6}{'warps, stages':>14}"
+          f"{'regs':>6} {'spills':>6} {'KiB':>4} {'block':>6} {'waits':>5}"
+          + "".join(f"{name:>9}" for name in INSTRUCTIONS))
     for capability in [int(x) for x in capabilities] or tables:
         for text, row, fault in tables[capability](capability):
             wrong += bool(fault)
-            print(f"{text:53}" + f"{row['registers']:6} {row['spills']:6} {row['shared']:4}"
+            print(f"{text:56}" + f"{row['registers']:6} {row['spills']:6} {row['shared']:4} "
+                  f"{row['block']:6} {row['waits']:5}"
                   + "".join(f"{row[name]:9}" for name in INSTRUCTIONS) + f"  {fault}", flush=True)
     sys.exit(wrong > 0)
 

@@ -3,9 +3,11 @@
 Run `python -m benchmarks.launch_walk [--break]`.
 
 Triton compiles, handles arguments and launches here as for an H100, on tensors of the CPU; only the
-CUDA driver is another one, `stub_driver.c`.  It runs nothing, but refuses the tensor maps and
-launches that NVIDIA's would refuse.  Prints what was launched; exit code 1, and the name of the
-case, at the first refusal.  --break spoils the strides of descriptors: that must be noticed.
+CUDA driver is another one, `stub_driver.c`.  It runs nothing, but refuses the launches that
+NVIDIA's would refuse.  What the kernels make descriptors of is checked against the rules of
+Hopper's copy engine.  Prints what was launched; exit code 1, and the name of the case, at the first
+refusal.  --break takes inputs as they are, also those of which no descriptor can be made: that must
+be noticed.
 
 What it cannot tell: whether the kernels read and write the right numbers, and how fast.  Needs a C
 compiler and Python's headers, as Triton itself does.
@@ -31,7 +33,6 @@ import torch
 import triton
 from torch import Tensor, nn
 from triton.backends.nvidia import compiler, driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 import attention_kernel
 import fp8_kernel
@@ -78,18 +79,40 @@ def act_as_gpu() -> None:
     # machine code is for who runs a kernel; `benchmarks/compile.py` looks at it
     compiler.CUDABackend.make_cubin = lambda *_: b"machine code"
     replace("uses_kernels", lambda x: True)
-    replace("has_copy_engine", lambda x: True)
+    replace("compute_capability", lambda device: (9, 0))
     Tensor.new_empty = Tensor.new_zeros  # no kernel fills it: let it be finite, as weights must be
     torch.ops.aten._assert_async.msg = lambda *_: None  # of a verdict that no kernel gave
 
 
-def spoil_strides() -> None:
-    """Make every descriptor of attention one that the copy engine cannot follow."""
-    def spoiled(*arguments: object) -> TensorDescriptor:
-        descriptor = TensorDescriptor(*arguments)  # it checks for itself, but once only
-        descriptor.strides = [descriptor.strides[0] + 1, *descriptor.strides[1:]]
-        return descriptor
-    attention_kernel.TensorDescriptor = spoiled
+DESCRIBED = ("q", "k", "v", "grad", "out", "for_keys", "a", "b")  # arguments of kernels
+checked: Counter[int] = Counter()  # descriptors that the copy engine can follow, by thread
+
+
+def check_descriptors(kernel: str, arguments: dict[str, object]) -> None:
+    """Raise AssertionError for an address or a stride that the copy engine cannot follow: both are
+    multiples of 16 bytes, and heads lie side by side."""
+    for name in DESCRIBED:
+        x = arguments.get(name)
+        if not isinstance(x, Tensor) or kernel == "forward_kernel" and name == "out":
+            continue  # what a kernel stores needs no descriptor
+        stride = arguments.get(f"{name}_stride", x.stride(-2))
+        size = x.element_size()
+        assert x.data_ptr() % 16 == 0, f"{kernel}: the address of {name} is {x.data_ptr()}"
+        assert stride * size % 16 == 0, f"{kernel}: {name} has a stride of {stride * size} bytes"
+        if f"{name}_stride" in arguments:
+            nested = x.stride(1) == x.shape[2] and x.stride(0) == stride
+            assert nested, f"{kernel}: {name} has the strides {x.stride()}"
+        checked[threading.get_ident()] += 1
+
+
+def check_launches() -> None:
+    """Look at the arguments of every launch."""
+    run = triton.JITFunction.run
+
+    def checked_run(self: triton.JITFunction, *arguments: object, **options: object) -> object:
+        check_descriptors(self.fn.__name__, dict(zip(self.arg_names, arguments)))
+        return run(self, *arguments, **options)
+    triton.JITFunction.run = checked_run
 
 
 # ----------------------------------------------------------------- does the stub refuse anything?
@@ -101,19 +124,6 @@ class LaunchConfig(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_uint) for name in (
         "grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
         ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]
-
-
-def encode(stub: ctypes.CDLL, rank: int = 3, misaligned: int = 0,
-           sizes: tuple[int, ...] = (64, 2, 100), strides: tuple[int, ...] = (128, 256),
-           box: tuple[int, ...] = (64, 1, 128), step: int = 1) -> int:
-    """Ask for a tensor map of bfloat16 with a swizzle of 128 bytes; 0 if it is granted.  Sizes,
-    strides in bytes (but for the innermost, of 1) and box begin at the innermost dimension."""
-    room = ctypes.create_string_buffer(256)
-    aligned = -(-ctypes.addressof(room) // 128) * 128
-    numbers = (ctypes.c_uint64 * 3)(*sizes), (ctypes.c_uint64 * 2)(*strides)
-    return stub.cuTensorMapEncodeTiled(
-        ctypes.c_void_p(aligned), 9, rank, ctypes.c_void_p(4096 + misaligned), *numbers,
-        (ctypes.c_uint32 * 3)(*box), (ctypes.c_uint32 * 3)(1, 1, step), 0, 3, 0, 0)
 
 
 def launch(stub: ctypes.CDLL, grid: tuple[int, int, int] = (2**31 - 1, 65535, 65535),
@@ -130,19 +140,12 @@ def idle_kernel():
 
 def check_stub(stub: ctypes.CDLL) -> None:
     """Raise AssertionError unless it keeps each of its rules, and what it refuses raises."""
-    wrong = [
-        (encode, {"rank": 0}), (encode, {"rank": 6}), (encode, {"misaligned": 8}),
-        (encode, {"sizes": (64, 0, 100)}), (encode, {"sizes": (64, 2, 2**32 + 1)}),
-        (encode, {"strides": (120, 256)}), (encode, {"strides": (128, 2**40)}),
-        (encode, {"box": (64, 1, 257)}), (encode, {"box": (64, 0, 128)}),
-        (encode, {"box": (12, 1, 128)}), (encode, {"box": (128, 1, 128)}), (encode, {"step": 9}),
-        (launch, {"grid": (0, 1, 1)}), (launch, {"grid": (2**31, 1, 1)}),
-        (launch, {"grid": (1, 65536, 1)}), (launch, {"grid": (1, 1, 65536)}),
-        (launch, {"threads": 1056}), (launch, {"shared": 232449})]
-    assert encode(stub) == launch(stub) == 0
-    for ask, arguments in wrong:
-        assert ask(stub, **arguments) != 0, f"the stub grants {ask.__name__}({arguments})"
-    assert (stub.stub_tensor_maps(), stub.stub_launches()) == (1, 1)
+    wrong = [{"grid": (0, 1, 1)}, {"grid": (2**31, 1, 1)}, {"grid": (1, 65536, 1)},
+             {"grid": (1, 1, 65536)}, {"threads": 1056}, {"shared": 232449}]
+    assert launch(stub) == 0
+    for arguments in wrong:
+        assert launch(stub, **arguments) != 0, f"the stub grants {arguments}"
+    assert stub.stub_launches() == 1
     try:
         idle_kernel[(1, 65536)]()
     except RuntimeError as error:
@@ -170,11 +173,11 @@ class Heads(NamedTuple):
 
 
 Tensors = tuple[Tensor, Tensor, Tensor]  # q (T, H, E), k and v (T, G, E)
-# widths, ratios, types and masks; with descriptors in all kernels, in all but one, in none
+# widths, ratios, types and masks; the first form of the forward pass or the other
 SHAPES = [
     Heads(64, 2, 2, BF16, "full"), Heads(128, 8, 2, BF16, "causal", torch.int64),
     Heads(16, 2, 1, BF16, "causal"), Heads(32, 2, 2, FP16, "positions", torch.int64),
-    Heads(80, 3, 1, BF16, "causal"), Heads(96, 14, 2, FP16, "positions"),
+    Heads(32, 3, 1, BF16, "causal"), Heads(128, 14, 2, FP16, "positions"),
     Heads(64, 64, 1, BF16, "full", torch.int64), Heads(32, 2, 2, FP32, "causal")]
 LAYOUTS: dict[str, tuple[list[int], list[int]]] = {  # lengths of the segments: queries, keys
     "packed": ([1, 130, 0, 77], [1, 130, 0, 77]), "empty ends": ([0, 50, 0], [0, 50, 0]),
@@ -217,7 +220,7 @@ def expanded(heads: Heads, tokens: int) -> Tensors:
 
 
 def odd_step(tokens: int, n: int, heads: Heads) -> Tensor:
-    """A stride that no copy engine could follow; where there is one head, nobody has to."""
+    """A stride from head to head, where there is but one head."""
     whole = zeros(tokens, n, heads)
     return whole.as_strided(whole.shape, (heads.width, 3, 1)) if n == 1 else whole
 
@@ -278,7 +281,7 @@ def decoding(heads: Heads) -> Cases:
 
 def quantising() -> Cases:
     for dtype, square, transposed in ((BF16, False, True), (BF16, False, False),
-                                      (FP32, True, False)):
+                                      (BF16, True, True), (FP32, True, False)):
         for rows in (0, 1, 128, 129, 5000):
             for columns in (128, 384):
                 x = torch.zeros(rows, columns, dtype=dtype)
@@ -300,11 +303,9 @@ def products() -> Cases:
 
 
 def layer(inputs: int, outputs: int, counts: list[int] | None, rows: int, learn: bool) -> None:
-    """Quantise a layer, of experts if counts says how many rows each of them has; then forward and
-    backward."""
+    """Forward and backward of a layer, of experts if counts says how many rows each of them has."""
     weight = nn.Parameter(torch.zeros((1 if counts is None else len(counts)) * outputs, inputs))
     fast = fp8_kernel.Fp8Linear(weight.requires_grad_(learn))
-    fp8_kernel.quantize_weights(fast)
     x = torch.zeros(rows, inputs, dtype=BF16, requires_grad=True)
     y = fast(x, *(() if counts is None else (torch.tensor(counts),)))
     torch.autograd.grad(y, [x, weight] if learn else x, torch.zeros_like(y))
@@ -331,10 +332,10 @@ GROUPS: dict[str, Callable[[], Cases]] = {
 
 
 def walk_group(stub: ctypes.CDLL, asked: Counter[int], title: str) -> tuple[int, int]:
-    """Launch the cases of a group; how many launches and tensor maps were granted.  Raises
+    """Launch the cases of a group; how many launches were granted, and tensors described.  Raises
     RuntimeError naming the case if one is refused.  The stub counts for each thread."""
     thread, number = threading.get_ident(), 0
-    before, maps_before = stub.stub_launches(), stub.stub_tensor_maps()
+    before, described_before = stub.stub_launches(), checked[thread]
     for name, call in GROUPS[title]():
         number += 1
         try:
@@ -344,9 +345,9 @@ def walk_group(stub: ctypes.CDLL, asked: Counter[int], title: str) -> tuple[int,
         except Exception as error:
             raise RuntimeError(f"{title}: {name}: {error}") from error
     asked[thread] = 0
-    launches, maps = stub.stub_launches() - before, stub.stub_tensor_maps() - maps_before
-    print(f"{title:63}{number:3} cases {launches:3} launches {maps:3} tensor maps", flush=True)
-    return launches, maps
+    launches, described = stub.stub_launches() - before, checked[thread] - described_before
+    print(f"{title:63}{number:3} cases {launches:3} launches {described:3} described", flush=True)
+    return launches, described
 
 
 def walk(stub: ctypes.CDLL) -> None:
@@ -360,8 +361,8 @@ def walk(stub: ctypes.CDLL) -> None:
             pool.shutdown(cancel_futures=True)
             traceback.print_exc()
             sys.exit(str(error))
-    launches, maps = map(sum, zip(*granted))
-    print(f"{launches} launches, {maps} tensor maps, all legal")
+    launches, described = map(sum, zip(*granted))
+    print(f"{launches} launches, {described} tensors described, all legal")
 
 
 def main() -> None:
@@ -371,7 +372,8 @@ def main() -> None:
     act_as_gpu()
     check_stub(stub)
     if "--break" in sys.argv:
-        spoil_strides()
+        replace("describable", lambda x: x)
+    check_launches()
     walk(stub)
 
 

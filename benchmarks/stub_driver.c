@@ -1,7 +1,6 @@
 // A CUDA driver without a GPU, for launch_walk.py: the functions Triton's NVIDIA backend calls.
 //
-// Nothing runs.  But what a launch can get wrong is checked against the limits NVIDIA documents for
-// an H100: tensor maps, by which the copy engine finds tiles, and the launches themselves.  What a
+// Nothing runs.  But launches are checked against the limits NVIDIA documents for an H100.  What a
 // driver would refuse is refused, and the text of the error, which Triton raises, says why.
 
 #include "cuda.h"
@@ -16,39 +15,8 @@
 
 enum { SHARED = 232448 };  // bytes of shared memory a program may use, if it asks for them
 static _Thread_local char reason[400];  // of the thread's last refusal
-static _Thread_local int tensor_maps, launches;  // granted to the thread so far
-int stub_tensor_maps(void) { return tensor_maps; }
+static _Thread_local int launches;  // granted to the thread so far
 int stub_launches(void) { return launches; }
-
-CUresult cuTensorMapEncodeTiled(
-    CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
-    const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
-    const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-    CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-    static const unsigned bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // a number, by type
-    static const unsigned spans[] = {1024, 32, 64, 128};  // the longest row, by swizzle
-    REFUSE_IF((size_t)map % 64, "a tensor map at %p: not a multiple of 64", (void *)map)
-    REFUSE_IF((unsigned)type > 12 || (unsigned)swizzle > 3 || interleave,
-              "a tensor map of type %d, swizzle %d, interleave %d", type, swizzle, interleave)
-    REFUSE_IF(rank < 1 || rank > 5, "a tensor map of rank %u: not 1 to 5", rank)
-    REFUSE_IF(!address || (size_t)address % 16, "address %p: not a multiple of 16", address)
-    for (unsigned i = 0; i < rank; i++) {  // 0 is the innermost dimension
-        REFUSE_IF(sizes[i] < 1 || sizes[i] > 1ULL << 32, "dimension %u of size %llu: not 1 to 2^32",
-                  i, (unsigned long long)sizes[i])
-        REFUSE_IF(box[i] < 1 || box[i] > 256, "dimension %u, box %u: not 1 to 256", i, box[i])
-        REFUSE_IF(steps[i] < 1 || steps[i] > 8, "dimension %u, step %u: not 1 to 8", i, steps[i])
-    }
-    for (unsigned i = 1; i < rank; i++)  // that strides rise, as in NVIDIA's examples, is not asked
-        REFUSE_IF(strides[i - 1] % 16 || strides[i - 1] >= 1ULL << 40,
-                  "dimension %u, stride of %llu bytes: not a multiple of 16 below 2^40", i,
-                  (unsigned long long)strides[i - 1])
-    unsigned row = box[0] * bytes[type];
-    REFUSE_IF(row % 16 || row > spans[swizzle], "a box with rows of %u bytes: not a multiple of 16 "
-              "up to %u", row, spans[swizzle])
-    memset(map, 0, sizeof *map);
-    tensor_maps++;
-    return CUDA_SUCCESS;
-}
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **arguments,
                           void **extra) {

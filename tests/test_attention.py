@@ -273,10 +273,10 @@ def test_gradients_are_the_same_on_every_run(
 def test_slots_hold_every_tile_once(seed: int, kernels: None) -> None:
     """As dK of one query that sees all keys shows, and a query of each segment, dV."""
     rng = random.Random(seed)
-    segments = 300 if seed == 0 else rng.randint(1, 9)  # 128 at a time are looked at
+    segments = 130 if seed == 0 else rng.randint(1, 9)  # 128 at a time are looked at
     lengths = [rng.choice([0, 1, 64, 65, rng.randint(0, 300)]) for _ in range(segments)]
     if seed == 0:
-        lengths = [rng.choice([0, 1, 3]) for _ in lengths]
+        lengths = [min(n, 2) for n in lengths]
     cu_k = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
     cu_q = torch.arange(segments + 1, device=DEVICE)
     q = torch.zeros(segments, 1, 16, device=DEVICE)
@@ -285,7 +285,8 @@ def test_slots_hold_every_tile_once(seed: int, kernels: None) -> None:
     out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 1, max(lengths))
     weight, = torch.autograd.grad(out.sum(), v)
     expected = torch.cat([torch.full((n,), 1 / max(n, 1)) for n in lengths]).to(DEVICE)
-    assert torch.equal(weight[:, 0, 0], expected)
+    # exp2(-log2(n)) of a float32 logarithm of at most 9
+    torch.testing.assert_close(weight[:, 0, 0], expected, atol=0, rtol=10 * 2**-23)
 
 
 def test_decoding_splits_the_keys(kernels: None) -> None:
