@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attention_kernel
-from attention_kernel import flash_attn_varlen_func, masked_sdpa, random_row, segment_ids
+from attention_kernel import flash_attn_varlen_func, segment_ids
 from benchmarks.clock import attempt, describe_machine, median_ms, print_reasons, print_table
 
 MEAN = 753  # tokens of a training sample of the instruction data, packed into rows of 8k or 32k
@@ -46,7 +46,31 @@ def packed_lengths(tokens: int, seed: int = 0) -> list[int]:
     return lengths
 
 
+def random_row(lengths: list[int], heads: int, key_heads: int, width: int, dtype: torch.dtype,
+               device: str, causal: bool) -> tuple[list[Tensor], dict]:
+    """q, k, v of a packed row, and the other arguments of `flash_attn_varlen_func`."""
+    qkv = [torch.randn(sum(lengths), count, width, device=device).to(dtype).requires_grad_()
+           for count in (heads, key_heads, key_heads)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return qkv, {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens,
+                 "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths), "causal": causal}
+
+
 # ----------------------------------------------------------------------------------- the other ways
+
+
+def masked_sdpa(lengths: list[int], rest: dict) -> Attend:
+    """The obvious way to pack: one dense product with a (T, T) mask, several times slower."""
+    segment = segment_ids(rest["cu_seqlens_q"])
+    mask = segment[:, None] == segment[None, :]
+    if rest["causal"]:
+        mask = mask.tril()
+
+    def attend(*qkv: Tensor) -> Tensor:
+        dense = (x.transpose(0, 1)[None] for x in qkv)
+        out = F.scaled_dot_product_attention(*dense, attn_mask=mask, enable_gqa=True)
+        return out[0].transpose(0, 1)
+    return attend
 
 
 def dense_sdpa(lengths: list[int], rest: dict, backend: SDPBackend) -> Attend:

@@ -143,8 +143,8 @@ def shortest_way(instructions: list[str], targets: dict[int, int], begin: int,
 
 
 def of_a_block(code: str) -> dict[str, int]:
-    """`block`, the fewest instructions on a way through the innermost loop that has matrix products,
-    and `waits` in it; without such a loop all instructions, and no waits."""
+    """`block`, the fewest instructions on a way through the innermost loop with matrix products, and
+    `waits` in it; without such a loop all instructions, and no waits."""
     instructions, targets = parse(code)
     products = [any(name in x for name in MATRIX) for x in instructions]
     loops = [(to, at) for at, to in targets.items() if to <= at and any(products[to:at + 1])]

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(bool(LACKING), reason="; ".join(LACKING))
 def test_all_launches_are_legal(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     *groups, total = done.stdout.splitlines()
-    launches, described = map(int, re.fullmatch(r"(\d+) launches, (\d+) tensors described, all legal",
-                                           total).groups())
+    launches, described = map(int, re.fullmatch(
+        r"(\d+) launches, (\d+) tensors described, all legal", total).groups())
     assert len(groups) >= 13 and launches > 500 and described > 1000, done.stdout
 
 
