@@ -279,9 +279,10 @@ def forward_kernel(
     end_key = tl.max(last_key) + 1
     end_key = tl.where(is_last, end_key, tl.minimum(end_key, begin_key + split_keys))
     full_end = tl.min(last_key) + 1
-    # Several heads share the descriptors, which take about a microsecond to make.  The warps that
-    # load run on into the next head.  A slot too many has no heads: a loop, for the compiler that
-    # gives warps their parts takes neither `return` nor `if`.
+    # SPECIALIZED: some warps load, the others compute.  A program then takes several heads, one
+    # after the other: they share the descriptors, which take about a microsecond to make, and the
+    # loading warps run ahead into the next head.  A slot too many has no heads: the compiler that
+    # gives warps their parts takes no early `return`.
     first_head = tl.program_id(1) * HEADS
     end_head = tl.where(begin_q < length_q, first_head + HEADS, first_head)
     for head in tl.range(first_head, end_head, warp_specialize=SPECIALIZED):
@@ -293,7 +294,7 @@ def forward_kernel(
         for begin in range(begin_key, end_key, BLOCK_N):
             k_tile = keys.load([begin, column])
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-            if SPECIALIZED:
+            if SPECIALIZED:  # always: an `if` at run time is what its compiler does not take
                 s = hide(s, begin, last_key, float("-inf"), BLOCK_N)
             elif begin + BLOCK_N > full_end:
                 s = hide(s, begin, last_key, float("-inf"), BLOCK_N)
@@ -566,8 +567,8 @@ def triton_forward(
     lse = q.new_empty(splits, heads, len(q), dtype=torch.float32)
     forward_kernel[slots, heads // together, splits](
         q, k, v, q.stride(0), k.stride(0), v.stride(0), out, lse, cu_seqlens_q, cu_seqlens_k,
-        q_positions, len(cu_seqlens_q) - 1, len(q), split_keys, scale * LOG2E.value, H=heads, G=key_heads,
-        E=width, ROWS=rows if kernel == "decode" else 1, CAUSAL=causal,
+        q_positions, len(cu_seqlens_q) - 1, len(q), split_keys, scale * LOG2E.value,
+        H=heads, G=key_heads, E=width, ROWS=rows if kernel == "decode" else 1, CAUSAL=causal,
         EXPLICIT=q_positions is not None, HEADS=together, SPECIALIZED=kernel == "specialized",
         **tile._asdict())
     out, lse = merge_splits(out, lse)
@@ -626,8 +627,8 @@ def dense_calls(
 ) -> Iterator[tuple[slice, slice, int, dict[str, object]]]:
     """Cut a packed row into calls of dense attention: queries, keys, number of segments, mask.
 
-    Neighbouring segments of equal lengths (pictures of one size) are one call.  With positions, each
-    stretch of successive positions is one: 4 5 6 0 1 are 4 5 6 with 7 keys, then 0 1 with 2 keys.
+    Neighbouring segments of equal lengths (pictures of one size) are one call.  With positions,
+    each stretch of successive ones is: 4 5 6 0 1 are 4 5 6 with 7 keys, then 0 1 with 2 keys.
     """
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     calls = []  # with the position of the first query among the keys
@@ -881,7 +882,8 @@ def main() -> None:
         qkv = [torch.randn(512, heads, 64, device=device).to(dtype) for heads in (8, 2, 2)]
         weight = torch.randn_like(qkv[0])
         exact = None  # the same numbers in float64 are the measure
-        for attend, kind in ((masked_sdpa, torch.float64), (this_file, dtype), (masked_sdpa, dtype)):
+        ways = (masked_sdpa, torch.float64), (this_file, dtype), (masked_sdpa, dtype)
+        for attend, kind in ways:
             inputs = [x.to(kind).requires_grad_() for x in qkv]
             out = attend(*inputs)
             results = [out, *torch.autograd.grad((out * weight).sum(), inputs)]

@@ -143,7 +143,7 @@ def shortest_way(instructions: list[str], targets: dict[int, int], begin: int,
 
 
 def of_a_block(code: str) -> dict[str, int]:
-    """`block`, the fewest instructions on a way through the innermost loop with matrix products, and
+    """`block`, the fewest instructions on a way through the innermost loop with products, and
     `waits` in it; without such a loop all instructions, and no waits."""
     instructions, targets = parse(code)
     products = [any(name in x for name in MATRIX) for x in instructions]
