@@ -2,7 +2,7 @@
 
 Run `python -m benchmarks.compile [attention|fp8 [90|89|80 ...]] [--common]`.
 
---common: of attention only the causal masks, 22 of 59 configurations for sm_90, 21 of 51 for sm_80.
+--common: of attention only the causal masks, 24 of 58 configurations for sm_90, 21 of 53 for sm_80.
 
 sm_90: Hopper, H100; sm_89: Ada; sm_80: Ampere, A100, which has no FP8: that is refused, and said.
 Per configuration: registers of a thread, spilled loads and stores, shared memory; of the loop over
