@@ -463,8 +463,9 @@ class Tile(NamedTuple):
 
 
 # (kernel, architecture) -> the numbers of a Tile for widths up to 64, and for width 128.  No kernel
-# spills registers in Triton 3.6 and 3.9 (`benchmarks/compile.py` prints all); only a GPU can say
-# which tiles are fastest.  Decoding has 16 queries, too few for Hopper's matrix instructions.
+# spills registers in Triton 3.6 and 3.9, but for float32 dK/dV of width 128 (`benchmarks/compile.py`
+# prints all); only a GPU can say which tiles are fastest.  Decoding has 16 queries, too few for
+# Hopper's matrix instructions.
 TILES = {
     ("specialized", "hopper"): ((128, 128, 4, 2), (128, 128, 4, 2)),
     ("forward", "hopper"): ((128, 64, 4, 3), (128, 128, 8, 2)),
@@ -481,7 +482,7 @@ TILES = {
     ("dkdv", "float32"): ((16, 16, 8, 2), (16, 16, 8, 1)),
 }
 SPECIALIZE = True      # on Hopper give warps their parts, loading or computing; False: plain forms
-HEADS = 4              # of a program whose warps have parts
+HEADS = 4              # of a specialized program, where there are enough programs
 PROGRAMS_WANTED = 256  # about two for each of a large GPU's multiprocessors
 SPLIT_KEYS = 256       # keys in a split, at least: shorter ones cost more to merge than they save
 
@@ -562,7 +563,9 @@ def triton_forward(
         splits = min(triton.cdiv(max_seqlen_k, SPLIT_KEYS), PROGRAMS_WANTED // (slots * heads))
         splits = max(splits, 1)
     split_keys = triton.cdiv(triton.cdiv(max_seqlen_k, splits), tile.BLOCK_N) * tile.BLOCK_N
-    together = math.gcd(heads, HEADS) if kernel == "specialized" else 1
+    together = 1
+    if kernel == "specialized" and slots * heads >= HEADS * PROGRAMS_WANTED:
+        together = math.gcd(heads, HEADS)
     out = q.new_empty(splits, *q.shape, dtype=q.dtype if splits == 1 else torch.float32)
     lse = q.new_empty(splits, heads, len(q), dtype=torch.float32)
     forward_kernel[slots, heads // together, splits](
