@@ -57,7 +57,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language import constexpr
 
 # ------------------------------------------------------------------ step 1: the dense definition
 
@@ -152,11 +151,11 @@ def attention_tiled_backward(
 # A program owns one tile: BLOCK_M queries, or BLOCK_N keys, of one segment and one head.  It finds
 # the tile by its number and walks over blocks of the other side.
 #
-# What a descriptor is.  `vectors` describes the vectors of a segment to the GPU: an address, a
-# height, a width, a stride.  Hopper's copy engine then fetches a whole tile by one instruction, and
-# no register holds an address (older GPUs: Triton turns the same lines into ordinary loads).  It
-# reads zeros behind the end of the segment.  So the tiles need no masks, and a NaN of the next
-# segment cannot get in: its weights would be zero, but zero times NaN is NaN.
+# A descriptor gives the GPU the address, shape and strides of one segment (`describe`).  Hopper's
+# TMA (Tensor Memory Accelerator) then loads a tile by one instruction; for older GPUs Triton makes
+# ordinary loads of the same line.  Loads past the end of the segment give zeros.  So tiles need no
+# masks, and a NaN of the next segment cannot leak in, as it would with a weight of 0: 0 times NaN
+# is NaN.
 #
 # A causal mask makes three sorts of blocks.  Here the tile of queries 8 to 11 walks over blocks of
 # 4 keys; # is a visible key, . a masked one:
@@ -166,17 +165,19 @@ def attention_tiled_backward(
 #     query 10    ####   ####   ###.
 #     query 11    ####   ####   ####
 #                 full   full   masked   not visited
-# Blocks that end at or before full_end = 8 are full, and nothing is spent on a mask there; the loop
-# stops at end_key = 12.  `dkdv_kernel` reads the picture by columns: keys 8 to 11 meet their masked
-# block of queries first, then full ones from full_begin on.
-# It computes S transposed, S^T = K Q^T: dV = P^T dO and dK = dS^T Q then find their left factors in
-# the registers as they are.  From S they would have to be transposed in shared memory.
+# Every query sees the keys before full_end = 9, so blocks that end there or earlier need no mask.
+# The loop stops at end_key = 12.  `dkdv_kernel` reads the picture by columns: keys 8 to 11 meet
+# their masked block of queries first, then full ones from full_begin on.
+# `dkdv_kernel` computes S^T = K Q^T: P^T and dS^T are then left factors of dV = P^T dO and
+# dK = dS^T Q and stay in registers.  P and dS would have to be transposed through shared memory.
 #
-# start_q, start_k: where a segment starts in the packed row; its tokens and keys count from there.
-# Scores and LSE are in units of log 2, since a GPU has an instruction for exp2: hence LOG2E.
-# Triton compiles a kernel again for some values of an argument; these change with every row.
+# query, key, begin_*, end_* count within a segment; start_q + query is the place in the packed row.
+# In the kernels scores and LSE are in units of log 2, since a GPU has an instruction for exp2.
+# Triton compiles a kernel anew if an integer becomes 1 or a multiple of 16; do_not_specialize names
+# those that change with every row.  Without input_precision="ieee", products of float32 would be
+# cut to the 10 bits of TF32.
 
-LOG2E = constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -188,103 +189,103 @@ def segment_bounds(cu_seqlens, segment):
 
 
 @triton.jit
-def find_tile(cu_seqlens, segments, slot, BLOCK: constexpr):
-    """The tile of a slot: its segment, start and length of this, and its first token therein.
+def find_tile(cu_seqlens, segments, tile, BLOCK: tl.constexpr):
+    """Segment of a tile, where the segment starts, its length, and the tile's first token in it.
 
-    A segment has the slots from start // BLOCK + its number on: at least as many as it has tiles,
-    and the next segment's come behind.  So a row of T tokens has T // BLOCK + S slots, which the
-    host knows without reading cu_seqlens.  A slot too many begins at the segment's end or behind.
+    The tiles of segment s are numbered from start // BLOCK + s on, which leaves room for all
+    ceil(length / BLOCK) of them.  So a row of T tokens has T // BLOCK + S tiles, known without
+    reading cu_seqlens.  Some are surplus: they begin at the end of their segment or past it.  With
+    BLOCK 4 and lengths 4 and 3, tile 0 is segment 0, tile 1 is surplus, tile 2 is segment 1.
     """
     segment = -1
     for first in range(0, segments, 128):
         number = first + tl.arange(0, 128)
         inside = number < segments
         start = tl.load(cu_seqlens + number, mask=inside, other=0).to(tl.int32)
-        begins = inside & (start // BLOCK + number <= slot)
-        segment += tl.sum(begins.to(tl.int32))
+        starts_before = inside & (start // BLOCK + number <= tile)
+        segment += tl.sum(starts_before.to(tl.int32))
     start, length = segment_bounds(cu_seqlens, segment)
-    return segment, start, length, (slot - start // BLOCK - segment) * BLOCK
+    return segment, start, length, (tile - start // BLOCK - segment) * BLOCK
 
 
 @triton.jit
-def vectors(x, stride, start, length, HEADS: constexpr, E: constexpr, BLOCK: constexpr):
-    """Describe a segment of x (T, HEADS, E), `stride` numbers a token: tiles (BLOCK, E) of it are
+def describe(x, stride, start, length, HEADS: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Describe a segment of x (T, HEADS, E), `stride` elements a token: tiles (BLOCK, E) of it are
     loaded from [first token, head * E]."""
+    height = tl.maximum(length, 1)  # 0 is no legal height; nothing is loaded from an empty segment
     return tl.make_tensor_descriptor(
-        x + start.to(tl.int64) * stride, shape=[length, HEADS * E], strides=[stride, 1],
+        x + start.to(tl.int64) * stride, shape=[height, HEADS * E], strides=[stride, 1],
         block_shape=[BLOCK, E])
 
 
 @triton.jit
-def first_number(segment, start):
-    """Where a segment starts in a vector of one number a query, as LSE and delta are for
-    `dkdv_kernel`: at a multiple of 4, for the copy engine wants 16 bytes.  See `find_tile`."""
+def padded_start(segment, start):
+    """Where a segment starts in `lse_delta`: at a multiple of 4 numbers of float32, since TMA wants
+    addresses in multiples of 16 bytes.  Segments have room as tiles have, see `find_tile`."""
     return (start // 4 + segment) * 4
 
 
 @triton.jit
-def last_visible_key(query, q_positions, start_q, length_q, length_k, ROWS: constexpr,
-                     CAUSAL: constexpr, EXPLICIT: constexpr):
+def last_visible_key(query, q_positions, start_q, length_q, length_k, MASK: tl.constexpr):
     """The mask: index in the segment of the last key that each query sees; negative: none.
-    ROWS: so many successive queries are heads of one token (see `stack_heads`)."""
-    if EXPLICIT:
-        # behind the segment's end its last query again
-        at = start_q + tl.minimum(query, length_q - 1)
-        last = tl.load(q_positions + at // ROWS).to(tl.int32)
-    elif CAUSAL:
-        last = query // ROWS + (length_k - length_q // ROWS)
+    MASK: "full", "causal", or "explicit" with q_positions."""
+    if MASK == "explicit":
+        is_query = query < length_q
+        last = tl.load(q_positions + start_q + query, mask=is_query, other=-1).to(tl.int32)
+    elif MASK == "causal":
+        last = query + (length_k - length_q)
     else:
-        last = query * 0 + length_k  # one number per query
+        last = tl.zeros_like(query) + length_k
     return tl.minimum(last, length_k - 1)
 
 
 @triton.jit
-def hide(x, begin, last_key, hidden, BLOCK_N: constexpr):
+def hide(x, begin, last_key, hidden, BLOCK_N: tl.constexpr):
     """x (BLOCK_M, BLOCK_N), with `hidden` for keys from `begin` on that a query does not see."""
     visible = tl.arange(0, BLOCK_N)[None, :] <= (last_key - begin)[:, None]
     return tl.where(visible, x, hidden)
 
 
-@triton.jit(do_not_specialize=["segments", "tokens_q", "split_keys"])
+@triton.jit(do_not_specialize=["segments", "tokens_q", "keys_per_split"])
 def forward_kernel(
     q, k, v,                       # (Tq, H, E), (Tk, G, E), (Tk, G, E)
-    q_stride, k_stride, v_stride,  # numbers from token to token
+    q_stride, k_stride, v_stride,  # elements from token to token
     out, lse,                      # (splits, Tq, H, E), (splits, H, Tq) float32
     cu_seqlens_q, cu_seqlens_k, q_positions,  # (S + 1,), (S + 1,), (Tq,)
     segments, tokens_q,            # S, Tq
-    split_keys, scale,             # keys of a split, softmax scale * log2(e)
-    H: constexpr, G: constexpr, E: constexpr, ROWS: constexpr,
-    CAUSAL: constexpr, EXPLICIT: constexpr,
-    HEADS: constexpr,              # heads of a program, one after the other
-    SPECIALIZED: constexpr,        # warps that load, and others that compute; Hopper only
-    BLOCK_M: constexpr, BLOCK_N: constexpr,
+    keys_per_split, scale,         # scale: softmax scale * log2(e)
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr,
+    STACKED: tl.constexpr,            # so many successive queries are heads of one token
+    HEADS_PER_PROGRAM: tl.constexpr,
+    SPECIALIZED: tl.constexpr,        # some warps load, the others compute; Hopper only
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Program (slot, heads, split): a tile of queries against the keys of one split."""
     split = tl.program_id(2)
     # last tiles first: under a causal mask the last queries of a segment cost most
-    slot = tl.num_programs(0) - 1 - tl.program_id(0)
-    segment, start_q, length_q, begin_q = find_tile(cu_seqlens_q, segments, slot, BLOCK_M)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    segment, start_q, length_q, begin_q = find_tile(cu_seqlens_q, segments, tile, BLOCK_M)
     start_k, length_k = segment_bounds(cu_seqlens_k, segment)
-    queries = vectors(q, q_stride, start_q, length_q, H, E, BLOCK_M)
-    keys = vectors(k, k_stride, start_k, length_k, G, E, BLOCK_N)
-    values = vectors(v, v_stride, start_k, length_k, G, E, BLOCK_N)
+    queries = describe(q, q_stride, start_q, length_q, H, E, BLOCK_M)
+    keys = describe(k, k_stride, start_k, length_k, G, E, BLOCK_N)
+    values = describe(v, v_stride, start_k, length_k, G, E, BLOCK_N)
     query = begin_q + tl.arange(0, BLOCK_M)
     is_query = query < length_q
-    last_key = last_visible_key(query, q_positions, start_q, length_q, length_k, ROWS, CAUSAL,
-                                EXPLICIT)
+    last_key = last_visible_key(query // STACKED, q_positions, start_q // STACKED,
+                                length_q // STACKED, length_k, MASK)
 
     # keys begin_key:end_key of this split; every query of the tile sees those before full_end
-    begin_key = split * split_keys
-    is_last = split == tl.num_programs(2) - 1
+    begin_key = split * keys_per_split
     end_key = tl.max(last_key) + 1
-    end_key = tl.where(is_last, end_key, tl.minimum(end_key, begin_key + split_keys))
+    # the last split has no end of its own: max_seqlen_k may be too small and must change nothing
+    is_last = split == tl.num_programs(2) - 1
+    end_key = tl.where(is_last, end_key, tl.minimum(end_key, begin_key + keys_per_split))
     full_end = tl.min(last_key) + 1
-    # SPECIALIZED: some warps load, the others compute.  A program then takes several heads, one
-    # after the other: they share the descriptors, which take about a microsecond to make, and the
-    # loading warps run ahead into the next head.  A slot too many has no heads: the compiler that
-    # gives warps their parts takes no early `return`.
-    first_head = tl.program_id(1) * HEADS
-    end_head = tl.where(begin_q < length_q, first_head + HEADS, first_head)
+    # A specialized program takes several heads in turn: they share the descriptors, which take
+    # about a microsecond to make, and the loading warps run ahead into the next head.  A surplus
+    # tile loops over no heads, because warp specialization takes no early `return`.
+    first_head = tl.program_id(1) * HEADS_PER_PROGRAM
+    end_head = tl.where(begin_q < length_q, first_head + HEADS_PER_PROGRAM, first_head)
     for head in tl.range(first_head, end_head, warp_specialize=SPECIALIZED):
         column = head // (H // G) * E  # where the vectors of its key head begin
         q_tile = queries.load([begin_q, head * E])
@@ -294,10 +295,10 @@ def forward_kernel(
         for begin in range(begin_key, end_key, BLOCK_N):
             k_tile = keys.load([begin, column])
             s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-            if SPECIALIZED:  # always: an `if` at run time is what its compiler does not take
+            # warp specialization takes no `if` at run time: it always masks
+            if SPECIALIZED or begin + BLOCK_N > full_end:
                 s = hide(s, begin, last_key, float("-inf"), BLOCK_N)
-            elif begin + BLOCK_N > full_end:
-                s = hide(s, begin, last_key, float("-inf"), BLOCK_N)
+            # the largest score times the scale is the largest scaled score, since scale > 0
             m_new = tl.maximum(m, tl.max(s, 1) * scale)
             # a query that has seen no key yet: exp2(-inf - 0) = 0, not NaN
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -318,42 +319,40 @@ def forward_kernel(
         tl.store(lse + lse_at, m + tl.log2(total), mask=is_query)
 
 
-@triton.jit(do_not_specialize=["segments", "tokens_q", "numbers"])
+@triton.jit(do_not_specialize=["segments", "tokens_q", "padded"])
 def dq_kernel(
     q, k, v, grad,  # (Tq, H, E), (Tk, G, E), (Tk, G, E), gradient of out (Tq, H, E)
     q_stride, k_stride, v_stride, grad_stride,
     out, lse,       # (Tq, H, E), (H, Tq) float32
-    dq,             # out: (Tq, H, E)
-    for_keys,       # out: (2, H, `numbers`) float32, LSE and delta as `dkdv_kernel` reads them
-    cu_seqlens_q, cu_seqlens_k, q_positions, segments, tokens_q, numbers, scale,
-    H: constexpr, G: constexpr, E: constexpr, CAUSAL: constexpr, EXPLICIT: constexpr,
-    BLOCK_M: constexpr, BLOCK_N: constexpr,
+    dq,             # written: (Tq, H, E)
+    lse_delta,      # written: (2, H, padded) float32, LSE and delta as `dkdv_kernel` reads them
+    cu_seqlens_q, cu_seqlens_k, q_positions, segments, tokens_q, padded, scale,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Program (slot, head): a tile of queries over the keys they see; also their delta."""
-    slot, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    segment, start_q, length_q, begin_q = find_tile(cu_seqlens_q, segments, slot, BLOCK_M)
+    tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    segment, start_q, length_q, begin_q = find_tile(cu_seqlens_q, segments, tile, BLOCK_M)
     if begin_q >= length_q:
         return
     start_k, length_k = segment_bounds(cu_seqlens_k, segment)
-    keys = vectors(k, k_stride, start_k, length_k, G, E, BLOCK_N)
-    values = vectors(v, v_stride, start_k, length_k, G, E, BLOCK_N)
+    keys = describe(k, k_stride, start_k, length_k, G, E, BLOCK_N)
+    values = describe(v, v_stride, start_k, length_k, G, E, BLOCK_N)
     corner = [begin_q, head * E]
-    q_tile = vectors(q, q_stride, start_q, length_q, H, E, BLOCK_M).load(corner)
-    grad_tile = vectors(grad, grad_stride, start_q, length_q, H, E, BLOCK_M).load(corner)
-    out_tile = vectors(out, H * E, start_q, length_q, H, E, BLOCK_M).load(corner)
+    q_tile = describe(q, q_stride, start_q, length_q, H, E, BLOCK_M).load(corner)
+    grad_tile = describe(grad, grad_stride, start_q, length_q, H, E, BLOCK_M).load(corner)
+    out_tile = describe(out, H * E, start_q, length_q, H, E, BLOCK_M).load(corner)
 
     # delta here, once per query, because out and grad are at hand
     delta_tile = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     query = begin_q + tl.arange(0, BLOCK_M)
     is_query = query < length_q
-    # behind the segment's end the weight is exp2(s - inf) = 0
     lse_at = head * tokens_q + start_q + query
-    lse_tile = tl.load(lse + lse_at, mask=is_query, other=float("inf"))
-    at = head * numbers + first_number(segment, start_q) + query
-    tl.store(for_keys + at, lse_tile, mask=is_query)
-    tl.store(for_keys + H * numbers + at, delta_tile, mask=is_query)
-    last_key = last_visible_key(query, q_positions, start_q, length_q, length_k, 1, CAUSAL,
-                                EXPLICIT)
+    lse_tile = tl.load(lse + lse_at, mask=is_query, other=0.0)
+    at = head * padded + padded_start(segment, start_q) + query
+    tl.store(lse_delta + at, lse_tile, mask=is_query)
+    tl.store(lse_delta + H * padded + at, delta_tile, mask=is_query)
+    last_key = last_visible_key(query, q_positions, start_q, length_q, length_k, MASK)
     end_key = tl.max(last_key) + 1
     full_end = tl.min(last_key) + 1
     column = head // (H // G) * E
@@ -376,55 +375,60 @@ def dq_kernel(
 
 
 @triton.jit
-def queries_that_see(begin_key, q_positions, start_q, length_q, length_k, BLOCK_M: constexpr,
-                     BLOCK_N: constexpr, CAUSAL: constexpr, EXPLICIT: constexpr):
+def queries_that_see(begin_key, q_positions, start_q, length_q, length_k, MASK: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Who sees the tile of keys at begin_key: queries before begin_q see no key of it, queries
     from full_begin on see all of it."""
     begin_q, full_begin = 0, 0
-    if EXPLICIT:
-        # right for any order of positions; in rising order it skips all queries that see nothing
+    if MASK == "explicit":
+        # skip the first blocks of queries that see none of these keys; of positions that do not
+        # rise, fewer are skipped, never too many
         last = -1
         while (begin_q < length_q) & (last < begin_key):
             query = begin_q + tl.arange(0, BLOCK_M)
-            last = tl.max(last_visible_key(query, q_positions, start_q, length_q, length_k, 1,
-                                           CAUSAL, EXPLICIT))
+            last = tl.max(last_visible_key(query, q_positions, start_q, length_q, length_k, MASK))
             begin_q += tl.where(last < begin_key, BLOCK_M, 0)
         full_begin = length_q
-    elif CAUSAL:
-        begin_q = tl.maximum(begin_key + length_q - length_k, 0) // 4 * 4  # see `first_number`
+    elif MASK == "causal":
+        # TMA wants multiples of 16 bytes within a segment, too: of LSE and delta 4 numbers
+        begin_q = tl.maximum(begin_key + length_q - length_k, 0) // 4 * 4
         full_begin = tl.minimum(begin_key + BLOCK_N, length_k) - 1 + length_q - length_k
     return begin_q, full_begin
 
 
-@triton.jit(do_not_specialize=["segments", "tokens_q", "numbers"])
+@triton.jit(do_not_specialize=["segments", "tokens_q", "padded"])
 def dkdv_kernel(
     q, k, v, grad, q_stride, k_stride, v_stride, grad_stride,  # as in `dq_kernel`
-    for_keys,  # (2, H, `numbers`) float32: LSE and delta
-    dk, dv,    # out: (Tk, G, E)
-    cu_seqlens_q, cu_seqlens_k, q_positions, segments, tokens_q, numbers, scale,
-    H: constexpr, G: constexpr, E: constexpr, CAUSAL: constexpr, EXPLICIT: constexpr,
-    BLOCK_M: constexpr, BLOCK_N: constexpr,
+    lse_delta,  # (2, H, padded) float32
+    dk, dv,     # written: (Tk, G, E)
+    cu_seqlens_q, cu_seqlens_k, q_positions, segments, tokens_q, padded, scale,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Program (slot, key head): a tile of keys over all queries, of H / G heads, that see it."""
-    slot, key_head = tl.program_id(0), tl.program_id(1)
-    segment, start_k, length_k, begin_key = find_tile(cu_seqlens_k, segments, slot, BLOCK_N)
+    # first tiles first: under a causal mask the first keys of a segment cost most
+    tile, key_head = tl.program_id(0), tl.program_id(1)
+    segment, start_k, length_k, begin_key = find_tile(cu_seqlens_k, segments, tile, BLOCK_N)
     if begin_key >= length_k:
         return
     start_q, length_q = segment_bounds(cu_seqlens_q, segment)
     corner = [begin_key, key_head * E]
-    k_tile = vectors(k, k_stride, start_k, length_k, G, E, BLOCK_N).load(corner)
-    v_tile = vectors(v, v_stride, start_k, length_k, G, E, BLOCK_N).load(corner)
-    queries = vectors(q, q_stride, start_q, length_q, H, E, BLOCK_M)
-    grads = vectors(grad, grad_stride, start_q, length_q, H, E, BLOCK_M)
-    # one number a query: the copy engine fetches a block of them at once, too
-    lse = for_keys + first_number(segment, start_q)
-    lses = tl.make_tensor_descriptor(lse, [H, length_q], [numbers, 1], [1, BLOCK_M])
-    deltas = tl.make_tensor_descriptor(lse + H * numbers, [H, length_q], [numbers, 1], [1, BLOCK_M])
+    k_tile = describe(k, k_stride, start_k, length_k, G, E, BLOCK_N).load(corner)
+    v_tile = describe(v, v_stride, start_k, length_k, G, E, BLOCK_N).load(corner)
+    queries = describe(q, q_stride, start_q, length_q, H, E, BLOCK_M)
+    grads = describe(grad, grad_stride, start_q, length_q, H, E, BLOCK_M)
+    # LSE and delta, a number for each query, come through descriptors, too
+    lse = lse_delta + padded_start(segment, start_q)
+    delta = lse + H * padded
+    width = tl.maximum(length_q, 1)
+    lses = tl.make_tensor_descriptor(lse, [H, width], [padded, 1], [1, BLOCK_M])
+    deltas = tl.make_tensor_descriptor(delta, [H, width], [padded, 1], [1, BLOCK_M])
     begin_q, full_begin = queries_that_see(begin_key, q_positions, start_q, length_q, length_k,
-                                           BLOCK_M, BLOCK_N, CAUSAL, EXPLICIT)
+                                           MASK, BLOCK_M, BLOCK_N)
     key = begin_key + tl.arange(0, BLOCK_N)
     dk_tile = tl.zeros([BLOCK_N, E], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, E], tl.float32)
+    # the H / G query heads of this key head: their sums stay in this program, without atomics
     for head in range(key_head * (H // G), (key_head + 1) * (H // G)):
         for begin in range(begin_q, length_q, BLOCK_M):
             q_tile = queries.load([begin, head * E])
@@ -433,13 +437,11 @@ def dkdv_kernel(
             delta_tile = deltas.load([head, begin]).reshape(BLOCK_M)
             s = tl.dot(k_tile, q_tile.T, input_precision="ieee")  # (BLOCK_N, BLOCK_M)
             p = tl.exp2(s * scale - lse_tile[None, :])
-            # the last block may reach behind the segment, where an LSE of 0 is no LSE
-            if (begin < full_begin) | (begin + BLOCK_M > length_q):
+            if begin < full_begin:
                 query = begin + tl.arange(0, BLOCK_M)
-                last_key = last_visible_key(query, q_positions, start_q, length_q, length_k, 1,
-                                            CAUSAL, EXPLICIT)
-                last_key = tl.where(query < length_q, last_key, -1)
+                last_key = last_visible_key(query, q_positions, start_q, length_q, length_k, MASK)
                 p = tl.where(key[:, None] <= last_key[None, :], p, 0.0)
+            # queries past the end of the segment are zeros: p is 1, and p dO and ds q are 0
             dv_tile = tl.dot(p.to(grad_tile.dtype), grad_tile, dv_tile, input_precision="ieee")
             dp = tl.dot(v_tile, grad_tile.T, input_precision="ieee")
             ds = p * (dp - delta_tile[None, :])
@@ -452,6 +454,20 @@ def dkdv_kernel(
     tl.store(dv + place, dv_tile.to(dv.dtype.element_ty), mask=is_key)
 
 
+@triton.jit(do_not_specialize=["tokens_q", "tokens_k", "segments"])
+def check_kernel(valid, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, segments):
+    """valid: 1 if cu_seqlens rise from 0 to the tokens on both sides, else 0."""
+    wrong = (tl.load(cu_seqlens_q) != 0) | (tl.load(cu_seqlens_q + segments) != tokens_q)
+    wrong |= (tl.load(cu_seqlens_k) != 0) | (tl.load(cu_seqlens_k + segments) != tokens_k)
+    wrong = wrong.to(tl.int32)
+    for first in range(1, segments + 1, 128):
+        at = tl.minimum(first + tl.arange(0, 128), segments)
+        falls = tl.load(cu_seqlens_q + at) < tl.load(cu_seqlens_q + at - 1)
+        falls |= tl.load(cu_seqlens_k + at) < tl.load(cu_seqlens_k + at - 1)
+        wrong += tl.sum(falls.to(tl.int32))
+    tl.store(valid, (wrong == 0).to(tl.int32))
+
+
 # ---------------------------------------------------------------------------------- the launches
 
 class Tile(NamedTuple):
@@ -462,10 +478,12 @@ class Tile(NamedTuple):
     num_stages: int  # of the pipeline that loads blocks ahead
 
 
-# (kernel, architecture) -> the numbers of a Tile for widths up to 64, and for width 128.  No kernel
-# spills registers in Triton 3.6 and 3.9, but for float32 dK/dV of width 128 (`benchmarks/compile.py`
-# prints all); only a GPU can say which tiles are fastest.  Decoding has 16 queries, too few for
-# Hopper's matrix instructions.
+# (kernel, architecture) -> the numbers of a Tile for widths up to 64, and for width 128.  On Hopper
+# a tile of queries of width 128 takes 128 x 128 x 2 bytes = 32 KiB, two stages of K and V 128 KiB.
+# No kernel spills registers in Triton 3.6 and 3.9, but for float32 dK/dV of width 128
+# (`benchmarks/compile.py` prints all).  Only a GPU can say which tiles are fastest.  Decoding has
+# 16 queries, too few for Hopper's matrix instructions (wgmma).  Three stages of dK/dV would want 32
+# queries at least: TMA wants each stage of LSE at a multiple of 128 bytes.
 TILES = {
     ("specialized", "hopper"): ((128, 128, 4, 2), (128, 128, 4, 2)),
     ("forward", "hopper"): ((128, 64, 4, 3), (128, 128, 8, 2)),
@@ -481,10 +499,10 @@ TILES = {
     ("dkdv", "ampere"): ((32, 128, 8, 2), (32, 64, 8, 2)),
     ("dkdv", "float32"): ((16, 16, 8, 2), (16, 16, 8, 1)),
 }
-SPECIALIZE = True      # on Hopper give warps their parts, loading or computing; False: plain forms
-HEADS = 4              # of a specialized program, where there are enough programs
-PROGRAMS_WANTED = 256  # about two for each of a large GPU's multiprocessors
-SPLIT_KEYS = 256       # keys in a split, at least: shorter ones cost more to merge than they save
+SPECIALIZE = True        # on Hopper some warps load, the others compute; False: the plain form
+HEADS_PER_PROGRAM = 4    # of a specialized program, where there are enough programs
+PROGRAMS_WANTED = 256    # about two for each of a large GPU's multiprocessors
+MIN_KEYS_PER_SPLIT = 256  # shorter splits cost more to merge than they save
 
 
 def compute_capability(device: torch.device) -> tuple[int, int]:
@@ -493,15 +511,15 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 
 
 def architecture(x: Tensor) -> str:
-    """The architecture in TILES: of float32 products; of Hopper and B200, which have 227 KiB of
-    shared memory; of all others, sm_120 (RTX 50) among them, with 99 KiB."""
+    """The key of TILES: "float32" for float32; "hopper" for sm_90 and sm_100, which have 227 KiB of
+    shared memory; "ampere" for all others, which have 99 KiB at least, sm_120 (RTX 50) included."""
     if x.dtype == torch.float32:
         return "float32"
     return "hopper" if compute_capability(x.device)[0] in (9, 10) else "ampere"
 
 
 def specializes(x: Tensor) -> bool:
-    """Only Hopper's compiler is known to give warps of these kernels their parts."""
+    """Triton is known to compile the specialized forms for sm_90 only."""
     return SPECIALIZE and compute_capability(x.device)[0] == 9
 
 
@@ -511,8 +529,8 @@ def tile_for(kernel: str, target: str, width: int) -> Tile:
 
 
 def describable(x: Tensor) -> Tensor:
-    """x (T, heads, E), or a copy if its strides fit no descriptor: that wants heads side by side,
-    and addresses divisible by 16."""
+    """x (T, heads, E), copied if no descriptor fits: heads must lie side by side, tokens at
+    multiples of 16 bytes."""
     token, head = x.stride()[:2]
     nested = head == x.shape[2] and token >= x.shape[1] * head
     if nested and x.data_ptr() % 16 == 0 and token * x.element_size() % 16 == 0:
@@ -521,21 +539,15 @@ def describable(x: Tensor) -> Tensor:
 
 
 def give_scratch(device: torch.device) -> None:
-    """Let Triton have memory for the descriptors that a kernel makes.  The allocator belongs to a
-    thread, and PyTorch runs a backward pass in another one: say it before each launch."""
+    """Set Triton's allocator for the descriptors that a kernel makes.  It belongs to a thread, and
+    PyTorch runs backward passes in another one: call this before each launch."""
     triton.set_allocator(
         lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
 
 
-def slots_of(tokens: int, cu_seqlens: Tensor, block: int) -> int:
-    """Slots of a row, see `find_tile`."""
+def tiles_at_most(tokens: int, cu_seqlens: Tensor, block: int) -> int:
+    """Tiles of a row, surplus ones included, see `find_tile`."""
     return tokens // block + len(cu_seqlens) - 1
-
-
-def stack_heads(q: Tensor, key_heads: int) -> Tensor:
-    """q (Tq, H, E) as (Tq R, G, E): the R = H / G heads that share keys become R queries.  Keys are
-    then loaded once for all of them, and a decoding step, one token, is a matrix product."""
-    return q.unflatten(1, (key_heads, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def triton_forward(
@@ -547,47 +559,62 @@ def triton_forward(
     key_heads = k.shape[1]
     if tokens == 0 or len(k) == 0:
         return q.new_zeros(q.shape), q.new_full((heads, tokens), -math.inf, dtype=torch.float32)
-    give_scratch(q.device)
-    rows, target, kernel = heads // key_heads, architecture(q), "forward"
-    if max_seqlen_q * rows <= 16:
-        kernel = "decode"
-        q, cu_seqlens_q, heads = stack_heads(q, key_heads), cu_seqlens_q * rows, key_heads
+    valid = torch.empty(1, dtype=torch.int32, device=q.device)
+    segments = len(cu_seqlens_q) - 1
+    check_kernel[1,](valid, cu_seqlens_q, cu_seqlens_k, tokens, len(k), segments)
+    torch.ops.aten._assert_async.msg(
+        valid[0], "cu_seqlens_q and cu_seqlens_k must rise from 0 to the number of tokens")
+
+    target, kernel, stacked = architecture(q), "forward", 1
+    if max_seqlen_q * heads // key_heads <= 16:
+        # Decoding: the R = H / G heads that share keys become R queries of one tile, so keys are
+        # loaded once for all of them.
+        kernel, stacked = "decode", heads // key_heads
+        q = q.unflatten(1, (key_heads, stacked)).transpose(1, 2).flatten(0, 1)  # (Tq R, G, E)
+        cu_seqlens_q, heads = cu_seqlens_q * stacked, key_heads
     elif specializes(q) and target == "hopper" and q_positions is None:
         kernel = "specialized"
     tile = tile_for(kernel, target, width)
     q, k, v = describable(q), describable(k), describable(v)
-    slots = slots_of(len(q), cu_seqlens_q, tile.BLOCK_M)
-    # generation has too few tiles of queries to fill a GPU: several programs share the keys
-    splits = 1
+    tiles = tiles_at_most(len(q), cu_seqlens_q, tile.BLOCK_M)
+
+    splits = heads_per_program = 1
     if kernel == "decode":
-        splits = min(triton.cdiv(max_seqlen_k, SPLIT_KEYS), PROGRAMS_WANTED // (slots * heads))
-        splits = max(splits, 1)
-    split_keys = triton.cdiv(triton.cdiv(max_seqlen_k, splits), tile.BLOCK_N) * tile.BLOCK_N
-    together = 1
-    if kernel == "specialized" and slots * heads >= HEADS * PROGRAMS_WANTED:
-        together = math.gcd(heads, HEADS)
-    out = q.new_empty(splits, *q.shape, dtype=q.dtype if splits == 1 else torch.float32)
+        # too few tiles to fill a GPU: several programs share the keys, as in Flash-Decoding
+        wanted = PROGRAMS_WANTED // (tiles * heads)
+        splits = max(1, min(triton.cdiv(max_seqlen_k, MIN_KEYS_PER_SPLIT), wanted))
+    elif kernel == "specialized" and tiles * heads >= HEADS_PER_PROGRAM * PROGRAMS_WANTED:
+        heads_per_program = math.gcd(heads, HEADS_PER_PROGRAM)
+    keys_per_split = triton.cdiv(triton.cdiv(max_seqlen_k, splits), tile.BLOCK_N) * tile.BLOCK_N
+    dtype = q.dtype if splits == 1 else torch.float32
+    out = q.new_empty(splits, *q.shape, dtype=dtype)
     lse = q.new_empty(splits, heads, len(q), dtype=torch.float32)
-    forward_kernel[slots, heads // together, splits](
+    give_scratch(q.device)
+    forward_kernel[tiles, heads // heads_per_program, splits](
         q, k, v, q.stride(0), k.stride(0), v.stride(0), out, lse, cu_seqlens_q, cu_seqlens_k,
-        q_positions, len(cu_seqlens_q) - 1, len(q), split_keys, scale * LOG2E.value,
-        H=heads, G=key_heads, E=width, ROWS=rows if kernel == "decode" else 1, CAUSAL=causal,
-        EXPLICIT=q_positions is not None, HEADS=together, SPECIALIZED=kernel == "specialized",
-        **tile._asdict())
+        q_positions, segments, len(q), keys_per_split, scale * LOG2E.value,
+        H=heads, G=key_heads, E=width, MASK=mask_of(causal, q_positions), STACKED=stacked,
+        HEADS_PER_PROGRAM=heads_per_program, SPECIALIZED=kernel == "specialized", **tile._asdict())
     out, lse = merge_splits(out, lse)
     if kernel == "decode":
-        # back from (Tq R, G, E) to (Tq, H, E), and from (G, Tq R) to (H, Tq)
-        out = out.unflatten(0, (tokens, rows)).transpose(1, 2).flatten(1, 2)
-        lse = lse.unflatten(1, (tokens, rows)).transpose(1, 2).flatten(0, 1).contiguous()
-    return out.to(k.dtype), lse
+        out = out.unflatten(0, (tokens, stacked)).transpose(1, 2).flatten(1, 2)  # (Tq, H, E)
+        lse = lse.unflatten(1, (tokens, stacked)).transpose(1, 2).flatten(0, 1)  # (H, Tq)
+    return out.to(k.dtype), lse.contiguous()
+
+
+def mask_of(causal: bool, q_positions: Tensor | None) -> str:
+    """MASK of the kernels."""
+    if q_positions is not None:
+        return "explicit"
+    return "causal" if causal else "full"
 
 
 def merge_splits(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Each split counts by its share of the sum of exponentials: (splits, ...) -> (...)."""
     if len(out) == 1:
         return out[0], lse[0]
-    total = torch.logsumexp(lse / LOG2E.value, dim=0) * LOG2E.value  # (H, Tq)
-    weights = (lse - total.masked_fill(total.isinf(), 0)).exp2()  # (splits, H, Tq)
+    total = torch.logsumexp(lse / LOG2E.value, dim=0) * LOG2E.value  # in units of log 2
+    weights = (lse - total.masked_fill(total.isinf(), 0)).exp2()
     return (out * weights.transpose(1, 2)[..., None]).sum(dim=0), total
 
 
@@ -602,23 +629,21 @@ def triton_backward(
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     if len(q) == 0 or len(k) == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    give_scratch(q.device)
     inputs = [describable(x) for x in (q, k, v, grad)]
     inputs += [x.stride(0) for x in inputs]
     segments = len(cu_seqlens_q) - 1
-    numbers = (len(q) // 4 + segments) * 4  # see `first_number`
-    for_keys = lse.new_empty(2, heads, numbers)
-    rest = (cu_seqlens_q, cu_seqlens_k, q_positions, segments, len(q), numbers,
-            scale * LOG2E.value)
-    common = {"H": heads, "G": key_heads, "E": width, "CAUSAL": causal,
-              "EXPLICIT": q_positions is not None}
+    padded = (len(q) // 4 + segments) * 4  # see `padded_start`
+    lse_delta = lse.new_empty(2, heads, padded)
+    rest = cu_seqlens_q, cu_seqlens_k, q_positions, segments, len(q), padded, scale * LOG2E.value
+    common = {"H": heads, "G": key_heads, "E": width, "MASK": mask_of(causal, q_positions)}
 
+    give_scratch(q.device)
     tile = tile_for("dq", architecture(q), width)
-    dq_kernel[slots_of(len(q), cu_seqlens_q, tile.BLOCK_M), heads](
-        *inputs, out, lse, dq, for_keys, *rest, **common, **tile._asdict())
+    dq_kernel[tiles_at_most(len(q), cu_seqlens_q, tile.BLOCK_M), heads](
+        *inputs, out, lse, dq, lse_delta, *rest, **common, **tile._asdict())
     tile = tile_for("dkdv", architecture(q), width)
-    dkdv_kernel[slots_of(len(k), cu_seqlens_k, tile.BLOCK_N), key_heads](
-        *inputs, for_keys, dk, dv, *rest, **common, **tile._asdict())
+    dkdv_kernel[tiles_at_most(len(k), cu_seqlens_k, tile.BLOCK_N), key_heads](
+        *inputs, lse_delta, dk, dv, *rest, **common, **tile._asdict())
     return dq, dk, dv
 
 
@@ -631,7 +656,7 @@ def dense_calls(
     """Cut a packed row into calls of dense attention: queries, keys, number of segments, mask.
 
     Neighbouring segments of equal lengths (pictures of one size) are one call.  With positions,
-    each stretch of successive ones is: 4 5 6 0 1 are 4 5 6 with 7 keys, then 0 1 with 2 keys.
+    each run of successive ones is: 4 5 6 0 1 becomes 4 5 6 on keys 0 to 6, then 0 1 on keys 0, 1.
     """
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     calls = []  # with the position of the first query among the keys
@@ -648,15 +673,16 @@ def dense_calls(
         edges = torch.cat([cu_seqlens_q, jumps]).unique().tolist()
         segment = segment_ids(cu_seqlens_q).tolist()
         for begin_q, end_q in itertools.pairwise(edges):
-            position, begin_k = int(q_positions[begin_q]), starts_k[segment[begin_q]]
-            end_k = min(starts_k[segment[begin_q] + 1], begin_k + position + end_q - begin_q)
+            position = int(q_positions[begin_q])
+            begin_k, end_segment = starts_k[segment[begin_q]:segment[begin_q] + 2]
+            end_k = min(end_segment, begin_k + position + end_q - begin_q)
             calls.append((slice(begin_q, end_q), slice(begin_k, end_k), 1, position))
     for queries, keys, segments, position in calls:
         length_q = (queries.stop - queries.start) // segments
         length_k = (keys.stop - keys.start) // segments
         if length_q == 0 or length_k <= 0:
             continue  # these see nothing: their out stays 0, their LSE -inf
-        # is_causal aligns at the first key, attention here at the last: the same only in a square
+        # PyTorch's is_causal aligns top-left, ours bottom-right: the same only in a square
         is_causal = causal and position == 0 and length_q == length_k
         mask = None
         if causal and not is_causal and position < length_k - 1:
@@ -730,9 +756,10 @@ def uses_kernels(q: Tensor) -> bool:
 @functools.wraps(triton_forward)  # the operator has its parameters
 def attention(*arguments: object) -> tuple[Tensor, Tensor]:
     """`flash_attn_varlen_func` as an operator: `torch.compile` keeps it whole in its graph."""
-    q, k = arguments[:2]
-    check_cu_seqlens("q", arguments[3], len(q))
-    check_cu_seqlens("k", arguments[4], len(k))
+    q, k, _, cu_seqlens_q, cu_seqlens_k = arguments[:5]
+    if not q.is_cuda:
+        check_cu_seqlens("q", cu_seqlens_q, len(q))
+        check_cu_seqlens("k", cu_seqlens_k, len(k))
     forward = triton_forward if uses_kernels(q) else sdpa_forward
     with torch.cuda.device_of(q):
         return forward(*arguments)
@@ -758,66 +785,63 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor
 
 
 def save_for_backward(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    # inputs of `attention`: 0 to 4 are q, k, v and both cu_seqlens, 5 and 6 the longest segments
-    ctx.scale, ctx.causal = inputs[7:9]
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5], inputs[9])
+    *tensors, _, _, ctx.scale, ctx.causal, q_positions = inputs  # not the longest segments
+    ctx.save_for_backward(*tensors, *output, q_positions)
 
 
 def backward_of_op(ctx: object, grad: Tensor, grad_lse: Tensor | None) -> tuple:
-    *tensors, q_positions = ctx.saved_tensors
-    grads = attention_backward(grad, *tensors, ctx.scale, ctx.causal, q_positions)
-    return *grads, *[None] * 7  # behind q, k and v nothing has a gradient
+    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, q_positions = ctx.saved_tensors
+    grads = attention_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.scale,
+                               ctx.causal, q_positions)
+    return *grads, *[None] * 7  # the other inputs have no gradient
 
 
 attention.register_autograd(backward_of_op, setup_context=save_for_backward)
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
-    """Raise ValueError unless the segments cover the tokens.  To read values of a GPU is to wait
-    for it, so there an assertion on the GPU ends the process, before a kernel reads anything."""
-    fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()
-    message = f"cu_seqlens_{name} must rise from 0 to the {tokens} tokens of {name}"
-    if cu_seqlens.is_cuda:
-        torch.ops.aten._assert_async.msg(fits, message)
-    elif not fits:
-        raise ValueError(f"{message}, got {cu_seqlens.tolist()[:8]}...{cu_seqlens[-1]}")
+    """Raise ValueError unless the segments cover the tokens.  Reading the values would synchronise
+    with a GPU, so there `check_kernel` and an assertion on the device stand for this."""
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens_{name} must rise from 0 to the {tokens} tokens of {name}, "
+                         f"got {cu_seqlens.tolist()[:8]}...{cu_seqlens[-1]}")
 
 
-def check_tensors(tensors: dict[str, object]) -> None:
-    """Raise ValueError unless all are tensors on q's device, and all but q, k and v integers."""
+def check_arguments(tensors: dict[str, object]) -> None:
+    """Raise ValueError unless the tensors fit each other and, where they run, the kernels."""
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, not a {type(x).__name__}")
-        if x.device != tensors["q"].device:
-            raise ValueError(f"q is on {tensors['q'].device}, but {name} on {x.device}")
-        is_integer = x.dtype in (torch.int32, torch.int64)
-        if name not in ("q", "k", "v") and not (is_integer and x.is_contiguous()):
+        if x.device != q.device:
+            raise ValueError(f"q is on {q.device}, but {name} on {x.device}")
+        if name in ("q", "k", "v"):
+            if x.stride()[-1:] != (1,):
+                raise ValueError(f"the last dimension of {name} must be contiguous, its strides "
+                                 f"are {x.stride()}")
+        elif x.dtype not in (torch.int32, torch.int64) or x.dim() != 1 or not x.is_contiguous():
             raise ValueError(f"{name} must be a contiguous vector of int32 or int64")
 
-
-def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless shapes, types and strides fit each other, and fit the kernels."""
     if not q.dim() == k.dim() == v.dim() == 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"need q (Tq, H, E) and k, v (Tk, G, E), got {tuple(q.shape)}, "
                          f"{tuple(k.shape)}, {tuple(v.shape)}")
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"attention runs on cpu and cuda, not on {q.device.type}")
-    heads, width = q.shape[1:]
-    key_heads = k.shape[1]
-    if key_heads == 0 or heads % key_heads != 0:
-        raise ValueError(f"{heads} query heads are not a multiple of {key_heads} key heads")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.stride(2) != 1:
-            raise ValueError(f"the last dimension of {name} must be contiguous, its strides are "
-                             f"{x.stride()}")
+    lengths = [len(tensors[name]) for name in ("cu_seqlens_q", "cu_seqlens_k")]
+    if lengths[0] != lengths[1] or lengths[0] == 0:
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be vectors of segments + 1 numbers, "
+                         f"got {lengths[0]} and {lengths[1]}")
+    if len(tensors.get("q_positions", q)) != len(q):
+        raise ValueError("q_positions needs one position per query")
     # the CPU path takes any type and width
-    if uses_kernels(q):
-        if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"the kernels take float32, float16 or bfloat16, not {q.dtype}")
-        if width not in (16, 32, 64, 128):
-            raise ValueError(f"the kernels take head widths of 16, 32, 64 and 128, not {width}")
+    if uses_kernels(q) and q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"the kernels take float32, float16 or bfloat16, not {q.dtype}")
+    if uses_kernels(q) and q.shape[2] not in (16, 32, 64, 128):
+        raise ValueError(f"the kernels take head widths of 16, 32, 64 and 128, not {q.shape[2]}")
 
 
 def flash_attn_varlen_func(
@@ -838,8 +862,7 @@ def flash_attn_varlen_func(
 
     Returns out (Tq, H, E), and with return_lse the log-sum-exp of the scores, (H, Tq) float32,
     without gradient.  A query that sees no key gets 0 and -inf.  Raises ValueError if arguments do
-    not fit together.  Reading cu_seqlens here would stop a GPU's stream: an assertion on the GPU
-    checks their values and ends the process before a kernel reads anything.
+    not fit together; on a GPU wrong values of cu_seqlens end the process by an assertion there.
     """
     if dropout_p != 0:
         raise ValueError(f"dropout_p must be 0, got {dropout_p}: there is no dropout")
@@ -849,13 +872,9 @@ def flash_attn_varlen_func(
     tensors = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     if q_positions is not None:
         tensors["q_positions"] = q_positions
-    check_tensors(tensors)
-    check_heads(q, k, v)
-    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape or not len(cu_seqlens_q):
-        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be vectors of segments + 1 numbers, "
-                         f"got {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}")
-    if q_positions is not None and (not causal or q_positions.shape != q.shape[:1]):
-        raise ValueError("q_positions needs causal=True and one position per query")
+        if not causal:
+            raise ValueError("q_positions needs causal=True")
+    check_arguments(tensors)
     scale = softmax_scale or q.shape[-1] ** -0.5
     out, lse = attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
                          causal, q_positions)

@@ -3,7 +3,7 @@
 Run `python -m benchmarks.attention`: on a GPU widths 64 and 128, full and causal, 512 to 16,384
 tokens, then packed rows of text and pictures; on a CPU three packings of 4,096 tokens beside one
 product with a mask.  The last column says how many times faster this project is than the best of
-the others.
+the others; "plain form" is its own, without warps that only load.
 
 Counted are the pairs of query and key that see each other: 4 E operations each and per head in the
 forward pass (two products), 10 E in the backward pass (five), whatever a kernel really computes.

@@ -1,4 +1,4 @@
-"""Launch every kernel without a GPU, so that a launch no GPU would take is found on any machine.
+"""Launch every kernel without a GPU, to find launches that a GPU would refuse.
 
 Run `python -m benchmarks.launch_walk [--break]`.
 
@@ -33,6 +33,7 @@ import torch
 import triton
 from torch import Tensor, nn
 from triton.backends.nvidia import compiler, driver
+from triton.runtime._allocation import NullAllocator
 
 import attention_kernel
 import fp8_kernel
@@ -80,11 +81,16 @@ def act_as_gpu() -> None:
     compiler.CUDABackend.make_cubin = lambda *_: b"machine code"
     replace("uses_kernels", lambda x: True)
     replace("compute_capability", lambda device: (9, 0))
-    Tensor.new_empty = Tensor.new_zeros  # no kernel fills it: let it be finite, as weights must be
     torch.ops.aten._assert_async.msg = lambda *_: None  # of a verdict that no kernel gave
+    backward = attention_kernel.triton_backward
+
+    def in_another_thread(*arguments: object) -> tuple[Tensor, ...]:
+        triton.set_allocator(NullAllocator())  # autograd's thread has none
+        return backward(*arguments)
+    replace("triton_backward", in_another_thread)
 
 
-DESCRIBED = ("q", "k", "v", "grad", "out", "for_keys", "a", "b")  # arguments of kernels
+DESCRIBED = ("q", "k", "v", "grad", "out", "lse_delta", "a", "b")  # arguments of kernels
 checked: Counter[int] = Counter()  # descriptors that the copy engine can follow, by thread
 
 
@@ -95,6 +101,7 @@ def check_descriptors(kernel: str, arguments: dict[str, object]) -> None:
         x = arguments.get(name)
         if not isinstance(x, Tensor) or kernel == "forward_kernel" and name == "out":
             continue  # what a kernel stores needs no descriptor
+        assert name != "out" or x.is_contiguous(), f"{kernel}: out has the strides {x.stride()}"
         stride = arguments.get(f"{name}_stride", x.stride(-2))
         size = x.element_size()
         assert x.data_ptr() % 16 == 0, f"{kernel}: the address of {name} is {x.data_ptr()}"
@@ -173,7 +180,8 @@ class Heads(NamedTuple):
 
 
 Tensors = tuple[Tensor, Tensor, Tensor]  # q (T, H, E), k and v (T, G, E)
-# widths, ratios, types and masks; the first form of the forward pass or the other
+# widths, ratios, types and masks; the specialized form of the forward pass, the plain one with
+# positions and float32
 SHAPES = [
     Heads(64, 2, 2, BF16, "full"), Heads(128, 8, 2, BF16, "causal", torch.int64),
     Heads(16, 2, 1, BF16, "causal"), Heads(32, 2, 2, FP16, "positions", torch.int64),
@@ -338,6 +346,7 @@ def walk_group(stub: ctypes.CDLL, asked: Counter[int], title: str) -> tuple[int,
     before, described_before = stub.stub_launches(), checked[thread]
     for name, call in GROUPS[title]():
         number += 1
+        triton.set_allocator(NullAllocator())
         try:
             call()
             # Triton does and says nothing if a grid is empty, or is 2^31 programs or more in all

@@ -194,6 +194,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, number: int, specialized: bool)
         monkeypatch.setattr(attention_kernel, "tile_for", lambda *_: tile)
         monkeypatch.setattr(attention_kernel, "architecture", lambda x: "hopper")
         monkeypatch.setattr(attention_kernel, "specializes", lambda x: specialized)
+        if specialized:  # a program takes several heads, if there are, as in a long row
+            monkeypatch.setattr(attention_kernel, "PROGRAMS_WANTED", 0)
 
 
 @pytest.mark.parametrize("case_number", range(36))
@@ -289,8 +291,10 @@ def test_slots_hold_every_tile_once(seed: int, kernels: None) -> None:
     torch.testing.assert_close(weight[:, 0, 0], expected, atol=0, rtol=10 * 2**-23)
 
 
-def test_decoding_splits_the_keys(kernels: None) -> None:
-    """One query each for caches of very different lengths, whatever the longest is said to be."""
+@pytest.mark.parametrize("positions", [None, [650, 0, -1, 12]])
+def test_decoding_splits_the_keys(positions: list[int] | None, kernels: None) -> None:
+    """One query each for caches of very different lengths, whatever the longest is said to be; and
+    for caches that are not full, as in generation: positions say how far they are."""
     torch.manual_seed(0)
     lengths = torch.tensor([700, 1, 0, 300], device=DEVICE)
     cu_k, cu_q = F.pad(lengths.cumsum(0), (1, 0)), torch.arange(5, device=DEVICE)
@@ -298,6 +302,8 @@ def test_decoding_splits_the_keys(kernels: None) -> None:
     k, v = torch.randn(2, int(lengths.sum()), 2, 64, device=DEVICE)
     case = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 1,
             "causal": True, "softmax_scale": None}
+    if positions:
+        case["q_positions"] = torch.tensor(positions, device=DEVICE)
     for x in (q, k, v):
         x.requires_grad_()
     for longest in (700, 1500, 200):
@@ -441,7 +447,7 @@ def test_operator_compiles_and_checkpoints() -> None:
 def test_kernels_compile_without_spills(done: subprocess.CompletedProcess[str]) -> None:
     """For sm_90 and sm_80: no spills, shared memory fits, matrix instructions.
 
-    A third of what can be launched; `python -m benchmarks.compile` compiles all of it.
+    Two fifths of what can be launched; `python -m benchmarks.compile` compiles all of it.
     """
     assert done.returncode == 0, done.stdout + done.stderr
     for sm in ("90", "80"):
@@ -456,7 +462,8 @@ def test_kernels_compile_without_spills(done: subprocess.CompletedProcess[str]) 
     ({"cu_seqlens_k": torch.zeros(2, dtype=torch.int64, device="meta")}, "cu_seqlens_k on meta"),
     ({"q": torch.zeros(6, 8, 4).transpose(1, 2)}, "last dimension of q must be contiguous"),
     ({"cu_seqlens_q": torch.tensor([0, 5])}, "must rise from 0 to the 6 tokens of q"),
-    ({"cu_seqlens_k": torch.tensor([0, 2, 6])}, "segments"),
+    ({"cu_seqlens_k": torch.tensor([0, 2, 6])}, "segments \\+ 1 numbers, got 2 and 3"),
+    ({"causal": True, "q_positions": torch.zeros(5, dtype=torch.int64)}, "one position per query"),
     ({"cu_seqlens_k": torch.tensor([0, 7])}, "must rise from 0 to the 6 tokens of k"),
     ({"cu_seqlens_k": torch.tensor([1, 6])}, "must rise from 0 to the 6 tokens of k"),
     ({"cu_seqlens_k": torch.tensor([0.0, 6.0])}, "int32 or int64"),
@@ -519,12 +526,13 @@ def test_kernels_refuse(q: Tensor, message: str, kernels: None) -> None:
         flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 6, 6)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a failed assertion there ends the process")
 @pytest.mark.parametrize("numbers", [[0, 600], [0, 5], [1, 6], [0, 7, 6], [0, 300, -300, 6]])
 def test_kernels_never_run_on_segments_that_do_not_fit(
     numbers: list[int], kernels: None, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a CPU a sentence; a GPU asserts the same without telling the host, before the kernel."""
+    """What a GPU checks without telling the host: the assertion stands before the kernel."""
     monkeypatch.setattr(attention_kernel, "forward_kernel", None)
     q, cu_seqlens = torch.zeros(6, 1, 16), torch.tensor(numbers)
-    with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to the 6 tokens of q"):
-        flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 6, 6)
+    with pytest.raises(RuntimeError, match="must rise from 0 to the number of tokens"):
+        attention_kernel.triton_forward(q, q, q, cu_seqlens, cu_seqlens, 6, 6, 1.0, True, None)
