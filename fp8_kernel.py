@@ -21,10 +21,10 @@ three products, and the blocks lie along the side that is summed:
 
 So x and dy are quantised twice, along rows and along columns, by one kernel that reads them once.
 
-The sum is cut every 128 numbers, for two reasons.  The scales change there.  And the FP8 units of a
-GPU add up in 13 bits: they shift 32 products, and the sum so far, to the exponent of the largest,
-and drop the bits below.  That happens 128 times in a sum over K = 4,096, but only 4 times in a
-block.  So the sum of each block leaves the units, is scaled, and is added up in float32:
+The sum is cut every 128 numbers, for two reasons.  The scales change there.  And Hopper's tensor
+cores add up FP8 in 13 bits: they shift 32 products, and the sum so far, to the exponent of the
+largest, and drop the bits below.  That happens 128 times in a sum over K = 4,096, but only 4 times
+in a block.  So the sum of each block leaves the cores, is scaled, and is added up in float32:
 
     y[m, n] = sum over blocks b of  s_x[m, b] s_W[n, b] (sum over k in b of q_x[m, k] q_W[n, k])
 
@@ -81,41 +81,19 @@ class Quantized(NamedTuple):
 # ------------------------------------------------------------------- step 1: in plain PyTorch
 
 
-def in_blocks(x: Tensor, height: int, width: int) -> Tensor:
-    """x (R, C) as (R / height, height, C / width, width) in float32; zeros fill the last blocks."""
-    below, right = -len(x) % height, -x.shape[1] % width
-    x = x.float()
-    if below or right:
-        x = F.pad(x, (0, right, 0, below))
-    return x.reshape(len(x) // height, height, x.shape[1] // width, width)
-
-
-def amax_of(blocks: Tensor) -> Tensor:
-    """The largest magnitude of each block, inf if a number is NaN.  At least 1e-30: it divides."""
-    return blocks.abs().amax((1, 3)).nan_to_num(torch.inf, torch.inf).clamp(min=AMAX_FLOOR.value)
-
-
-def scales_of(amax: Tensor) -> Tensor:
-    """The scale of each block; NaN for a block with an infinity or a NaN."""
-    return torch.where(amax < torch.inf, amax * (1 / 448), torch.nan)
-
-
-def cast_blocks(blocks: Tensor, amax: Tensor) -> Tensor:
-    """Blocks as an e4m3 matrix (R, C)."""
-    # torch computes `448 / amax` as 448 times a rounded inverse; the kernel rounds only once
-    inverse = torch.where(amax < torch.inf, torch.full_like(amax, 448) / amax, 0)
-    scaled = (blocks * inverse[:, None, :, None]).clamp_(-448, 448)
-    return scaled.flatten(2).flatten(0, 1).to(E4M3)
-
-
 def quantize_reference(x: Tensor, height: int, width: int) -> Quantized:
     """The definition of `quantize_kernel`; R and C of the values are rounded up to whole blocks."""
-    blocks = in_blocks(x, height, width)
-    amax = amax_of(blocks)
-    if amax.isinf().any():
-        # such a block has values 0 and scale NaN: 0 times its infinity would be NaN, too
-        blocks = torch.where(amax[:, None, :, None].isinf(), 0, blocks)
-    return Quantized(cast_blocks(blocks, amax), scales_of(amax))
+    x = F.pad(x.float(), (0, -x.shape[1] % width, 0, -len(x) % height))
+    blocks = x.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # (R / h, h, C / w, w)
+    amax = blocks.abs().amax((1, 3), keepdim=True)
+    # a block with an infinity or a NaN has values 0 and scale NaN
+    broken = ~(amax < torch.inf)
+    amax = amax.clamp(min=AMAX_FLOOR.value)
+    # torch computes `448 / amax` as 448 times a rounded inverse; the kernel rounds only once
+    scaled = (blocks * (torch.full_like(amax, 448) / amax)).clamp(-448, 448)
+    values = torch.where(broken, 0, scaled).flatten(2).flatten(0, 1).to(E4M3)
+    scales = torch.where(broken, torch.nan, amax * (1 / 448))
+    return Quantized(values, scales[:, 0, :, 0])
 
 
 def matmul_reference(a: Quantized, b: Quantized, starts: Tensor | None) -> Tensor:
@@ -156,7 +134,7 @@ def cast(x, inverse):
     return tl.where(inverse > 0, scaled, 0.0).to(tl.float8e4nv)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tiles_of_matrix"])
 def quantize_kernel(
     x,                   # (R, C) float32 or bfloat16
     values, scales,      # out: (R, C) e4m3; (B, R), or (R / 128, B) for squares
@@ -205,12 +183,13 @@ def quantize_kernel(
 @triton.jit
 def tile_of_program(tiles_m, tiles_n, BAND: tl.constexpr):
     """Line and column of the output tile that this program computes.  Programs that run at the same
-    time walk down a band of BAND lines: so they read the same rows of a and b from the cache."""
+    time walk down a band of BAND lines (GROUP_SIZE_M in Triton's tutorial): so they read the same
+    rows of a and b from the cache."""
     program = tl.program_id(0)
     band, in_band = program // (BAND * tiles_n), program % (BAND * tiles_n)
-    # BAND 2, tiles_m 3, tiles_n 4:   0 2 4 6
-    #                                 1 3 5 7
-    #                                 8 9 . .     the last band is lower
+    # BAND 2, tiles_m 3, tiles_n 4; programs:   0 2  4  6
+    #                                           1 3  5  7
+    #                                           8 9 10 11     the last band is lower
     lines = tl.minimum(tiles_m - band * BAND, BAND)
     return band * BAND + in_band % lines, in_band // lines
 
@@ -251,12 +230,12 @@ def product_kernel(
         first_out += tl.program_id(1) * rows_a
 
     # tiles behind the last row are zeros
-    lines_a = tl.make_tensor_descriptor(a, [rows_a, columns], [columns, 1], [BLOCK, BLOCK])
-    lines_b = tl.make_tensor_descriptor(b, [rows_b, columns], [columns, 1], [BLOCK_N, BLOCK])
+    rows_of_a = tl.make_tensor_descriptor(a, [rows_a, columns], [columns, 1], [BLOCK, BLOCK])
+    rows_of_b = tl.make_tensor_descriptor(b, [rows_b, columns], [columns, 1], [BLOCK_N, BLOCK])
     acc = tl.zeros((BLOCK, BLOCK_N), tl.float32)
     for block in tl.range(begin, end, warp_specialize=SPECIALIZED):
-        tile_a = lines_a.load([first_a, block * BLOCK])
-        tile_b = lines_b.load([first_b, block * BLOCK])
+        tile_a = rows_of_a.load([first_a, block * BLOCK])
+        tile_b = rows_of_b.load([first_b, block * BLOCK])
         scale_a = tl.load(scales_a + block * rows_a + row_a, mask=inside_a, other=0.0)
         # 128 products, summed in 13 bits; as an argument of dot, `acc` would be cut as well
         product = tl.dot(tile_a, tile_b.T)
@@ -281,24 +260,19 @@ def check_device(device: torch.device) -> None:
                          "FP8: it needs sm_89 (Ada), sm_90 (Hopper) or newer; use bfloat16")
 
 
-def turn(x: Tensor, matrices: int) -> Tensor:
-    """Matrices, one below the other, each transposed: (X N, K) -> (X K, N)."""
-    turned = x.unflatten(0, (matrices, -1)).transpose(1, 2)
-    return turned.clone(memory_format=torch.contiguous_format).flatten(0, 1)
-
-
 @torch.library.custom_op("llava::quantize_fp8", mutates_args=())
 def quantize_op(x: Tensor, square: bool, transposed: bool, matrices: int) -> list[Tensor]:
     """Values and scales as `quantize_kernel` writes them; of x transposed as well, if wanted."""
     if not uses_kernels(x):
         values, scales = quantize_reference(x, BLOCK if square else 1, BLOCK)
         parts = [values[:len(x)], scales if square else scales.T]
-        if transposed and square:
-            parts += [turn(values, matrices), turn(scales, matrices)]
+        if transposed and square:  # (X N, K) -> (X K, N)
+            parts += [part.unflatten(0, (matrices, -1)).transpose(1, 2).flatten(0, 1)
+                      for part in (values, scales)]
         elif transposed:
             values, scales = quantize_reference(x, BLOCK, 1)
             parts += [values.T, scales]
-        return [part.contiguous() for part in parts]
+        return [part.clone(memory_format=torch.contiguous_format) for part in parts]
     rows, columns = x.shape
     parts = empty_quantized(x, square, transposed, matrices)
     if rows:
@@ -314,16 +288,17 @@ def quantize_op(x: Tensor, square: bool, transposed: bool, matrices: int) -> lis
 
 @quantize_op.register_fake
 def empty_quantized(x: Tensor, square: bool, transposed: bool, matrices: int) -> list[Tensor]:
+    def pair(values: tuple[int, ...], scales: tuple[int, ...]) -> list[Tensor]:
+        return [x.new_empty(values, dtype=E4M3), x.new_empty(scales, dtype=torch.float32)]
+
     rows, columns = x.shape
     tiles, blocks = -(-rows // BLOCK), columns // BLOCK
-    shapes = [(tiles, blocks) if square else (blocks, rows)]
-    parts = [x.new_empty(x.shape, dtype=E4M3)]
+    parts = pair(x.shape, (tiles, blocks) if square else (blocks, rows))
     if transposed:
-        turned = (matrices * columns, tiles // matrices * BLOCK)
-        parts += [x.new_empty(turned, dtype=E4M3)]
-        shapes += [(matrices * blocks, tiles // matrices) if square else (tiles, columns)]
-    scales = [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
-    return [part for pair in zip(parts, scales) for part in pair]
+        in_matrix = tiles // matrices
+        scales = (matrices * blocks, in_matrix) if square else (tiles, columns)
+        parts += pair((matrices * columns, in_matrix * BLOCK), scales)
+    return parts
 
 
 @torch.library.custom_op("llava::matmul_fp8", mutates_args=())
@@ -345,8 +320,8 @@ def matmul_op(a: Tensor, scales_a: Tensor, b: Tensor, scales_b: Tensor, starts: 
     groups = len(starts) - 1 if grouped else 1
     sums = len(out) // rows_a  # X if `starts` cuts the sum, else 1
     specialized = specializes(a)
-    # before Hopper, whose copy engine needs no registers for addresses, 128 columns spill some
-    width = 128 if compute_capability(a.device)[0] >= 9 else 64
+    # without TMA, which needs no registers for addresses, 128 columns spill some
+    width = 128 if compute_capability(a.device)[0] in (9, 10) else 64
     tiles = triton.cdiv(rows_a, BLOCK) * triton.cdiv(out.shape[1], width)
     give_scratch(a.device)
     with torch.cuda.device_of(out):
@@ -393,40 +368,26 @@ def quantize_fp8(x: Tensor, square: bool = False, transposed: bool = False,
     return Quantized(values, scales if square else scales.T), turned
 
 
-def check_factors(a: Quantized, b: Quantized, starts: Tensor | None) -> None:
-    """Raise ValueError on factors that do not fit each other, and for a GPU without FP8."""
-    if a.height != 1 or a.values.shape[1] != b.values.shape[1] or a.values.shape[1] % BLOCK:
-        raise ValueError(f"need rows (Ra, C) and (Rb, C), C a multiple of {BLOCK}, a scaled by "
-                         f"rows, got {tuple(a.values.shape)} and {tuple(b.values.shape)}")
-    check_device(a.values.device)
-    if starts is not None and starts.dtype != torch.int32:
-        raise ValueError(f"starts must be int32, not {starts.dtype}")
-
-
 def fp8_matmul(a: Quantized, b: Quantized, dtype: torch.dtype = torch.bfloat16,
                starts: Tensor | None = None) -> Tensor:
     """a (Ra, C) times b (Rb, C) transposed, summed in float32 -> (Ra, Rb) of `dtype`.
 
-    starts: (X + 1,) int32, in units of 128.  Then b, scaled by squares, has X matrices one below
-    the other, and the rows of a from starts[e] on belong to matrix e: -> (Ra, Rb / X), with
-    undefined rows behind the last group.
+    a is scaled by rows.  starts: (X + 1,) int32, in units of 128, for X products at once.
+    If b is scaled by squares, it has X matrices one below the other, and the rows of a from
+    starts[e] on meet matrix e: -> (Ra, Rb / X), with zeros after the last group.
+    If b is scaled by rows, `starts` cuts the sum: -> (X Ra, Rb), one product below the other.
     Raises ValueError on shapes that do not fit, and for a GPU without FP8."""
-    check_factors(a, b, starts)
-    if starts is not None and len(b.values) % (b.height * (len(starts) - 1)):
-        raise ValueError(f"{len(b.values)} rows are not {len(starts) - 1} matrices with rows in "
-                         f"multiples of {BLOCK}")
-    if starts is not None and b.height == 1:
-        raise ValueError("matrices of groups must be scaled by squares")
-    return matmul_op(*a, *b, starts, dtype)
-
-
-def fp8_matmul_of_groups(a: Quantized, b: Quantized, dtype: torch.dtype,
-                         starts: Tensor) -> Tensor:
-    """X products a_e b_e^T of the columns from starts[e] on, in units of 128: of a (Ra, C) and
-    b (Rb, C), both scaled by rows, -> (X Ra, Rb).  `starts` and errors as in `fp8_matmul`."""
-    check_factors(a, b, starts)
-    if b.height != 1:
-        raise ValueError("both factors must be scaled by rows")
+    if a.height != 1 or a.values.shape[1] != b.values.shape[1] or a.values.shape[1] % BLOCK:
+        raise ValueError(f"need rows (Ra, C) and (Rb, C), C a multiple of {BLOCK}, a scaled by "
+                         f"rows, got {tuple(a.values.shape)} and {tuple(b.values.shape)}")
+    check_device(a.values.device)
+    if starts is not None:
+        matrices = len(starts) - 1
+        if starts.dtype != torch.int32 or matrices < 1:
+            raise ValueError(f"starts must be two int32 at least, not {len(starts)} {starts.dtype}")
+        if b.height > 1 and len(b.values) % (BLOCK * matrices):
+            raise ValueError(f"{len(b.values)} rows are not {matrices} matrices with rows in "
+                             f"multiples of {BLOCK}")
     return matmul_op(*a, *b, starts, dtype)
 
 
@@ -487,23 +448,19 @@ class Fp8Product(torch.autograd.Function):
         dy_rows, dy_columns = quantize_fp8(groups.spread(dy), transposed=bool(x_columns))
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            # dx = dy W sums over N.  Quantised again: between the passes it would take memory.
+            # dx = dy W sums over N.  W^T is quantised again: to keep it would take memory.
             matrices = 1 if starts is None else len(starts) - 1
             _, turned = quantize_fp8(weight, square=True, transposed=True, matrices=matrices)
             dx = groups.collect(fp8_matmul(dy_rows, turned, ctx.dtype, starts))
         if x_columns:
             # dW = dy^T x sums over tokens, each expert over its own
-            columns = Quantized(*x_columns)
-            if starts is None:
-                dw = fp8_matmul(dy_columns, columns, weight.dtype)
-            else:
-                dw = fp8_matmul_of_groups(dy_columns, columns, weight.dtype, starts)
+            dw = fp8_matmul(dy_columns, Quantized(*x_columns), weight.dtype, starts)
         return dx, dw, None, None
 
 
 class Fp8Linear(nn.Linear):
-    """y = x W^T, without a bias, its three products in FP8.  The weight stays what is trained: each
-    pass quantises it anew, where the product is."""
+    """y = x W^T, without a bias, its three products in FP8.  The weight keeps its type and is what
+    the optimizer trains; each pass quantises it again."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")

@@ -9,8 +9,9 @@ Per configuration: registers of a thread, spilled loads and stores, shared memor
 blocks the instructions that a warp passes in a full block (what a branch jumps over, as the mask
 is, not counted; of a kernel without a loop all) and the waits until all matrix products are done
 (DEPBAR); matrix instructions (HGMMA and for FP8 QGMMA: Hopper's; HMMA, QMMA: the older ones) and
-asynchronous copies (UTMALDG: Hopper's copy engine, LDGSTS: the older ones) in all; stores of single
-bytes.  Exit code 1 if one spills, is too large or too long, stores bytes or lacks its instruction.
+asynchronous copies (UTMALDG: Hopper's copy engine, LDGSTS: the older ones) in all; moves of
+registers between warps (USETMAXREG: specialized forms have them); stores of single bytes.  Exit
+code 1 if one spills, is too large or too long, stores bytes or lacks its instruction.
 """
 
 import itertools
@@ -30,7 +31,7 @@ import fp8_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_KIB = {80: 99, 89: 99, 90: 227}  # what one program may use; 80: on its kin, sm_86
-INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "LDGSTS", "STG.E.U8")
+INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "QMMA", "UTMALDG", "LDGSTS", "USETMAXREG", "STG.E.U8")
 MATRIX = ("HGMMA", "QGMMA", "HMMA", "QMMA")
 COMMON = "--common"
 KERNELS = {"specialized": "forward_kernel", "forward": "forward_kernel", "decode": "forward_kernel",
@@ -73,11 +74,13 @@ def compile_one(kernel: str, target: str, dtype: str, width: int, ratio: int, ma
     """Registers, spills, shared KiB and counts of instructions of one compiled configuration."""
     function = getattr(attention_kernel, KERNELS[kernel])
     tile = attention_kernel.tile_for(kernel, target, width)
-    groups, specialized, decode = 2, kernel == "specialized", kernel == "decode"
+    specialized, decode = kernel == "specialized", kernel == "decode"
+    groups, heads = 2, 1
+    if specialized and dtype == "bf16":  # float16 with one head a program, as in short rows
+        heads = attention_kernel.HEADS_PER_PROGRAM
     constants = {"H": groups if decode else ratio * groups, "G": groups, "E": width,
                  "STACKED": ratio if decode else 1, "MASK": mask, "SPECIALIZED": specialized,
-                 "HEADS_PER_PROGRAM": attention_kernel.HEADS_PER_PROGRAM if specialized else 1,
-                 "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N}
+                 "HEADS_PER_PROGRAM": heads, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N}
     types = dict.fromkeys(function.arg_names, "i32") | dict.fromkeys(POINTERS, f"*{dtype}") | TYPES
     return build(function, types, constants, tile.num_warps, tile.num_stages, capability)
 
@@ -176,7 +179,7 @@ def compile_fp8(name: str, dtype: str, capability: int) -> tuple[str, dict[str, 
 
 
 def faults(row: dict[str, int], capability: int, matrix: str | None, limit: int | None,
-           spills: int = 0) -> str:
+           specialized: bool, spills: int = 0) -> str:
     """What is wrong with a compiled configuration that should use a matrix instruction, if any."""
     found = ["spills"] if row["spills"] > spills else []
     if row["shared"] > SHARED_KIB[capability]:
@@ -185,6 +188,8 @@ def faults(row: dict[str, int], capability: int, matrix: str | None, limit: int 
         found.append("stores single bytes")
     if matrix and not row[matrix]:
         found.append(f"no {matrix}")
+    if specialized and not row["USETMAXREG"]:
+        found.append("not specialized")
     if limit and row["block"] > limit:
         found.append(f"more than {limit} instructions")
     return ", ".join(found)
@@ -201,7 +206,7 @@ def attention_rows(capability: int) -> Iterator[tuple[str, dict[str, int], str]]
         limit = LIMITS.get((kernel, width)) if target == "hopper" and mask != "explicit" else None
         yield (f"{kernel:11} {capability:3} {dtype:5} {width:3} {ratio:2} {mask:9}"
                f"{f'{tile.BLOCK_M}x{tile.BLOCK_N}':>8} {tile.num_warps:2} {tile.num_stages:2}",
-               row, faults(row, capability, matrix, limit,
+               row, faults(row, capability, matrix, limit, kernel == "specialized",
                            SPILLS.get((kernel, target, width, capability), 0)))
 
 
@@ -212,8 +217,10 @@ def fp8_rows(capability: int) -> Iterator[tuple[str, dict[str, int], str]]:
         limit = LIMITS.get(name.partition(",")[0]) if capability >= 90 else None
         for dtype in dtypes:
             launch, row = compile_fp8(name, dtype, capability)
+            is_product = name.startswith("product")
             yield (f"{name:26} {capability:3} {dtype:8}{launch}", row, faults(
-                row, capability, matrix if name.startswith("product") else None, limit))
+                row, capability, matrix if is_product else None, limit,
+                is_product and capability == 90))
 
 
 def refusal(capability: int) -> Iterator[tuple[str, dict[str, int], str]]:
@@ -235,13 +242,13 @@ def main() -> None:
     print(f"Triton {triton.__version__}")
     print(f"{'kernel, sm, dtype':24}{'E, R, mask':12}{'block':>6}{'warps, stages':>14}"
           f"{'regs':>6} {'spills':>6} {'KiB':>4} {'block':>6} {'waits':>5}"
-          + "".join(f"{name:>9}" for name in INSTRUCTIONS))
+          + "".join(f"{name:>11}" for name in INSTRUCTIONS))
     for capability in [int(x) for x in capabilities] or tables:
         for text, row, fault in tables[capability](capability):
             wrong += bool(fault)
             print(f"{text:56}" + f"{row['registers']:6} {row['spills']:6} {row['shared']:4} "
                   f"{row['block']:6} {row['waits']:5}"
-                  + "".join(f"{row[name]:9}" for name in INSTRUCTIONS) + f"  {fault}", flush=True)
+                  + "".join(f"{row[name]:11}" for name in INSTRUCTIONS) + f"  {fault}", flush=True)
     sys.exit(wrong > 0)
 
 
