@@ -568,9 +568,9 @@ def triton_forward(
     target, kernel, stacked = architecture(q), "forward", 1
     if max_seqlen_q * heads // key_heads <= 16:
         # Decoding: the R = H / G heads that share keys become R queries of one tile, so keys are
-        # loaded once for all of them.
+        # loaded once for all of them: q becomes (Tq R, G, E).
         kernel, stacked = "decode", heads // key_heads
-        q = q.unflatten(1, (key_heads, stacked)).transpose(1, 2).flatten(0, 1)  # (Tq R, G, E)
+        q = q.unflatten(1, (key_heads, stacked)).transpose(1, 2).flatten(0, 1)
         cu_seqlens_q, heads = cu_seqlens_q * stacked, key_heads
     elif specializes(q) and target == "hopper" and q_positions is None:
         kernel = "specialized"
@@ -597,8 +597,9 @@ def triton_forward(
         HEADS_PER_PROGRAM=heads_per_program, SPECIALIZED=kernel == "specialized", **tile._asdict())
     out, lse = merge_splits(out, lse)
     if kernel == "decode":
-        out = out.unflatten(0, (tokens, stacked)).transpose(1, 2).flatten(1, 2)  # (Tq, H, E)
-        lse = lse.unflatten(1, (tokens, stacked)).transpose(1, 2).flatten(0, 1)  # (H, Tq)
+        # back to (Tq, H, E) and (H, Tq)
+        out = out.unflatten(0, (tokens, stacked)).transpose(1, 2).flatten(1, 2)
+        lse = lse.unflatten(1, (tokens, stacked)).transpose(1, 2).flatten(0, 1)
     return out.to(k.dtype), lse.contiguous()
 
 

@@ -84,7 +84,8 @@ class Quantized(NamedTuple):
 def quantize_reference(x: Tensor, height: int, width: int) -> Quantized:
     """The definition of `quantize_kernel`; R and C of the values are rounded up to whole blocks."""
     x = F.pad(x.float(), (0, -x.shape[1] % width, 0, -len(x) % height))
-    blocks = x.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # (R / h, h, C / w, w)
+    # block i, j is blocks[i, :, j, :]
+    blocks = x.unflatten(1, (-1, width)).unflatten(0, (-1, height))
     amax = blocks.abs().amax((1, 3), keepdim=True)
     # a block with an infinity or a NaN has values 0 and scale NaN
     broken = ~(amax < torch.inf)

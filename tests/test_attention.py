@@ -266,13 +266,13 @@ def test_gradients_are_the_same_on_every_run(
     case = random_case(11, torch.float32, [32], [1, 40], DEVICE)
     weight = torch.randn_like(case["q"])
     first = results(flash_attn_varlen_func, case, weight)
-    for _ in range(1000 if DEVICE == "cuda" else 3 if interpreted else 20):
+    for _ in range(1000 if DEVICE == "cuda" else 1 if interpreted else 20):
         again = results(flash_attn_varlen_func, case, weight)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_slots_hold_every_tile_once(seed: int, kernels: None) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_every_tile_is_found_once(seed: int, kernels: None) -> None:
     """As dK of one query that sees all keys shows, and a query of each segment, dV."""
     rng = random.Random(seed)
     segments = 130 if seed == 0 else rng.randint(1, 9)  # 128 at a time are looked at
