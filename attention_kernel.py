@@ -808,14 +808,13 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
                          f"got {cu_seqlens.tolist()[:8]}...{cu_seqlens[-1]}")
 
 
-def check_arguments(tensors: dict[str, object]) -> None:
-    """Raise ValueError unless the tensors fit each other and, where they run, the kernels."""
-    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+def check_tensors(tensors: dict[str, object]) -> None:
+    """Raise ValueError unless all are tensors on q's device, of integers but for q, k and v."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, not a {type(x).__name__}")
-        if x.device != q.device:
-            raise ValueError(f"q is on {q.device}, but {name} on {x.device}")
+        if x.device != tensors["q"].device:
+            raise ValueError(f"q is on {tensors['q'].device}, but {name} on {x.device}")
         if name in ("q", "k", "v"):
             if x.stride()[-1:] != (1,):
                 raise ValueError(f"the last dimension of {name} must be contiguous, its strides "
@@ -823,26 +822,24 @@ def check_arguments(tensors: dict[str, object]) -> None:
         elif x.dtype not in (torch.int32, torch.int64) or x.dim() != 1 or not x.is_contiguous():
             raise ValueError(f"{name} must be a contiguous vector of int32 or int64")
 
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless shapes and types fit each other and, where they run, the kernels."""
     if not q.dim() == k.dim() == v.dim() == 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"need q (Tq, H, E) and k, v (Tk, G, E), got {tuple(q.shape)}, "
                          f"{tuple(k.shape)}, {tuple(v.shape)}")
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"attention runs on cpu and cuda, not on {q.device.type}")
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
-    lengths = [len(tensors[name]) for name in ("cu_seqlens_q", "cu_seqlens_k")]
-    if lengths[0] != lengths[1] or lengths[0] == 0:
-        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be vectors of segments + 1 numbers, "
-                         f"got {lengths[0]} and {lengths[1]}")
-    if len(tensors.get("q_positions", q)) != len(q):
-        raise ValueError("q_positions needs one position per query")
-    # the CPU path takes any type and width
-    if uses_kernels(q) and q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"the kernels take float32, float16 or bfloat16, not {q.dtype}")
-    if uses_kernels(q) and q.shape[2] not in (16, 32, 64, 128):
-        raise ValueError(f"the kernels take head widths of 16, 32, 64 and 128, not {q.shape[2]}")
+    if uses_kernels(q):  # the CPU path takes any type and width
+        if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"the kernels take float32, float16 or bfloat16, not {q.dtype}")
+        if q.shape[2] not in (16, 32, 64, 128):
+            raise ValueError("the kernels take head widths of 16, 32, 64 and 128, not "
+                             f"{q.shape[2]}")
 
 
 def flash_attn_varlen_func(
@@ -873,9 +870,13 @@ def flash_attn_varlen_func(
     tensors = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     if q_positions is not None:
         tensors["q_positions"] = q_positions
-        if not causal:
-            raise ValueError("q_positions needs causal=True")
-    check_arguments(tensors)
+    check_tensors(tensors)
+    check_shapes(q, k, v)
+    if len(cu_seqlens_q) != len(cu_seqlens_k) or len(cu_seqlens_q) == 0:
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be vectors of segments + 1 numbers, "
+                         f"got {len(cu_seqlens_q)} and {len(cu_seqlens_k)}")
+    if q_positions is not None and (not causal or len(q_positions) != len(q)):
+        raise ValueError("q_positions needs causal=True and one position per query")
     scale = softmax_scale or q.shape[-1] ** -0.5
     out, lse = attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
                          causal, q_positions)
@@ -903,16 +904,15 @@ def main() -> None:
     print(f"{f'rms error against float64, {device}':32}{'out':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         qkv = [torch.randn(512, heads, 64, device=device).to(dtype) for heads in (8, 2, 2)]
-        weight = torch.randn_like(qkv[0])
-        exact = None  # the same numbers in float64 are the measure
-        ways = (masked_sdpa, torch.float64), (this_file, dtype), (masked_sdpa, dtype)
-        for attend, kind in ways:
+        weight, found = torch.randn_like(qkv[0]), []
+        # first the measure: the same numbers in float64
+        for attend in (masked_sdpa, this_file, masked_sdpa):
+            kind = dtype if found else torch.float64
             inputs = [x.to(kind).requires_grad_() for x in qkv]
             out = attend(*inputs)
-            results = [out, *torch.autograd.grad((out * weight).sum(), inputs)]
-            exact = exact or results
-            errors = [(a.double() - b).square().mean().sqrt() for a, b in zip(results, exact)]
-            if kind == dtype:
+            found.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
+            errors = [(a - b).square().mean().sqrt() for a, b in zip(found[-1], found[0])]
+            if len(found) > 1:
                 print(f"{f'{attend.__name__}, {dtype}':32}"
                       + "".join(f"{error:10.1e}" for error in errors))
 

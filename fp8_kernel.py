@@ -382,6 +382,7 @@ def fp8_matmul(a: Quantized, b: Quantized, dtype: torch.dtype = torch.bfloat16,
         raise ValueError(f"need rows (Ra, C) and (Rb, C), C a multiple of {BLOCK}, a scaled by "
                          f"rows, got {tuple(a.values.shape)} and {tuple(b.values.shape)}")
     check_device(a.values.device)
+    # a square of b must not belong to two matrices
     if starts is not None:
         matrices = len(starts) - 1
         if starts.dtype != torch.int32 or matrices < 1:

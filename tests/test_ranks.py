@@ -7,6 +7,7 @@ import math
 import random
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -43,10 +44,9 @@ IN_128 = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4
 RECIPE = replace(TINY["instruct"], eps=1e-5)
 
 
-@pytest.fixture(scope="module")
-def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_records(folder: Path) -> Path:
     """Pictures large and small, several in a conversation, and a third of all without any."""
-    folder, rng, lines = tmp_path_factory.mktemp("records"), random.Random(0), []
+    rng, lines = random.Random(0), []
     for number, record in enumerate(islice(drawn_records("mixed", 0), 120)):
         names = []
         for i, image in enumerate(record["images"] if number % 3 else []):
@@ -60,6 +60,11 @@ def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(json.dumps({"messages": messages, "images": names}))
     (folder / "records.jsonl").write_text("\n".join(lines))
     return folder / "records.jsonl"
+
+
+@pytest.fixture(scope="module")
+def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_records(tmp_path_factory.mktemp("records"))
 
 
 @cache
@@ -261,8 +266,21 @@ def train_alone(layouts: list[dict], data: Path, steps: int) -> list[dict]:
                   data, steps) for flags in layouts]
 
 
-@pytest.mark.parametrize("count", FP8_LAYOUTS)
-def test_fp8_on_ranks_equals_one_process(count: int, records_file: Path) -> None:
+def train_in_fp8(count: int) -> tuple[list[dict], list[dict], list[dict]]:
+    """The layouts; for each what the first of `count` ranks found, and what one process did."""
+    layouts = [{"rows": 2 * count, "seq_length": 320, "fp8": True, **flags}
+               for flags in FP8_LAYOUTS[count]]
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_records(Path(folder))
+        found = in_ranks(count, train_all, layouts, data, 2)[0]
+        alone, = in_ranks(1, train_alone, layouts, data, 2)
+    return layouts, found, alone
+
+
+@pytest.mark.parametrize("count", [
+    pytest.param(count, marks=pytest.mark.beside.with_args(train_in_fp8, count))
+    for count in FP8_LAYOUTS])
+def test_fp8_on_ranks_equals_one_process(count: int, done: tuple) -> None:
     """Shards end within squares of 128; losses of 2 steps, gradients of the first.
 
     Ranks quantise the same weights and, on as many threads, compute rows by the same calls: the
@@ -270,11 +288,7 @@ def test_fp8_on_ranks_equals_one_process(count: int, records_file: Path) -> None
     shared, or experts meet those of several ranks, blocks of weight gradients are of other tokens:
     both ways round two factors.  Later steps start from weights that differ by a rounding.
     """
-    layouts = [{"rows": 2 * count, "seq_length": 320, "fp8": True, **flags}
-               for flags in FP8_LAYOUTS[count]]
-    found = in_ranks(count, train_all, layouts, records_file, 2)[0]
-    alone, = in_ranks(1, train_alone, layouts, records_file, 2)
-    for flags, first, expected in zip(layouts, found, alone):
+    for flags, first, expected in zip(*done):
         mixed = {"expert_parallel", "context_parallel"} & flags.keys()
         torch.testing.assert_close(first["losses"], expected["losses"], rtol=FLIPPED, atol=0)
         assert first["losses"][0] == pytest.approx(expected["losses"][0],
