@@ -561,7 +561,7 @@ def triton_forward(
         return q.new_zeros(q.shape), q.new_full((heads, tokens), -math.inf, dtype=torch.float32)
     valid = torch.empty(1, dtype=torch.int32, device=q.device)
     segments = len(cu_seqlens_q) - 1
-    check_kernel[1,](valid, cu_seqlens_q, cu_seqlens_k, tokens, len(k), segments)
+    check_kernel[(1,)](valid, cu_seqlens_q, cu_seqlens_k, tokens, len(k), segments)
     torch.ops.aten._assert_async.msg(
         valid[0], "cu_seqlens_q and cu_seqlens_k must rise from 0 to the number of tokens")
 

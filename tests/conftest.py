@@ -60,10 +60,10 @@ if DEVICE == "cpu":
     del os.environ["TRITON_INTERPRET"]
 
 
-# ------------------------------------------- commands that run beside the tests, on the other core
+# ------------------------------------------------------------ commands that run beside the tests
 
 BESIDE = pytest.StashKey[Future]()
-POOL = ThreadPoolExecutor(max_workers=1)
+POOL = ThreadPoolExecutor(max_workers=2)  # the other tests wait, in part, for processes
 RUNNING: list[subprocess.Popen] = []
 # of the commands: tests change their own meanwhile, and have the other core
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -83,7 +83,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start what the tests marked `beside` wait for, one command after the other."""
+    """Start what the tests marked `beside` wait for, two at a time."""
     for item in session.items:
         marker = item.get_closest_marker("beside")
         skipped = any(all(mark.args) for mark in item.iter_markers("skipif"))

@@ -443,6 +443,26 @@ def test_operator_compiles_and_checkpoints() -> None:
             torch.testing.assert_close(mine, reference, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_operators_keep_pytorchs_rules(
+    interpreted: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Schemas, gradients, shapes without numbers, dynamic shapes: PyTorch's own checks."""
+    if interpreted and DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k, v = (torch.randn(20, heads, 16, device=DEVICE, requires_grad=True) for heads in (2, 1, 1))
+    cu_seqlens = torch.tensor([0, 3, 20], device=DEVICE)
+    rest = 0.25, True, None
+    operators = torch.ops.llava
+    torch.library.opcheck(operators.attention.default,
+                          (q, k, v, cu_seqlens, cu_seqlens, 17, 17, *rest))
+    out, lse = (x.detach() for x in operators.attention(q, k, v, cu_seqlens, cu_seqlens, 17, 17,
+                                                        *rest))
+    inputs = [x.detach() for x in (out, q, k, v, out, lse)]
+    torch.library.opcheck(operators.attention_backward.default,
+                          (*inputs, cu_seqlens, cu_seqlens, *rest))
+
+
 @pytest.mark.beside("-m", "benchmarks.compile", "attention", "--common")
 def test_kernels_compile_without_spills(done: subprocess.CompletedProcess[str]) -> None:
     """For sm_90 and sm_80: no spills, shared memory fits, matrix instructions.

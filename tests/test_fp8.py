@@ -293,6 +293,19 @@ def test_compiled_layers_quantise_what_they_share_once(monkeypatch: pytest.Monke
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_operators_keep_pytorchs_rules() -> None:
+    """PyTorch's own checks; but for those that compare numbers of 8 bits, which it cannot."""
+    x, w = torch.randn(300, 256, device=DEVICE), torch.randn(256, 256, device=DEVICE)
+    checks = ("test_autograd_registration", "test_faketensor")
+    for arguments in ((x, False, True, 1), (x, True, False, 1), (w, True, True, 2)):
+        torch.library.opcheck(torch.ops.llava.quantize_fp8.default, arguments, test_utils=checks)
+    a, b = quantize_fp8(x)[0], quantize_fp8(w, square=True)[0]
+    starts = torch.tensor([0, 1, 3], dtype=torch.int32, device=DEVICE)
+    for groups in (None, starts):
+        torch.library.opcheck(torch.ops.llava.matmul_fp8.default,
+                              (*a, *b, groups, torch.float32), test_utils=checks)
+
+
 # -------------------------------------------------------------------------------------- refusals
 
 
