@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import forkserver
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start what the tests marked `beside` wait for, two at a time."""
+    if not session.config.option.collectonly:
+        # the server that forks ranks and commands, before tests change the environment
+        forkserver.ensure_running()
     for item in session.items:
         marker = item.get_closest_marker("beside")
         skipped = any(all(mark.args) for mark in item.iter_markers("skipif"))

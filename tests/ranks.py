@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ import torch
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train", "sample", "torch.distributed.tensor", "torch._dynamo"])
-forkserver.ensure_running()  # now: its children have its environment, and tests change this one
 
 
 def run_script(folder: Path, arguments: list[str], environment: dict[str, str]) -> None:
