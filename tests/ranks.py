@@ -71,6 +71,7 @@ def child(function: Callable, rank: int, count: int, port: int, folder: str,
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank),
                    "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # errors are printed, the logs of runs are not
     torch.set_num_threads(1)
     torch.save(function(*arguments), f"{folder}/{rank}")
 
