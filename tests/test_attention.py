@@ -222,7 +222,7 @@ def test_kernels_equal_reference(case_number: int, kernels: None,
     assert_within_bounds(results(flash_attn_varlen_func, case, weight), case, weight)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(11))
 def test_kernels_equal_reference_on_random_cases(seed: int, kernels: None,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
