@@ -261,6 +261,13 @@ def check_device(device: torch.device) -> None:
                          "FP8: it needs sm_89 (Ada), sm_90 (Hopper) or newer; use bfloat16")
 
 
+def product_options(major: int, specialized: bool) -> dict[str, object]:
+    """How `product_kernel` is launched on a GPU whose compute capability has this first digit."""
+    # without TMA, which needs no registers for addresses, 128 columns spill some
+    return {"SPECIALIZED": specialized, "BLOCK": BLOCK, "BLOCK_N": 128 if major in (9, 10) else 64,
+            "BAND": 8, "num_warps": 4 if specialized else 8, "num_stages": 3}
+
+
 @torch.library.custom_op("llava::quantize_fp8", mutates_args=())
 def quantize_op(x: Tensor, square: bool, transposed: bool, matrices: int) -> list[Tensor]:
     """Values and scales as `quantize_kernel` writes them; of x transposed as well, if wanted."""
@@ -320,18 +327,15 @@ def matmul_op(a: Tensor, scales_a: Tensor, b: Tensor, scales_b: Tensor, starts: 
         scales_b = scales_b.T
     groups = len(starts) - 1 if grouped else 1
     sums = len(out) // rows_a  # X if `starts` cuts the sum, else 1
-    specialized = specializes(a)
-    # without TMA, which needs no registers for addresses, 128 columns spill some
-    width = 128 if compute_capability(a.device)[0] in (9, 10) else 64
-    tiles = triton.cdiv(rows_a, BLOCK) * triton.cdiv(out.shape[1], width)
+    options = product_options(compute_capability(a.device)[0], specializes(a))
+    tiles = triton.cdiv(rows_a, BLOCK) * triton.cdiv(out.shape[1], options["BLOCK_N"])
     give_scratch(a.device)
     with torch.cuda.device_of(out):
         product_kernel[tiles, sums](
             a.contiguous(), b.contiguous(), scales_a.T.contiguous(), scales_b.contiguous(), out,
             starts, groups, rows_a, len(b), columns, out.shape[1],
             SQUARE=square, ROW_GROUPS=grouped and square, SUM_GROUPS=grouped and not square,
-            SPECIALIZED=specialized, BLOCK=BLOCK, BLOCK_N=width, BAND=8,
-            num_warps=4 if specialized else 8, num_stages=3)
+            **options)
     return out
 
 
@@ -342,6 +346,13 @@ def empty_product(a: Tensor, scales_a: Tensor, b: Tensor, scales_b: Tensor, star
     if len(scales_b) < len(b):
         return a.new_empty(len(a), len(b) // groups, dtype=dtype)
     return a.new_empty(groups * len(a), len(b), dtype=dtype)
+
+
+def check_matrices(rows: int, matrices: int) -> None:
+    """Raise ValueError if a square would belong to two of the matrices that share these rows."""
+    if rows % (BLOCK * matrices):
+        raise ValueError(f"{rows} rows are not {matrices} matrices with rows in multiples of "
+                         f"{BLOCK}")
 
 
 def quantize_fp8(x: Tensor, square: bool = False, transposed: bool = False,
@@ -359,9 +370,8 @@ def quantize_fp8(x: Tensor, square: bool = False, transposed: bool = False,
     if x.dim() != 2 or x.shape[1] % BLOCK or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"FP8 takes a float32 or bfloat16 matrix with columns in multiples of "
                          f"{BLOCK}, not {x.dtype} of shape {tuple(x.shape)}")
-    if matrices > 1 and len(x) % (BLOCK * matrices):
-        raise ValueError(f"{len(x)} rows are not {matrices} matrices with rows in multiples of "
-                         f"{BLOCK}")  # a square must not belong to two matrices
+    if matrices > 1:
+        check_matrices(len(x), matrices)
     values, scales, *t_parts = quantize_op(x, square, transposed, matrices)
     turned = None
     if transposed:
@@ -382,14 +392,11 @@ def fp8_matmul(a: Quantized, b: Quantized, dtype: torch.dtype = torch.bfloat16,
         raise ValueError(f"need rows (Ra, C) and (Rb, C), C a multiple of {BLOCK}, a scaled by "
                          f"rows, got {tuple(a.values.shape)} and {tuple(b.values.shape)}")
     check_device(a.values.device)
-    # a square of b must not belong to two matrices
     if starts is not None:
-        matrices = len(starts) - 1
-        if starts.dtype != torch.int32 or matrices < 1:
+        if starts.dtype != torch.int32 or len(starts) < 2:
             raise ValueError(f"starts must be two int32 at least, not {len(starts)} {starts.dtype}")
-        if b.height > 1 and len(b.values) % (BLOCK * matrices):
-            raise ValueError(f"{len(b.values)} rows are not {matrices} matrices with rows in "
-                             f"multiples of {BLOCK}")
+        if b.height > 1:  # by squares: matrices one below the other
+            check_matrices(len(b.values), len(starts) - 1)
     return matmul_op(*a, *b, starts, dtype)
 
 

@@ -163,19 +163,20 @@ def compile_fp8(name: str, dtype: str, capability: int) -> tuple[str, dict[str, 
     product."""
     kernel, _, variant = name.partition(" ")
     function = getattr(fp8_kernel, f"{kernel}_kernel")
-    specialized = capability == 90 and kernel == "product"
-    columns = 64 if kernel == "product" and capability < 90 else fp8_kernel.BLOCK
-    constants = {
-        "BLOCK": fp8_kernel.BLOCK, "BAND": 8, "BLOCK_N": columns, "SQUARE": "square" in variant,
-        "TRANSPOSED": True, "ROW_GROUPS": variant == "square, experts",
-        "SUM_GROUPS": variant == "rows, experts", "SPECIALIZED": specialized}
+    options = {"BLOCK": fp8_kernel.BLOCK, "num_warps": 8, "num_stages": 3}
+    if kernel == "product":
+        options = fp8_kernel.product_options(capability // 10, capability == 90)
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    constants = options | {
+        "SQUARE": "square" in variant, "TRANSPOSED": True,
+        "ROW_GROUPS": variant == "square, experts", "SUM_GROUPS": variant == "rows, experts"}
     types = {name: "i32" for name in function.arg_names} | {
         name: "*fp32" for name in ("scales", "t_scales", "scales_a", "scales_b")} | {
         name: "*fp8e4nv" for name in ("values", "t_values", "a", "b")} | {
         "starts": "*i32", "x": f"*{dtype}", "out": f"*{dtype}"}
-    warps = 4 if specialized else 8
-    row = build(function, types, constants, warps, 3, capability)
-    return f"{f'128x{columns}':>8} {warps:2}  3", row
+    row = build(function, types, constants, warps, stages, capability)
+    columns = options.get("BLOCK_N", fp8_kernel.BLOCK)
+    return f"{f'128x{columns}':>8} {warps:2} {stages:2}", row
 
 
 def faults(row: dict[str, int], capability: int, matrix: str | None, limit: int | None,

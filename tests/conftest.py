@@ -109,6 +109,14 @@ def done(request: pytest.FixtureRequest) -> Any:
     return request.node.stash[BESIDE].result()
 
 
+@pytest.fixture(params=[True, False])
+def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Run a test twice, with the kernels as `kernels` does and, on a CPU, without them."""
+    if request.param and DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return request.param
+
+
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the kernels: natively on a GPU, interpreted on a CPU."""
