@@ -1,9 +1,9 @@
-"""Records -> packed rows: chat template, labels, packing, and the readers of data files.
+"""Records -> samples -> plan -> packed rows: readers, chat template, labels, packing.
 
-In: records, which are conversations with pictures.  They are read from JSON files or WebDataset tar
-shards, or drawn on the fly.  Out: `Row`, one packed row of tokens and patches for `model.py`.
+In: records, which are conversations with pictures, in JSON, WebDataset shards or parquet, or drawn
+by `assets/scenes.py`.  Out: `Row`, one packed row of tokens and patches for `model.py`.
 Called by `parallel.py`, `train.py`, `sample.py`, `convert.py` and `assets/scenes.py`; calls
-`vision.py` and `assets/scenes.py`.
+`vision.py`, and inside functions `assets/scenes.py`, `model.py` and `convert.py`.
 
 The idea.  A conversation is text between special tokens (Qwen's ChatML):
 
@@ -22,37 +22,61 @@ a user's turn is the place of a picture.  Everywhere else `<image>` is text.
 Samples of any length lie end to end in rows of at most `seq_length` tokens, without padding.
 `cu_seqlens` says where each sample starts, and attention stays inside a sample.
 
+The plan.  An index has a line for each sample: where its record is, its tokens, labels, patches.
+To make it, texts are tokenised and the headers of pictures are read, once.  From then on a sample
+is a number, a row is a list of numbers, and a step is a list of rows:
+
+    samples      0   1   2   3   4   5   6   7          a random order for each epoch
+    tokens     300 620 180 700 400 310 610 190
+    row        [3 5]  [1 0]  [6 4]  [7 2]               best fit, longest first; rows of 1,024
+    step       0: rows 0 and 1    1: rows 2 and 3       dealt to the ranks by their FLOPs
+
+Data, seed and epoch alone decide the plan.  So the position of a run is the number of its step, and
+a rank reads only the records of its own rows.  Drawn data have no index: an epoch is drawn, and its
+rows are chosen, when it is needed.
+
+A bad record (a missing picture, no answer) is rejected while the index is made.  A picture that
+cannot be decoded is found only in training: its sample stays in the row, but is not learnt.
+
 The helpers for command lines, which other files share, stand last in this file.
 
 Shapes: T tokens in a packed row, L tokens in a sample, S samples, P patches, I pictures.
 
-Run `python data.py inspect` (default data) or `python data.py inspect --data PATH`: prints records,
-their tokens with what is learnt, and how full rows are; --save DIR writes the pictures.  Tokens are
-those of the tiny tokenizer.
+Run `python data.py inspect SOURCE...`: prints counts, lengths, how full rows are and what is
+rejected; `--show 4` prints samples with what is learnt in brackets.  `python data.py pack SOURCE...
+--out DIR` writes shards of full rows with their index.  `python data.py balance` chooses captions
+so that rare concepts are not rare.
 """
 
 import argparse
+import glob
+import hashlib
+import io
 import json
-import random
+import os
 import re
 import sys
 import tarfile
-import zlib
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby, islice, takewhile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import chain, groupby, takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from assets.scenes import drawn_records
-from vision import (MALFORMED, MAX_PIXELS, MIN_PIXELS, Picture, image_to_patches, open_image,
-                    patch_grid, visual_tokens)
+from vision import (MALFORMED, MAX_PIXELS, MIN_PIXELS, PATCH, PATCH_NUMBERS, FilePart, Picture,
+                    Video, content_of, cut_patches, frame_sizes, normalize_patches,
+                    open_frames, open_image, patch_grid, to_rgb, visual_tokens)
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 IGNORE = -100  # label of a token that is not learnt
@@ -63,10 +87,6 @@ SPECIAL_TOKENS = (  # in the order of their ids in the released vocabulary, from
 )
 # The tokens that delimit messages and pictures.  Their names inside a text always stay text.
 STRUCTURE = {name for name in SPECIAL_TOKENS if not re.search("_ref_|box_|quad_", name)}
-# Qwen cuts a text into these parts, and merges bytes only inside a part: contractions, words,
-# single digits, symbols, spaces.
-WORD_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # Windows leaves these files in folders
 BAD_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)  # what json.loads raises
 
@@ -76,7 +96,7 @@ Record = dict
 # The keys that this code uses of a record or turn in a file.  It ignores other keys, such as the
 # name of a source, unless the words of a key say that the key would change what is learnt.  Then it
 # refuses the record.
-RECORD_KEYS = {"id", "image", "images", "messages", "conversations", "system"}
+RECORD_KEYS = {"id", "image", "images", "video", "videos", "messages", "conversations", "system"}
 SHARD_KEYS = {"id", "texts", "media", "name", "system"}
 PICTURE_KEYS = {"image", "images", "name"}
 TURN_KEYS = {"role", "content", "from", "value"}
@@ -91,27 +111,11 @@ LEARNING_WORDS = set("system weight loss mask masked train trainable learn tool 
 # Other tools put <video> or <audio> in front of a turn, or at its end on a line of its own.  With a
 # source, a track or a closing tag behind it, the turn is about HTML.
 OTHER_MEDIA = re.compile(r"\A<(video|audio)>(?!\s*<(source|track|/))|\n<(video|audio)>\Z")
-
-
-# ---------------------------------------------------------------------------------------- tokenizer
-
-
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with Qwen's pre-tokenisation and special tokens, learnt from `texts`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-
-    # the 256 bytes are tokens from the start, so every text has tokens
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.encode_special_tokens = True  # a special token's name inside a text stays text
-    return tokenizer
+DRAWN = ("captions", "questions", "mixed")  # data drawn by assets/scenes.py
+CHUNK = 1000  # records that a process measures at once
+WINDOW = 2**17  # samples among which `data.py pack` chooses rows
+INDEX_FILES = ("index.json", "rejects.jsonl", "measured.jsonl")  # beside packed shards
+SHARD = 4096  # samples of a shard that it writes, to the end of a row
 
 
 # ------------------------------------------------------------------------------------ chat template
@@ -277,21 +281,22 @@ def chat_tokens(messages: list[dict], tokenizer: Tokenizer, visual_counts: list[
 # ---------------------------------------------------------------------------------- encode and pack
 
 
-@dataclass(eq=False)  # pool.remove(sample) then looks for the object, and compares no tensors
+@dataclass
 class Sample:
     """One conversation, ready to be packed; its pictures are measured but not decoded."""
 
     input_ids: Tensor  # (L,) int64
     labels: Tensor  # (L,) the token itself where learnt, else -100
-    images: list[Picture]
+    images: list[Picture | Video]
     grid_thw: Tensor  # (I, 3) int64, the patches that each picture will be cut into
     pixels: tuple[int, int]  # least and largest area of a picture
     name: str  # of the record, for messages
+    lost: str = ""  # why nothing is learnt from it, although the plan counts on it
 
     def patches(self, i: int) -> Tensor:
-        """Decode and cut picture i, (P, 588).  Raises ValueError with the record's name."""
+        """Decode and cut picture i, (P, 588) uint8.  Raises ValueError with the record's name."""
         try:
-            patches, grid = image_to_patches(open_image(self.images[i]), *self.pixels)
+            patches, grid = cut_patches(self.images[i], *self.pixels)
             if list(grid) != self.grid_thw[i].tolist():
                 raise ValueError(f"picture {i + 1} is not of the size that its header says")
             return patches
@@ -306,14 +311,26 @@ class Row:
     input_ids: Tensor  # (T,) int64
     targets: Tensor  # (T,) the token that follows, where learnt, else -100
     cu_seqlens: Tensor  # (S + 1,) int64
-    patches: Tensor | None  # (P, 588) float32, None without pictures or where not cut
+    patches: Tensor | None  # (P, 588) uint8, None without pictures or where not cut
     grid_thw: Tensor | None  # (I, 3) int64
     names: list[str]  # of the records
+    lost: dict[int, str] = field(default_factory=dict)  # samples that are not learnt, and why
 
     @property
     def labels(self) -> int:
         """Number of tokens that are learnt."""
         return int((self.targets >= 0).sum())
+
+    def forget(self, segments: Iterable[int]) -> None:
+        """Learn nothing from these samples; their tokens stay in the row."""
+        for i in segments:
+            self.targets[self.cu_seqlens[i]:self.cu_seqlens[i + 1]] = IGNORE
+
+    def pin_memory(self) -> "Row":
+        """For the DataLoader: copies of pinned memory to a GPU do not wait."""
+        if self.patches is not None:
+            self.patches = self.patches.pin_memory()
+        return self
 
     def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor | None]:
         """The arguments of `model(...)`; positions follow from cu_seqlens."""
@@ -321,6 +338,9 @@ class Row:
         for name in ("input_ids", "cu_seqlens", "patches", "grid_thw"):
             tensor = getattr(self, name)
             inputs[name] = None if tensor is None else tensor.to(device, non_blocking=True)
+        if self.patches is not None:
+            # patches travel as bytes, a quarter of their size in float32
+            inputs["patches"] = normalize_patches(inputs["patches"])
         return inputs
 
 
@@ -346,6 +366,29 @@ def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
                   (min_pixels, max_pixels), name)
 
 
+def cut_pictures(samples: list[Sample],
+                 own: Sequence[bool] | None = None) -> tuple[Tensor | None, dict[int, str]]:
+    """Patches of the pictures of a row, end to end, and the samples that are lost, with the reason.
+
+    own: which pictures to cut; default all.  In the place of a picture that cannot be decoded is
+    black, and its sample is lost.
+    """
+    patches = []
+    lost = {i: sample.lost for i, sample in enumerate(samples) if sample.lost}
+    pictures = [(i, j) for i, sample in enumerate(samples) for j in range(len(sample.images))]
+    for place, (i, j) in enumerate(pictures):
+        if own is not None and not own[place]:
+            continue
+        try:
+            patches.append(samples[i].patches(j))
+        except ValueError as error:
+            lost[i] = str(error)
+            size = int(samples[i].grid_thw[j].prod())
+            patches.append(torch.zeros(size, PATCH_NUMBERS, dtype=torch.uint8))
+    # a patch has 588 bytes, a visual token 2.4 kB, a row of 8,192 visual tokens 19 MB
+    return torch.cat(patches) if patches else None, lost
+
+
 def lay_out(samples: list[Sample], cut: bool = True) -> Row:
     """Lay samples end to end; with `cut`, also decode their pictures and cut them into patches."""
     # The label of a token is the target of the token before it:
@@ -354,89 +397,15 @@ def lay_out(samples: list[Sample], cut: bool = True) -> Row:
     #     targets    -100          -100       A     cat  <|im_end|>  -100
     targets = [F.pad(s.labels[1:], (0, 1), value=IGNORE) for s in samples]
     lengths = torch.tensor([len(s.input_ids) for s in samples])  # (S,)
-
     grid_thw = torch.cat([s.grid_thw for s in samples])
-    if len(grid_thw) == 0:
-        grid_thw = None
-    # a patch has 588 * 4 bytes, a visual token 9.4 kB, a row of 8,192 visual tokens 77 MB
-    patches = None
-    if cut and grid_thw is not None:
-        patches = torch.cat([s.patches(i) for s in samples for i in range(len(s.images))])
-    return Row(
+    row = Row(
         input_ids=torch.cat([s.input_ids for s in samples]), targets=torch.cat(targets),
-        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)), patches=patches, grid_thw=grid_thw,
-        names=[s.name for s in samples])
-
-
-def take_row(pool: list[Sample], seq_length: int) -> list[Sample]:
-    """Move a row's samples out of the pool: the oldest, then always the longest that fits."""
-    row = []
-    free = seq_length
-    choice = pool[0]
-    while choice is not None:
-        pool.remove(choice)
-        row.append(choice)
-        free -= len(choice.input_ids)
-        fitting = [s for s in pool if len(s.input_ids) <= free]
-        choice = max(fitting, key=lambda s: len(s.input_ids), default=None)
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)), patches=None,
+        grid_thw=grid_thw if len(grid_thw) else None, names=[s.name for s in samples])
+    if cut:
+        row.patches, row.lost = cut_pictures(samples)
+        row.forget(row.lost)
     return row
-
-
-def plan_rows(samples: Iterator[Sample], seq_length: int,
-              pool_size: int = 64) -> Iterator[tuple[list[Sample], int]]:
-    """Choose the samples of each row of at most `seq_length` tokens, from a pool that is refilled.
-
-    With 64 samples to choose from, rows are full to a few tokens and no sample waits for ever.
-    Yields the samples of a row, and how many samples were skipped since the previous row because
-    they are longer than a row.  Raises ValueError if 1,000 samples are skipped without a row.
-    """
-    pool = []
-    waiting = 0  # tokens in the pool
-    skipped = 0
-    for sample in samples:
-        if len(sample.input_ids) > seq_length:
-            skipped += 1
-            if skipped == 1000:
-                raise ValueError(f"1,000 samples in a row are longer than a row of {seq_length} "
-                                 f"tokens (the last has {len(sample.input_ids)}): raise "
-                                 "--seq-length or lower --max-pixels")
-            continue
-        pool.append(sample)
-        waiting += len(sample.input_ids)
-
-        # 64 short samples may not fill a row; with tokens for two rows there is a choice to the end
-        if len(pool) >= pool_size and waiting >= 2 * seq_length:
-            row = take_row(pool, seq_length)
-            waiting -= sum(len(s.input_ids) for s in row)
-            yield row, skipped
-            skipped = 0
-
-    # the stream has ended: empty the pool
-    while pool:
-        yield take_row(pool, seq_length), skipped
-        skipped = 0
-
-
-# --------------------------------------------------------------------------------- dealing to ranks
-
-
-def deal(costs: list[float], ranks: int) -> list[list[int]]:
-    """Deal items to ranks so that all ranks finish together.  Returns each rank's items.
-
-    Each round deals the heaviest items that are left, one to each rank.  The rank with the smallest
-    sum takes the heaviest.  So ranks that work at the same time have items of similar cost.
-    """
-    # costs 9 7 5 4 on two ranks:   round 1   rank 0 takes 9, rank 1 takes 7
-    #                               round 2   rank 0 takes 4, rank 1 takes 5: sums 13 and 12
-    dealt = [[] for _ in range(ranks)]
-    sums = [0.0] * ranks
-    heaviest_first = sorted(range(len(costs)), key=lambda item: -costs[item])
-    for start in range(0, len(costs), ranks):
-        lightest_first = sorted(range(ranks), key=lambda rank: sums[rank])
-        for rank, item in zip(lightest_first, heaviest_first[start:start + ranks]):
-            dealt[rank].append(item)
-            sums[rank] += costs[item]
-    return dealt
 
 
 # ------------------------------------------------------------------------------- records from files
@@ -477,8 +446,11 @@ def refuse_unused(raw: dict, used: set[str], origin: str) -> None:
                              "is learnt; remove it or the record")
 
 
-def check_turn(turn: dict, origin: str) -> None:
-    """Raise ValueError for content of a turn that training would ignore."""
+def check_turn(turn: dict, origin: str, videos: bool, paths: bool) -> None:
+    """Raise ValueError for content of a turn that training would ignore.
+
+    videos: the record has videos; paths: an item may name its own file.
+    """
     role = turn.get("role", turn.get("from"))
     # A flag may say what this code does anyway: answers are learnt, other turns are not.  In JSON
     # the flag is true or 1, and in Python both are equal to True.
@@ -492,18 +464,54 @@ def check_turn(turn: dict, origin: str) -> None:
     for item in items:
         if not isinstance(item, dict):
             continue  # check_messages will refuse it
-        unused = [key for key in item if key not in ("type", "text") and item[key]]
+        known = ("type", "text", item.get("type") if paths else None)
+        unused = [key for key in item if key not in known and item[key]]
         if unused:
             raise ValueError(f"{origin}: an item of a turn has {unused[0]!r}, only type and text "
                              "are supported: pictures are named in images")
         # in an answer, <video> is text
         text = item.get("text") if role in ("user", "human") else None
-        if item.get("type") == "video" or isinstance(text, str) and OTHER_MEDIA.search(text):
-            raise ValueError(f"{origin}: there is a video or a sound in a turn, only pictures are "
-                             "supported")
+        other = OTHER_MEDIA.search(text) if isinstance(text, str) else None
+        lost_video = item.get("type") == "video" and not item.get("video")
+        if (other and "audio" in other[0]) or ((other or lost_video) and not videos):
+            raise ValueError(f"{origin}: there is a video or a sound in a turn, but the record "
+                             "names none that is supported")
 
 
-def normalize_record(raw: dict, images: list[Path | bytes], origin: str) -> Record:
+def media_in_order(turns: list[dict], images: list[Picture], videos: list[Video], folder: Path,
+                   origin: str) -> tuple[list[dict], list[Picture | Video]]:
+    """The turns with their places spelt out as items, and pictures and videos in that order.
+
+    An item may name its own file: {"type": "image", "image": "a.png"}.
+    """
+    waiting = {"image": iter(images), "video": iter(videos)}
+    opened = {"image": Path, "video": Video}
+    ordered, turns_in_order = [], []
+    for turn in turns:
+        content = turn.get("content")
+        if isinstance(content, str) and turn.get("role") == "user":
+            # a split at a group keeps what it matches: text, place, text, place, ..., text
+            parts = re.split("(<image>|<video>)" if videos else "(<image>)", content)
+            content = [{"type": part[1:-1]} if part in ("<image>", "<video>") else
+                       {"type": "text", "text": part} for part in parts if part]
+        for item in content if isinstance(content, list) else []:
+            kind = item.get("type") if isinstance(item, dict) else None
+            if kind not in waiting:
+                continue
+            path = item.pop(kind, None)
+            media = opened[kind](folder / path) if path else next(waiting[kind], None)
+            if media is None:
+                raise ValueError(f"{origin}: the text has more places for {kind}s than {kind}s")
+            ordered.append(media)
+        turns_in_order.append({**turn, "content": content})
+    for kind, left in waiting.items():
+        if next(left, None) is not None:
+            raise ValueError(f"{origin}: the text has fewer places for {kind}s than {kind}s")
+    return turns_in_order, ordered
+
+
+def normalize_record(raw: dict, images: list[Picture], origin: str,
+                     videos: Sequence[Picture] = (), folder: Path = Path()) -> Record:
     """A record from any of the field's schemas: `messages`, LLaVA's `conversations`, or `texts`.
 
     The key `system` may hold a system prompt.  Raises ValueError with the record's origin.
@@ -518,16 +526,16 @@ def normalize_record(raw: dict, images: list[Path | bytes], origin: str) -> Reco
     if not is_list_of(turns, dict):
         raise ValueError(f"{origin}: {schema} is not a list of turns")
     for turn in turns:
-        check_turn(turn, origin)
+        check_turn(turn, origin, videos=bool(videos), paths=schema == "messages")
 
-    # LLaVA has other names for the same keys and roles
-    if schema == "conversations":
+    # LLaVA has other names for the same keys and roles; upstream's shards have either
+    if schema == "conversations" or "from" in turns[0]:
         roles = {"human": "user", "gpt": "assistant"}
         try:
             turns = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
                      for turn in turns]
         except (KeyError, TypeError):
-            raise ValueError(f"{origin}: conversations is not a list of from and value") from None
+            raise ValueError(f"{origin}: {schema} is not a list of from and value") from None
 
     system = raw.get("system")
     if system:
@@ -535,56 +543,62 @@ def normalize_record(raw: dict, images: list[Path | bytes], origin: str) -> Reco
             raise ValueError(f"{origin}: system is {system!r}, it must be the text of the only "
                              "system prompt")
         turns = [{"role": "system", "content": system}, *turns]
+    # in the other records, pictures are in order already, and `render` finds their places
+    if videos or any(isinstance(turn.get("content"), list) for turn in turns):
+        turns, images = media_in_order(turns, images, [Video(v) for v in videos], folder, origin)
     return {"id": raw.get("id", origin), "messages": turns, "images": images}
 
 
-def record_of_json(raw: dict, folder: Path, origin: str) -> Record:
-    """The record that an entry of a JSON file describes; picture paths are relative to `folder`."""
-    refuse_unused(raw, RECORD_KEYS, origin)
-    if raw.get("texts"):
-        raise ValueError(f"{origin} has texts, which are for shards: name them messages")
-    if raw.get("image") and raw.get("images"):
-        raise ValueError(f"{origin} has image and images: which is meant?")
+def paths_of(raw: dict, key: str, folder: Path, origin: str) -> list[Path]:
+    """The files that a record names in `image` or `images` (or `video`, `videos`)."""
+    if raw.get(key) and raw.get(f"{key}s"):
+        raise ValueError(f"{origin} has {key} and {key}s: which is meant?")
     # either key may hold one path or a list of paths
-    paths = raw.get("images") or raw.get("image") or []
+    paths = raw.get(f"{key}s") or raw.get(key) or []
     if isinstance(paths, str):
         paths = [paths]
     if not is_list_of(paths, str):
-        raise ValueError(f"{origin}: {paths!r} is not a picture's path or a list of them")
-    return normalize_record(raw, [folder / path for path in paths], origin)
+        raise ValueError(f"{origin}: {paths!r} is not the path of {key}s or a list of them")
+    if any("\0" in path for path in paths):
+        raise ValueError(f"{origin}: {paths!r} cannot be a path")
+    return [folder / path for path in paths]
 
 
-def read_json(path: Path) -> list[Record]:
-    """Records of a .json list or of a .jsonl file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # without the mark that Windows puts first
-        if path.suffix == ".jsonl":
-            # JSON allows U+2028 inside a text, and splitlines() would cut there
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            entries = json.loads(text)
-    except BAD_JSON as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not is_list_of(entries, dict):
-        raise ValueError(f"{path} is not a list of records")
-    return [record_of_json(raw, path.parent, f"{path}[{i}]") for i, raw in enumerate(entries)]
+def record_of_json(raw: dict, folder: Path, origin: str) -> Record:
+    """The record that an entry of a JSON file describes; paths are relative to `folder`."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{origin} is not an object")
+    refuse_unused(raw, RECORD_KEYS, origin)
+    if raw.get("texts"):
+        raise ValueError(f"{origin} has texts, which are for shards: name them messages")
+    return normalize_record(raw, paths_of(raw, "image", folder, origin), origin,
+                            paths_of(raw, "video", folder, origin), folder)
 
 
-def record_of_shard(fields: dict[str, bytes], origin: str) -> Record:
-    """The record of a shard's members with the same key; fields: their contents by name."""
+def records_of_shard(fields: dict[str, FilePart], origin: str) -> list[Callable[[], Record]]:
+    """What makes the records of a shard's members with the same key, `fields` by their names.
+
+    Upstream's layouts: `texts` with the `name`s of the pictures; a list of turns, beside one
+    picture; and packed, lists of `images`, `prompts` and `captions`, an entry for each record.
+    """
     if "json" not in fields:
         raise ValueError(f"{origin} lacks its member 'json'")
     try:
-        raw = json.loads(fields["json"])
+        raw = json.loads(content_of(fields["json"]))
     except BAD_JSON as error:
         raise ValueError(f"{origin}: its json is not valid: {error}") from error
+    if isinstance(raw, list) and is_list_of(raw, dict) and raw:
+        pictures = [part for name, part in fields.items() if name != "json"]
+        return [partial(normalize_record, {"texts": raw}, pictures, origin)]
     if not isinstance(raw, dict):
         raise ValueError(f"{origin}: its json is not an object")
-    refuse_unused(raw, SHARD_KEYS, origin)
-    if raw.get("media") not in (None, "image", "text"):
-        raise ValueError(f"{origin}: its media are {raw['media']!r}, only image and text are "
-                         "supported")
+    if "captions" in raw:
+        return packed_records(raw, fields, origin)
 
+    refuse_unused(raw, SHARD_KEYS, origin)
+    if raw.get("media") not in (None, "image", "video", "text"):
+        raise ValueError(f"{origin}: its media are {raw['media']!r}, only image, video and text "
+                         "are supported")
     # `name` has the order of the places for pictures; the members may have another order
     names = raw.get("name") or []
     if not is_list_of(names, str):
@@ -592,182 +606,1146 @@ def record_of_shard(fields: dict[str, bytes], origin: str) -> Record:
     for name in names:
         if name not in fields:
             raise ValueError(f"{origin} lacks its member {name!r}")
-    return normalize_record(raw, [fields[name] for name in names], origin)
+    parts = [fields[name] for name in names]
+    if raw.get("media") == "video":
+        return [partial(normalize_record, raw, [], origin, parts)]
+    return [partial(normalize_record, raw, parts, origin)]
 
 
-def shard_members(path: Path) -> Iterator[tuple[str, str, bytes]]:
-    """(key, field, content) of each member of a shard: a/b.0_x.png has key a/b, field 0_x.png."""
-    with tarfile.open(path) as tar:
-        for member in tar:
-            folder, slash, file = member.name.rpartition("/")
-            key, dot, field = file.partition(".")
-            # not the files that systems add: macOS's ._* and .DS_Store have an empty key
-            hidden = any(part.startswith(".") and part != "." for part in folder.split("/"))
-            if member.isfile() and key and dot and not hidden and file not in SYSTEM_FILES:
-                yield folder + slash + key, field, tar.extractfile(member).read()
+def packed_records(raw: dict, fields: dict[str, FilePart],
+                   origin: str) -> list[Callable[[], Record]]:
+    """What makes the records of one member of a packed shard; its lists may be nested for turns."""
+    columns = [raw.get("images"), raw.get("prompts", raw.get("prompt")), raw["captions"]]
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        raise ValueError(f"{origin}: images, prompts and captions are not lists of one length")
+    make = []
+    place = 0  # of the next picture among all of the member
+    for i, entry in enumerate(zip(*columns)):
+        # without turns, an entry is one picture, one prompt and one caption
+        names, prompts, captions = (part if isinstance(part, list) else [part] for part in entry)
+        parts = []
+        for name in names:
+            part = fields.get(name) if isinstance(name, str) else None
+            # the list may have the names before packing; then the members are numbered
+            part = part or fields.get(f"img{place}.jpg") or fields.get(f"img{place:03}.jpg")
+            if part is None:
+                raise ValueError(f"{origin} lacks its member {name!r}")
+            parts.append(part)
+            place += 1
+        if len(prompts) != len(captions) or not is_list_of(prompts, str):
+            raise ValueError(f"{origin}: its entry {i} has not a prompt for each caption")
+        if parts and not any("<image>" in prompt for prompt in prompts):
+            prompts = ["<image>" * len(parts) + prompts[0], *prompts[1:]]
+        texts = []
+        for prompt, caption in zip(prompts, captions):
+            texts.append({"role": "user", "content": prompt})
+            texts.append({"role": "assistant", "content": caption})
+        make.append(partial(normalize_record, {"texts": texts}, parts, f"{origin}[{i}]"))
+    return make
 
 
-def read_tar(path: Path) -> Iterator[Record]:
-    """Records of a WebDataset shard in the quick start's unpacked layout, one after another.
+def record_of_parquet(raw: dict, folder: Path, origin: str) -> Record:
+    """The record of a line of parquet: `conversations` or `messages`, or a `caption`."""
+    raw = {key: value for key, value in raw.items() if value is not None}
+    caption = raw.pop("caption", None)
+    pictures = raw.pop("images", None) or raw.pop("image", None) or []
+    if not isinstance(pictures, list):
+        pictures = [pictures]
+    images: list[Picture] = []
+    for picture in pictures:
+        # Hugging Face stores a picture as its bytes, or as a path, or both
+        content = picture.get("bytes") if isinstance(picture, dict) else picture
+        images.append(content or folder / str(picture["path"]))
+    if not raw.get("conversations") and not raw.get("messages"):
+        raw["messages"] = [{"role": "user", "content": "<image>"},
+                           {"role": "assistant", "content": caption}]
+    refuse_unused(raw, RECORD_KEYS, origin)
+    return normalize_record(raw, images, origin)
 
-    Neighbouring members with the same key are one record: a `json` with `texts` and the `name`s of
-    the pictures, and the pictures themselves.
+
+# --------------------------------------------------------------------------- where records are
+
+# A place: first byte, byte behind the last, and the number of the record in the file.  In parquet
+# it is: group of lines, line of the group, number.
+Place = tuple[int, int, int]
+
+
+def json_places(path: Path) -> Iterator[Place]:
+    """Places of the lines of a .jsonl file, or of the entries of a .json list."""
+    if path.suffix == ".jsonl":
+        start = number = 0
+        with open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    yield start, start + len(line), number
+                    number += 1
+                start += len(line)
+        return
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")  # without the mark that Windows puts first
+        entries = json.loads(text)
+    except BAD_JSON as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} is not a list of records")
+    # the list is valid: read its entries again, to see where each ends
+    place = text.index("[") + 1
+    byte = len(content) - len(text.encode()) + place  # before the list is only white space
+    for number in range(len(entries)):
+        begin = re.compile(r"[\s,]*").match(text, place).end()
+        byte += begin - place
+        _, place = json.JSONDecoder().raw_decode(text, begin)
+        size = len(text[begin:place].encode())
+        yield byte, byte + size, number
+        byte += size
+
+
+def json_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int, Callable]]:
+    start, end, number = place
+    origin = f"{path}[{number}]"
+    with open(path, "rb") as file:
+        file.seek(start)
+        content = file.read(end - start)
+    try:
+        yield number, partial(record_of_json, json.loads(content), folder, origin)
+    except BAD_JSON as error:
+        raise ValueError(f"{origin} is not valid JSON: {error}") from error
+
+
+def members_of(tar: tarfile.TarFile, end: int | None = None) -> Iterator[tuple[str, str, Any]]:
+    """(key, field, member) of the files in a shard: a/b.0_x.png has key a/b, field 0_x.png.
+
+    end: byte behind the last member that is wanted.
+    """
+    while end is None or tar.offset < end:
+        member = tar.next()
+        if member is None:
+            return
+        folder, slash, file = member.name.rpartition("/")
+        key, dot, name = file.partition(".")
+        # not the files that systems add: macOS's ._* and .DS_Store have an empty key
+        hidden = any(part.startswith(".") and part != "." for part in folder.split("/"))
+        # links, devices and sparse files have no content of their own
+        plain = member.isfile() and not member.issparse()
+        if plain and key and dot and not hidden and file not in SYSTEM_FILES:
+            yield folder + slash + key, name, member
+
+
+def shard_places(path: Path) -> Iterator[Place]:
+    """Places of the samples of a WebDataset shard: neighbouring members with the same key.
+
+    Raises ValueError if the shard is damaged, after the places before the damage.
     """
     try:
-        for key, members in groupby(shard_members(path), key=lambda member: member[0]):
-            fields = {field: content for _, field, content in members}
-            yield record_of_shard(fields, f"{path}:{key}")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+        with open(path, "rb") as file, tarfile.TarFile(fileobj=file) as tar:
+            for number, (_, group) in enumerate(groupby(members_of(tar), itemgetter(0))):
+                members = [member for _, _, member in group]
+                end = members[-1].offset_data + -(-members[-1].size // 512) * 512
+                yield members[0].offset, end, number
+            # tarfile takes a broken header for the end; a tar ends with zeros, 1 to 11 kB
+            file.seek(tar.offset)
+            rest = file.read(2**14)
+    except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is no shard of samples: {error}") from error
+    if any(rest) or not 1024 <= len(rest) <= 11 * 1024:
+        raise ValueError(f"{path} is damaged from byte {tar.offset:,} on, or cut there")
 
 
-# ------------------------------------------------------------------------------- streams of records
+def shard_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int, Callable]]:
+    fields: dict[str, FilePart] = {}
+    key = ""
+    try:
+        with open(path, "rb") as file:
+            file.seek(place[0])
+            for key, name, member in members_of(tarfile.TarFile(fileobj=file), place[1]):
+                if name in fields:
+                    raise ValueError(f"{path}:{key} has its member {name!r} twice")
+                fields[name] = FilePart(str(path), member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path}:{key} cannot be read: {error}") from error
+    yield from enumerate(records_of_shard(fields, f"{path}:{key}"))
 
 
-def file_records(path: Path, seed: int) -> Iterator[Record]:
-    """Endless records of a file: JSON in a new random order each epoch, a shard as it is."""
-    if path.suffix not in (".json", ".jsonl", ".tar"):
-        raise ValueError(f"{path} is neither .json, .jsonl nor .tar nor captions, questions, mixed")
-    if not path.is_file():
-        raise ValueError(f"there is no data file {path}")
-    rng = random.Random(seed)
-    listed = [] if path.suffix == ".tar" else read_json(path)
-    while True:
-        # one epoch; a shard may be larger than the memory, so each epoch reads it again
-        records = read_tar(path) if path.suffix == ".tar" else rng.sample(listed, len(listed))
-        empty = True
-        for record in records:
-            empty = False
-            yield record
-        if empty:
-            raise ValueError(f"{path} holds no records")
+@lru_cache(maxsize=4)
+def parquet_group(path: Path, group: int) -> list[dict]:
+    """A group of lines, which parquet can only read whole."""
+    return parquet_file(path).read_row_group(group).to_pylist()
 
 
-def record_stream(data: str, seed: int) -> Iterator[Record]:
-    """Endless training records: `captions`, `questions`, `mixed`, or the path of a file."""
-    if data in ("captions", "questions", "mixed"):
-        return drawn_records(data, seed)
-    return file_records(Path(data), seed)
+def parquet_file(path: Path) -> Any:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{path} needs a package that is not here: pip install pyarrow") from None
+    try:
+        return parquet.ParquetFile(path)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not valid parquet: {error}") from error
+
+
+def parquet_places(path: Path) -> Iterator[Place]:
+    metadata = parquet_file(path).metadata
+    number = 0
+    for group in range(metadata.num_row_groups):
+        for line in range(metadata.row_group(group).num_rows):
+            yield group, line, number
+            number += 1
+
+
+def parquet_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int, Callable]]:
+    group, line, number = place
+    raw = dict(parquet_group(path, group)[line])
+    yield number, partial(record_of_parquet, raw, folder, f"{path}[{number}]")
+
+
+# file name's end -> the places of its records; (number, what makes the record) at a place
+READERS = {".json": (json_places, json_records), ".jsonl": (json_places, json_records),
+           ".tar": (shard_places, shard_records), ".parquet": (parquet_places, parquet_records)}
+
+
+def read_records(path: Path, images: str = "") -> Iterator[Record]:
+    """All records of a file, in order.  Raises ValueError at the first that cannot be read."""
+    places, records = READERS[path.suffix]
+    for place in places(path):
+        for _, make in records(path, place, Path(images or path.parent)):
+            yield make()
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern with braces stands for: a{0..2}, a{000..104}, a{x,y}."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, words = match.groups()
+    if words is None:
+        words = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+    else:
+        words = words.split(",")
+    return [name for word in words
+            for name in expand_braces(pattern[:match.start()] + word + pattern[match.end():])]
+
+
+def source_files(source: str) -> list[Path]:
+    """The files of a source: a file, a directory, a glob or a list in braces."""
+    files = []
+    for name in expand_braces(source):
+        path = Path(name)
+        found = [path]
+        if path.is_dir():
+            found = [file for file in path.rglob("*")
+                     if file.suffix in READERS and file.name not in INDEX_FILES]
+        elif not path.exists() and glob.has_magic(name):
+            found = [Path(file) for file in glob.glob(name, recursive=True)]
+        if not found:
+            raise ValueError(f"{name} holds no {', '.join(READERS)} file")
+        files += sorted(found)
+    for file in files:
+        if file.suffix not in READERS:
+            raise ValueError(f"{file} is neither {', '.join(READERS)} nor captions, questions, "
+                             "mixed")
+        if not file.is_file():
+            raise ValueError(f"there is no data file {file}")
+    return files
+
+
+def weight_of(source: str) -> tuple[str, float]:
+    """A source and its weight: a.jsonl:0.7 -> a.jsonl, 0.7; 0 without one."""
+    path, colon, weight = source.rpartition(":")
+    if not colon or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
+        return source, 0.0
+    if not float(weight):
+        raise ValueError(f"{source}: a weight must be positive")
+    return path, float(weight)
+
+
+# -------------------------------------------------------------------------------------------- index
+
+# What the plan knows of a sample, all sums over its tokens and frames: with L tokens of which the
+# attention sees pairs of query and key, L (L + 1) / 2, and frames of p patches each, sum p and p^2.
+LOADS = ("tokens", "pairs", "labels", "patches", "frame_pairs", "images")
+# Of an index: first the place, then the row of packed data, else -1.
+COLUMNS = ("file", "start", "end", "part", "row", *LOADS)
+# Kinds of rejected records, for counting: words of the sentence that says why.
+REASONS = ("cannot be read as a picture", "cannot be read as a video", "there is no picture",
+           "too narrow", "no answer to learn", "places for", "not valid JSON", "lacks its member",
+           "is not supported", "not text")
+
+
+def reason_of(sentence: str) -> str:
+    """The kind of an error, for counting."""
+    return next((reason for reason in REASONS if reason in sentence), "other")
+
+
+def load_of(sample: Sample) -> list[int]:
+    """The numbers of LOADS of a sample."""
+    tokens = len(sample.input_ids)
+    frames = frame_sizes(sample.grid_thw)
+    return [tokens, tokens * (tokens + 1) // 2, int((sample.labels >= 0).sum()),
+            int(frames.sum()), int(frames.square().sum()), len(sample.images)]
 
 
 @dataclass
-class Step:
-    """What a rank trains on in one optimizer step, and what all ranks do together."""
+class Index:
+    """Where the samples of a data set are and how long they are; nothing of their content."""
 
-    rows: list[Any]  # of this rank: Row, or RowShare if ranks share a row
-    sums: dict[str, float]  # over all ranks: tokens, labels, samples, images, skipped, costs
+    files: list[dict]  # "file", "size" in bytes; of packed data also sums and "sha256"
+    table: np.ndarray  # (samples, 11) int64, see COLUMNS
+    settings: dict  # what the numbers depend on: tokenizer, pixel limits, directory of pictures
+    rejects: list[dict] = field(default_factory=list)  # "file", "part", "reason" of bad records
+    damaged: list[str] = field(default_factory=list)  # a sentence for each damaged file
+
+    def record(self, number: int) -> Record:
+        """Read record `number`.  Raises ValueError if it cannot be read."""
+        file, start, end, part = self.table[number, :4].tolist()
+        path = Path(self.files[file]["file"])
+        folder = Path(self.settings["images"] or path.parent)
+        for found, make in READERS[path.suffix][1](path, (start, end, part), folder):
+            if found == part:
+                return make()
+        raise ValueError(f"{path} has no record {part} at byte {start}: it has changed")
+
+    def save(self, folder: Path) -> None:
+        """Write index.npy, rejects.jsonl and, last, index.json."""
+        np.save(folder / "index.npy", self.table)
+        with open(folder / "rejects.jsonl", "w") as file:
+            file.writelines(json.dumps(reject) + "\n" for reject in self.rejects)
+        head = {"columns": COLUMNS, "samples": len(self.table), "settings": self.settings,
+                "files": self.files}
+        (folder / "index.json").write_text(json.dumps(head, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Index":
+        """Read an index.  Raises ValueError unless its files are there, of the size they had."""
+        try:
+            head = json.loads((folder / "index.json").read_text())
+            table = np.load(folder / "index.npy", mmap_mode="r")
+            files, settings = head["files"], head["settings"]
+        except (*BAD_JSON, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{folder} holds no valid index: {error}") from error
+        if table.shape != (head["samples"], len(COLUMNS)):
+            raise ValueError(f"{folder}/index.npy has not the {head['samples']} lines of "
+                             "index.json")
+        damaged = []
+        for entry in files:
+            path = folder / entry["file"]  # of packed data relative to the folder
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                damaged.append(f"{path} is missing")
+            elif size != entry["size"]:
+                damaged.append(f"{path} has {size:,} bytes, not the {entry['size']:,} it had")
+            entry["file"] = str(path)
+        if damaged:
+            # what stands in a damaged file is not used
+            bad = [i for i, entry in enumerate(files)
+                   if any(said.startswith(f"{entry['file']} ") for said in damaged)]
+            table = table[~np.isin(table[:, 0], bad)]
+        return cls(files, table, settings, damaged=damaged)
+
+
+class Measured(torch.utils.data.Dataset):
+    """Chunks of places -> lines of an index and rejected records; for a DataLoader's workers."""
+
+    def __init__(self, chunks: list[tuple[int, Path, list[Place]]], images: str,
+                 encode: Callable[[Record], Sample],
+                 check: Callable[[Record, Sample], Any]) -> None:
+        self.chunks, self.images, self.encode, self.check = chunks, images, encode, check
+
+    def __getitem__(self, number: int) -> tuple[list[list[int]], list[dict]]:
+        file, path, places = self.chunks[number]
+        records = READERS[path.suffix][1]
+        folder = Path(self.images or path.parent)
+        lines, rejects = [], []
+
+        def reject(part: int, error: Exception) -> None:
+            rejects.append({"file": str(path), "part": part, "reason": str(error)})
+
+        for start, end, first in places:
+            try:
+                makers = list(records(path, (start, end, first), folder))
+            except ValueError as error:
+                reject(first, error)
+                continue
+            for part, make in makers:
+                try:
+                    record = make()
+                    sample = self.encode(record)
+                    self.check(record, sample)
+                    lines.append([file, start, end, part, -1, *load_of(sample)])
+                except ValueError as error:
+                    reject(part, error)
+        return lines, rejects
+
+
+def no_check(record: Record, sample: Sample) -> None:
+    """Reject nothing."""
+
+
+def decode_all(record: Record, sample: Sample) -> None:
+    """Reject a record whose pictures cannot be decoded."""
+    for i in range(len(sample.images)):
+        sample.patches(i)
+
+
+def settings_of(tokenizer: Tokenizer, images: str, pixels: tuple[int, int]) -> dict:
+    """What the lengths of samples depend on."""
+    digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    return {"tokenizer": digest, "images": images, "pixels": list(pixels)}
+
+
+def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
+            pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS), workers: int = 0,
+            check: Callable[[Record, Sample], Any] = no_check, most: int = 0,
+            resume: Path | None = None) -> Index:
+    """Measure all records of files: their tokens, and their pictures by the headers alone.
+
+    check: raises ValueError for a record that is to be rejected.  most: measure only so many.
+    resume: a file that keeps what is measured, so that a second run goes on where one was stopped.
+    """
+    settings = settings_of(tokenizer, images, pixels)
+    entries, chunks, damaged = [], [], []
+    for number, path in enumerate(files):
+        places = []
+        try:
+            for place in READERS[path.suffix][0](path):
+                places.append(place)
+        except ValueError as error:
+            damaged.append(str(error))
+        entries.append({"file": str(path.resolve()), "size": path.stat().st_size})
+        chunks += [(number, path, places[i:i + CHUNK]) for i in range(0, len(places), CHUNK)]
+    if most:
+        chunks = [(number, path, places[:most])
+                  for number, path, places in chunks[:max(1, most // CHUNK)]]
+
+    # a line of the file is a chunk; the first line says what was measured
+    title = json.dumps({"settings": settings, "files": entries}) + "\n"
+    done = []
+    if resume is not None and resume.is_file():
+        kept = resume.read_text().splitlines(keepends=True)
+        if kept and kept[0] == title:
+            done = [json.loads(line) for line in kept[1:] if line.endswith("\n")]
+    keep = open(resume or os.devnull, "w")
+    keep.writelines([title, *(json.dumps(chunk) + "\n" for chunk in done)])
+
+    measured = Measured(chunks, images, partial(encode, tokenizer=tokenizer, min_pixels=pixels[0],
+                                                max_pixels=pixels[1]), check)
+    loader = torch.utils.data.DataLoader(
+        measured, batch_size=None, sampler=range(len(done), len(chunks)),
+        num_workers=min(workers, len(chunks) - len(done) - 1) if len(chunks) > len(done) else 0)
+    lines, rejects = [], []
+    with keep:
+        for number, (found, bad) in enumerate(chain(done, loader), 1):
+            lines += [np.array(found, dtype=np.int64).reshape(-1, len(COLUMNS))]
+            rejects += bad
+            if number > len(done):
+                keep.write(json.dumps([found, bad]) + "\n")
+            show_progress(number, len(chunks), f"x {CHUNK:,} records measured")
+    table = np.concatenate([*lines, np.empty((0, len(COLUMNS)), dtype=np.int64)])
+    return Index(entries, table, settings, rejects, damaged)
+
+
+def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
+               pixels: tuple[int, int], workers: int) -> Index:
+    """One index of several sources, each with its weight: packed ones are read, others measured."""
+    paths, weights = zip(*map(weight_of, sources))
+    if any(weights) and not all(weights):
+        raise ValueError(f"{' '.join(sources)}: either all sources have a weight or none")
+    indexes = []
+    for path in paths:
+        if not Path(path, "index.json").is_file():
+            indexes.append(measure(source_files(path), tokenizer, images, pixels, workers))
+            continue
+        index = Index.load(Path(path))
+        for name, value in settings_of(tokenizer, "", pixels).items():
+            if index.settings[name] != value:
+                raise ValueError(f"{path} was packed with another {name}: {index.settings[name]}, "
+                                 f"not {value}; pack it again, or name its shards: {path}/*.tar")
+        indexes.append(index)
+
+    tables, files = [], []
+    for index in indexes:
+        # of several sources, the tables are copied
+        table = index.table if len(indexes) == 1 else index.table.copy()
+        if files:
+            table[:, 0] += len(files)
+        tables.append(table)
+        files += index.files
+    settings = settings_of(tokenizer, images, pixels)
+    settings |= {"counts": [len(table) for table in tables], "weights": list(weights),
+                 "length": indexes[0].settings.get("length") if len(indexes) == 1 else None}
+    return Index(files, tables[0] if len(tables) == 1 else np.concatenate(tables), settings,
+                 [reject for index in indexes for reject in index.rejects],
+                 [said for index in indexes for said in index.damaged])
+
+
+# --------------------------------------------------------------------------------------------- plan
+
+
+def permutation(count: int, *seed: int) -> np.ndarray:
+    """A random order of `count` things, the same with every version of NumPy."""
+    # of NumPy's random numbers, only these raw bits are promised to stay
+    return np.random.PCG64(seed).random_raw(count).argsort(kind="stable")
+
+
+def pack_rows(lengths: np.ndarray, room: int) -> np.ndarray:
+    """The row of each sample, packed best-fit decreasing into rows of `room` tokens.
+
+    The longest sample comes first, and each goes into the fullest row that it fits into.  All
+    samples of a length, and all rows with the same room left, are placed at once: 10 million
+    samples take seconds.  lengths: (samples,) from 1 to `room`.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    counts = np.bincount(lengths, minlength=room + 1)
+    row_of_ordered = np.empty(len(lengths), dtype=np.int64)
+    free = []  # amounts of room that rows have left, rising
+    rows_with: dict[int, list[np.ndarray]] = {}  # rows by that amount, in batches
+    begin = rows = 0
+
+    for length in range(room, 0, -1):
+        left = int(counts[length])
+        while left:
+            place = bisect_left(free, length)
+            if place == len(free):
+                # no row has room: open as many as the samples of this length fill
+                new = -(-left // (room // length))
+                free.append(room)
+                rows_with[room] = [np.arange(rows, rows + new)]
+                rows += new
+            space = free[place]
+            batch = rows_with[space].pop()
+            if not rows_with[space]:
+                del rows_with[space], free[place]
+
+            # a row takes samples of this length until none fits: then it is again the fullest
+            each = min(space // length, left)
+            filled = min(len(batch), left // each)
+            row_of_ordered[begin:begin + filled * each] = np.repeat(batch[:filled], each)
+            begin += filled * each
+            left -= filled * each
+            for part, rest in ((batch[:filled], space - each * length), (batch[filled:], space)):
+                if len(part) and rest:
+                    if rest not in rows_with:
+                        insort(free, rest)
+                    rows_with.setdefault(rest, []).append(part)
+    row_of = np.empty_like(row_of_ordered)
+    row_of[order] = row_of_ordered
+    return row_of
+
+
+def by_row(row_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Samples in the order of their rows, and where each row starts among them."""
+    starts = np.concatenate([[0], np.bincount(row_of).cumsum()])
+    return row_of.argsort(kind="stable"), starts
+
+
+class FileData:
+    """Training data from files.  An epoch has each sample once, in rows that are packed anew.
+
+    Data of `data.py pack` keep their rows, if these have the same length.  If sources have weights,
+    these are their shares in an epoch, which is as long as all sources together: one with a larger
+    share is repeated, and none is begun again before its end.
+    """
+
+    def __init__(self, index: Index, tokenizer: Tokenizer, seq_length: int, seed: int) -> None:
+        self.index, self.seq_length, self.seed = index, seq_length, seed
+        settings = index.settings
+        self.encode = partial(encode, tokenizer=tokenizer, min_pixels=settings["pixels"][0],
+                              max_pixels=settings["pixels"][1])
+        self.weights = [weight for weight in settings.get("weights", []) if weight]
+        self.packed = settings.get("length") == seq_length and not self.weights
+        self.sources = []  # numbers of the samples of each source that fit a row
+        begin = 0
+        for count in settings.get("counts", [len(index.table)]):
+            lengths = index.table[begin:begin + count, COLUMNS.index("tokens")]
+            self.sources.append(begin + np.flatnonzero(lengths <= seq_length))
+            begin += count
+        fitting = sum(map(len, self.sources))
+        self.too_long = len(index.table) - fitting
+        if not fitting:
+            raise ValueError(f"none of the {len(index.table)} samples fits a row of {seq_length} "
+                             "tokens: raise --seq-length or lower --max-pixels")
+        if self.weights and not all(map(len, self.sources)):
+            raise ValueError("a source with a weight has no sample that fits a row")
+        self.row_counts: list[int] = []
+
+    def samples_of(self, epoch: int) -> np.ndarray:
+        """Numbers of the samples of an epoch, in random order."""
+        total = sum(map(len, self.sources))
+        shares = [len(source) / total for source in self.sources]
+        if self.weights:
+            shares = [weight / sum(self.weights) for weight in self.weights]
+        chosen = []
+        for number, (source, share) in enumerate(zip(self.sources, shares)):
+            # a source is an endless stream of shuffled passes; epochs cut it into stretches
+            size = max(1, round(share * total))
+            stretch = np.arange(epoch * size, (epoch + 1) * size)
+            passes, places = np.divmod(stretch, len(source))
+            for which in np.unique(passes):
+                order = permutation(len(source), self.seed, number, which)
+                chosen.append(source[order[places[passes == which]]])
+        together = np.concatenate(chosen)
+        return together[permutation(len(together), self.seed, len(self.sources), epoch)]
+
+    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples of an epoch in the order of its rows, and where each row starts."""
+        samples = self.samples_of(number)
+        if self.packed:
+            _, row_of = np.unique(self.index.table[samples, COLUMNS.index("row")],
+                                  return_inverse=True)
+        else:
+            tokens = self.index.table[samples, COLUMNS.index("tokens")]
+            row_of = pack_rows(tokens, self.seq_length)
+        # best fit leaves short rows last: shuffle the rows
+        shuffled = permutation(row_of.max() + 1, self.seed, len(self.sources) + 1, number)
+        order, starts = by_row(shuffled[row_of])
+        return samples[order], starts
+
+    def rows_in(self, epoch: int) -> int:
+        """Number of rows of an epoch."""
+        if not self.weights:
+            epoch = 0  # the lengths are the same in every epoch, and so are their rows
+        while len(self.row_counts) <= epoch:
+            self.row_counts.append(len(self.epoch(len(self.row_counts))[1]) - 1)
+        return self.row_counts[epoch]
+
+    def loads(self, samples: np.ndarray) -> np.ndarray:
+        """(samples, 6) numbers of LOADS."""
+        return self.index.table[samples, -len(LOADS):]
+
+    def sample(self, number: int) -> Sample:
+        """Read a sample.  If its record is bad by now, the sample is lost but keeps its length."""
+        tokens, labels = self.loads(np.array([number]))[0, [0, 2]].tolist()
+        try:
+            sample = self.encode(self.index.record(number))
+        except ValueError as error:
+            blank = torch.zeros(tokens, dtype=torch.int64)
+            return Sample(blank, torch.full_like(blank, IGNORE), [],
+                          torch.empty(0, 3, dtype=torch.int64), (0, 0), f"{number}", str(error))
+        if (len(sample.input_ids), int((sample.labels >= 0).sum())) != (tokens, labels):
+            raise ValueError(f"record {sample.name} has {len(sample.input_ids)} tokens, but had "
+                             f"{tokens} when it was measured: its file has changed")
+        return sample
+
+
+class DrawnData:
+    """Training data drawn by `assets/scenes.py`.  An epoch has new records and at least 16 rows.
+
+    rows: of a step; an epoch has whole steps.
+    """
+
+    too_long = 0
+
+    def __init__(self, data: str, tokenizer: Tokenizer, seq_length: int, seed: int, rows: int = 1,
+                 pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS)) -> None:
+        self.data, self.seed, self.seq_length = data, seed, seq_length
+        self.encode = partial(encode, tokenizer=tokenizer, min_pixels=pixels[0],
+                              max_pixels=pixels[1])
+        self.rows = rows * -(-16 // rows)
+        self.drawn: dict[int, Sample] = {}  # of the epoch that was asked for last
+
+    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples of an epoch in the order of its rows, and where each row starts."""
+        from assets.scenes import drawn_record  # here, because scenes.py imports this file
+        self.drawn = {}
+        tokens = 0
+        first = number * 2**20  # of the epoch's records
+        for record in range(first, first + 2**20):
+            sample = self.encode(drawn_record(self.data, self.seed, record))
+            if len(sample.input_ids) <= self.seq_length:
+                self.drawn[record] = sample
+                tokens += len(sample.input_ids)
+            elif record - first > 1000 > len(self.drawn):
+                raise ValueError(f"hardly a drawn sample fits a row of {self.seq_length} tokens: "
+                                 "raise --seq-length")
+            if tokens >= self.rows * self.seq_length:
+                break
+        samples = np.array(list(self.drawn))
+        lengths = np.array([len(sample.input_ids) for sample in self.drawn.values()])
+        row_of = pack_rows(lengths, self.seq_length)
+        # of one row more than wanted, the emptiest are left out
+        fullest = np.argsort(-np.bincount(row_of, lengths), kind="stable")[:self.rows]
+        order, starts = by_row(row_of)
+        chosen = fullest[permutation(len(fullest), self.seed, number)]
+        members = [order[starts[row]:starts[row + 1]] for row in chosen]
+        return (samples[np.concatenate(members)],
+                np.cumsum([0, *map(len, members)]))
+
+    def rows_in(self, epoch: int) -> int:
+        """Number of rows of an epoch."""
+        return self.rows
+
+    def loads(self, samples: np.ndarray) -> np.ndarray:
+        """(samples, 6) numbers of LOADS."""
+        return np.array([load_of(self.drawn[sample]) for sample in samples.tolist()])
+
+    def sample(self, number: int) -> Sample:
+        """A sample of the epoch that was asked for last."""
+        return self.drawn[number]
+
+
+def deal(costs: list[float], ranks: int) -> list[list[int]]:
+    """Deal items to ranks so that all ranks finish together.  Returns each rank's items.
+
+    Each round deals the heaviest items that are left, one to each rank.  The rank with the smallest
+    sum takes the heaviest.  So ranks that work at the same time have items of similar cost.
+    """
+    # costs 9 7 5 4 on two ranks:   round 1   rank 0 takes 9, rank 1 takes 7
+    #                               round 2   rank 0 takes 4, rank 1 takes 5: sums 13 and 12
+    dealt = [[] for _ in range(ranks)]
+    sums = [0.0] * ranks
+    heaviest_first = sorted(range(len(costs)), key=lambda item: -costs[item])
+    for start in range(0, len(costs), ranks):
+        lightest_first = sorted(range(ranks), key=lambda rank: sums[rank])
+        for rank, item in zip(lightest_first, heaviest_first[start:start + ranks]):
+            dealt[rank].append(item)
+            sums[rank] += costs[item]
+    return dealt
+
+
+@dataclass
+class RowOfStep:
+    """A row of this rank, and what all ranks do in the same step."""
+
+    row: Any  # Row, or RowShare if ranks share a row
+    sums: dict[str, float]  # over all rows of the step: samples, LOADS, costs
     balance: float  # mean cost over largest cost, of rows that ranks compute at the same time
 
+    def pin_memory(self) -> "RowOfStep":
+        """For the DataLoader, see Row.pin_memory."""
+        self.row.pin_memory()
+        return self
 
-class PackedRows(torch.utils.data.IterableDataset):
-    """Endless steps of `rows` packed rows, for a DataLoader with batch_size=None.
 
-    Every rank reads every record, but decodes only the pictures it trains on.  So the rows of a
-    step are the same for any number of ranks, and can be dealt by their cost.  All ranks must have
-    the same files.
+class Rows(torch.utils.data.Dataset):
+    """The rows of a rank, by number, for a DataLoader with batch_size=None.
+
+    A step has `rows` rows of all ranks, and row n of a rank is in step n // (rows / ranks).  So the
+    number of a step is the position of a run.  Data, seed and number decide a row; ranks and
+    workers only decide who cuts it.  A rank reads no record of another rank's row.
     rank, ranks: among the ranks that train on different rows, this rank's number and their count.
-    cost: the costs of a row by name, known without its patches; the first cost decides the dealing.
+    cost: loads (sums by the names of LOADS, an entry a row) -> costs by name; the first decides
+    the dealing.
     cut: makes from a row's samples what a rank trains on: `lay_out` or `parallel.share_row`.
     """
 
-    def __init__(self, data: str, tokenizer: Tokenizer, seq_length: int, seed: int,
-                 max_pixels: int = MAX_PIXELS, rows: int = 1, rank: int = 0, ranks: int = 1,
-                 cost: Callable[[Row], dict[str, float]] | None = None,
+    def __init__(self, data: FileData | DrawnData, rows: int = 1, rank: int = 0, ranks: int = 1,
+                 cost: Callable[[dict], dict] | None = None,
                  cut: Callable[[list[Sample]], Any] = lay_out) -> None:
-        self.data, self.seed = data, seed
-        self.tokenizer, self.max_pixels = tokenizer, max_pixels
-        self.seq_length, self.rows = seq_length, rows
-        self.rank, self.ranks = rank, ranks
-        self.cost = cost or (lambda row: {"length": float(len(row.input_ids))})
+        self.data, self.rows, self.rank, self.ranks = data, rows, rank, ranks
+        self.cost = cost or (lambda loads: {"length": loads["tokens"]})
         self.cut = cut
+        self.plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of two epochs
 
-    def __iter__(self) -> Iterator[Step]:
-        """Steps without end; worker w of n takes every n-th record, from record w on."""
-        first, workers = 0, 1
-        worker = torch.utils.data.get_worker_info()
-        if worker is not None:
-            first, workers = worker.id, worker.num_workers
-        records = islice(record_stream(self.data, self.seed), first, None, workers)
-        samples = (encode(record, self.tokenizer, max_pixels=self.max_pixels) for record in records)
-        planned = plan_rows(samples, self.seq_length)
-        while True:
-            step = list(islice(planned, self.rows))
-            yield self.step_of([row for row, _ in step], sum(skipped for _, skipped in step))
+    def row(self, number: int) -> np.ndarray:
+        """The numbers of the samples of a row, counted through all epochs."""
+        epoch = 0
+        while number >= self.data.rows_in(epoch):
+            number -= self.data.rows_in(epoch)
+            epoch += 1
+        if epoch not in self.plans:
+            # a step may end in the next epoch: keep the one before
+            self.plans = {key: plan for key, plan in self.plans.items() if key == epoch - 1}
+            self.plans[epoch] = self.data.epoch(epoch)
+        members, starts = self.plans[epoch]
+        return members[starts[number]:starts[number + 1]]
 
-    def step_of(self, rows: list[list[Sample]], skipped: int) -> Step:
-        """A step for this rank: its own rows are cut, all rows are counted."""
-        measured = [lay_out(row, cut=False) for row in rows]
-        costs = [self.cost(row) for row in measured]
-        first_costs = [next(iter(cost.values())) for cost in costs]
-        dealt = deal(first_costs, self.ranks)
+    def __getitem__(self, number: int) -> RowOfStep:
+        """Row `number` of this rank."""
+        step, own = divmod(number, self.rows // self.ranks)
+        rows = [self.row(i) for i in range(step * self.rows, (step + 1) * self.rows)]
+        # (rows, 6); a row's load is the sum over its samples
+        loads = np.array([self.data.loads(row).sum(0) for row in rows], dtype=np.float64)
+        by_name = dict(zip(LOADS, loads.T))
+        costs = self.cost(by_name)
+        first = next(iter(costs.values())).tolist()
+        dealt = deal(first, self.ranks)
 
-        sums = {"tokens": sum(len(row.input_ids) for row in measured),
-                "labels": sum(row.labels for row in measured),
-                "samples": sum(len(row) for row in rows),
-                "images": sum(len(sample.images) for row in rows for sample in row),
-                "skipped": skipped}
-        for name in costs[0]:
-            sums[name] = sum(cost[name] for cost in costs)
-
+        sums = {name: float(values.sum()) for name, values in (by_name | costs).items()}
+        sums["samples"] = sum(map(len, rows))
         # All ranks compute their first rows at the same time, then their second rows, and so on.
         # Each time they wait for the slowest rank.
-        slowest = [max(first_costs[i] for i in together) for together in zip(*dealt)]
-        balance = sum(first_costs) / self.ranks / sum(slowest)
-        return Step([self.cut(rows[i]) for i in dealt[self.rank]], sums, balance)
+        slowest = [max(first[i] for i in together) for together in zip(*dealt)]
+        balance = sum(first) / self.ranks / sum(slowest)
+        samples = [self.data.sample(i) for i in rows[dealt[self.rank][own]].tolist()]
+        return RowOfStep(self.cut(samples), sums, balance)
+
+
+# ---------------------------------------------------------------------------------- data.py inspect
+
+
+def print_histogram(title: str, values: np.ndarray) -> None:
+    """How many of the values lie between powers of two, with bars."""
+    print(f"{title}: {values.min():,} to {values.max():,}, mean {values.mean():,.0f}")
+    exponents = np.log2(np.maximum(values, 1)).astype(int)
+    counts = np.bincount(exponents)
+    for exponent in range(exponents.min(), exponents.max() + 1):
+        bar = "#" * round(50 * counts[exponent] / counts.max())
+        print(f"  {2**exponent:>10,} - {2**(exponent + 1) - 1:<10,} {counts[exponent]:>10,} {bar}")
+
+
+def print_sample(number: int, sample: Sample, tokenizer: Tokenizer) -> None:
+    """The text of a sample; what is learnt stands in brackets."""
+    learnt = int((sample.labels >= 0).sum())
+    grids = [grid[1:] for grid in sample.grid_thw.tolist()]
+    print(f"\n{number} ({sample.name}): {len(sample.input_ids)} tokens, {learnt} learnt, "
+          f"pictures of {grids} patches")
+    pairs = zip(sample.input_ids.tolist(), sample.labels.tolist())
+    for is_learnt, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
+        # a picture is shown as one of its many tokens
+        tokens = [token for token, _ in group]
+        once = [token for token, _ in groupby(tokens)] if not is_learnt else tokens
+        text = tokenizer.decode(once, skip_special_tokens=False)
+        print(f"[{text}]" if is_learnt else text, end="")
+    print()
+
+
+def write_sheet(samples: list[Sample], file: str) -> None:
+    """A contact sheet of the pictures of samples, eight in a line."""
+    pictures = [open_frames(image)[0] if isinstance(image, Video) else open_image(image)
+                for sample in samples for image in sample.images]
+    sheet = Image.new("RGB", (8 * 168, -(-len(pictures) // 8) * 168), "white")
+    for i, picture in enumerate(pictures):
+        thumbnail = ImageOps.contain(to_rgb(picture), (160, 160))
+        sheet.paste(thumbnail, (i % 8 * 168 + 4, i // 8 * 168 + 4))
+    sheet.save(file)
+
+
+def print_rejects(index: Index, every: bool) -> None:
+    """What cannot be used, by its kind; with `every`, each record and file."""
+    kinds = Counter(reason_of(reject["reason"]) for reject in index.rejects)
+    for kind, count in kinds.most_common():
+        example = next(r["reason"] for r in index.rejects if reason_of(r["reason"]) == kind)
+        print(f"rejected: {count:,} {kind}, as in: {example}")
+    for said in index.damaged:
+        print(f"damaged: {said}")
+    for reject in index.rejects if every else []:
+        print(f"{reject['file']}[{reject['part']}]: {reject['reason']}")
+
+
+def print_rows(rows: Rows, config: Any) -> None:
+    """How full the rows of an epoch are, and how well a step is balanced over 8 ranks."""
+    count, length = rows.data.rows_in(0), rows.data.seq_length
+    members, _ = rows.data.epoch(0)
+    tokens = int(rows.data.loads(members)[:, 0].sum())
+    print(f"an epoch: {len(members):,} samples in {count:,} rows of {length:,} tokens, "
+          f"{tokens / (count * length):.2%} full")
+    if rows.data.too_long:
+        print(f"left out: {rows.data.too_long:,} samples that are longer than a row")
+    if count >= rows.rows:
+        balance = rows[0].balance
+        print(f"FLOPs of {rows.rows} rows of the {config} on 8 ranks: mean {balance:.1%} of the "
+              "most")
+
+
+def check_digests(folder: Path) -> list[str]:
+    """A sentence for each shard of packed data whose content is not what was written."""
+    said = []
+    for entry in json.loads((folder / "index.json").read_text())["files"]:
+        with open(folder / entry["file"], "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                said.append(f"{folder / entry['file']} has another sha256 than when it was written")
+    return said
+
+
+def inspect(flags: argparse.Namespace) -> None:
+    """Print what data hold: counts, lengths, rows, what is rejected and, with --show, samples."""
+    from convert import load_tokenizer  # upward, for this command alone
+    from model import PRESETS, forward_flops
+    tokenizer = load_tokenizer(Path(flags.checkpoint))
+    pixels = (flags.min_pixels, flags.max_pixels)
+
+    if flags.sources[0] in DRAWN:
+        data = DrawnData(flags.sources[0], tokenizer, flags.length, 0, 64, pixels)
+        members, _ = data.epoch(0)
+        loads = data.loads(members)
+        print(f"{len(members):,} of endless samples")
+    else:
+        files = [file for source in flags.sources for file in source_files(source)]
+        index = measure(files, tokenizer, flags.images, pixels, flags.workers,
+                        decode_all if flags.decode else no_check,
+                        0 if flags.all or flags.decode else 10_000)
+        if flags.all:
+            folders = {file.parent for file in files if (file.parent / "index.json").is_file()}
+            index.damaged += [said for folder in sorted(folders) for said in check_digests(folder)]
+        print(f"{len(index.table):,} samples of {len(files)} files, "
+              f"{len(index.rejects):,} records rejected, {len(index.damaged)} files damaged")
+        print_rejects(index, flags.all)
+        if not len(index.table):
+            return
+        loads = index.table[:, -len(LOADS):]
+        data = FileData(index, tokenizer, flags.length, 0)
+        members = np.arange(len(index.table))
+
+    tokens, _, labels, patches, _, images = loads.T
+    print(f"{tokens.sum():,} tokens, {labels.sum() / tokens.sum():.1%} learnt; "
+          f"{images.sum():,} pictures")
+    print_histogram("tokens of a sample", tokens)
+    if images.any():
+        with_images = images > 0
+        sizes = patches[with_images] * PATCH**2 // images[with_images]
+        print_histogram("pixels of a picture, after resizing", sizes)
+    config = PRESETS[flags.model]
+    print_rows(Rows(data, 64, ranks=8, cost=lambda loads: {
+        "flops": sum(forward_flops(config, loads).values())}), flags.model)
+    shown = [data.sample(int(number)) for number in members[:flags.show]]
+    for number, sample in enumerate(shown):
+        print_sample(number, sample, tokenizer)
+    if flags.sheet:
+        write_sheet(shown, flags.sheet)
+
+
+# ------------------------------------------------------------------------------------- data.py pack
+
+
+def check_packable(record: Record, sample: Sample) -> None:
+    """Reject a record that upstream's unpacked layout cannot hold."""
+    videos = [media for media in record["images"] if isinstance(media, Video)]
+    if videos and len(videos) < len(record["images"]):
+        raise ValueError(f"record {sample.name}: pictures and videos together cannot be packed")
+    for video in videos:
+        if isinstance(video.file, Path) and video.file.is_dir():
+            raise ValueError(f"record {sample.name}: a folder of frames cannot be packed: make it "
+                             "an animated WebP")
+
+
+def shard_fields(record: Record) -> dict[str, bytes]:
+    """The members of a record in a shard, by name, in upstream's unpacked layout."""
+    names, fields = [], {}
+    videos = any(isinstance(media, Video) for media in record["images"])
+    for i, media in enumerate(record["images"]):
+        file = media.file if isinstance(media, Video) else media
+        ending = "gif"
+        if not videos:
+            ending = open_image(file, decode=False).format.lower()
+        elif isinstance(file, Path):
+            ending = file.suffix[1:]
+        elif isinstance(file, FilePart):
+            ending = "webp" if content_of(file)[:4] == b"RIFF" else "gif"
+        names.append(f"{i}.{ending}")
+        content = content_of(file)
+        fields[names[-1]] = content if isinstance(content, bytes) else Path(content).read_bytes()
+    media = "video" if videos else "image" if names else "text"
+    about = {"id": record["id"], "texts": record["messages"], "media": media, "name": names}
+    return {"json": json.dumps(about, ensure_ascii=False).encode(), **fields}
+
+
+class Shards(torch.utils.data.Dataset):
+    """Writes shard n of packed data, unless it is there; for a DataLoader's workers."""
+
+    def __init__(self, index: Index, shards: list[np.ndarray], out: Path) -> None:
+        self.index, self.shards, self.out = index, shards, out
+
+    def __getitem__(self, number: int) -> tuple[dict, list[Place]]:
+        path = self.out / f"shard-{number:06}.tar"
+        if not path.is_file():
+            # neighbours in the source are read one after another, and written in the order of rows
+            fields = {i: shard_fields(self.index.record(i)) for i in sorted(self.shards[number])}
+            partial_path = path.with_suffix(".partial")
+            with tarfile.open(partial_path, "w", format=tarfile.GNU_FORMAT) as tar:
+                for place, i in enumerate(self.shards[number]):
+                    for name, content in fields[i].items():
+                        member = tarfile.TarInfo(f"{number:06}-{place:06}.{name}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+            partial_path.rename(path)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entry = {"file": path.name, "size": path.stat().st_size, "sha256": digest}
+        return entry, list(shard_places(path))
+
+
+def plan_shards(tokens: np.ndarray, length: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The samples of each shard in the order of rows, and the row of each sample.
+
+    Rows are chosen among WINDOW neighbours in the source, so that what is read lies together.
+    """
+    shards, row_of, rows = [], np.empty(len(tokens), dtype=np.int64), 0
+    for begin in range(0, len(tokens), WINDOW):
+        window = slice(begin, begin + WINDOW)
+        found = pack_rows(tokens[window], length)
+        count = found.max() + 1
+        found = permutation(count, rows)[found]
+        row_of[window] = rows + found
+        rows += count
+        order, starts = by_row(found)
+        cuts = starts[np.searchsorted(starts, np.arange(SHARD, len(order), SHARD))]
+        shards += [begin + part for part in np.split(order, np.unique(cuts)) if len(part)]
+    return shards, row_of
+
+
+def pack(flags: argparse.Namespace) -> None:
+    """Write the samples of all sources as shards of full rows, with an index; go on if stopped."""
+    from convert import load_tokenizer  # upward, for this command alone
+    from model import PRESETS, forward_flops
+    out = Path(flags.out)
+    if (out / "index.json").exists():
+        raise ValueError(f"{out} is packed already")
+    files = [file for source in flags.sources for file in source_files(source)]
+    tokenizer = load_tokenizer(Path(flags.checkpoint))
+    out.mkdir(parents=True, exist_ok=True)
+    index = measure(files, tokenizer, flags.images, (flags.min_pixels, flags.max_pixels),
+                    flags.workers, check_packable, resume=out / "measured.jsonl")
+    if index.damaged and not flags.skip_bad:
+        raise ValueError(f"{len(index.damaged)} files are damaged; --skip-bad packs what is whole "
+                         f"of them: {'; '.join(index.damaged)}")
+
+    # samples that fit no row are rejected by name
+    tokens = index.table[:, COLUMNS.index("tokens")]
+    for line in index.table[tokens > flags.length]:
+        index.rejects.append({
+            "file": index.files[line[0]]["file"], "part": int(line[3]),
+            "reason": f"the sample has {line[COLUMNS.index('tokens')]} tokens, a row "
+                      f"{flags.length}"})
+    index.table = index.table[tokens <= flags.length]
+    if not len(index.table):
+        raise ValueError(f"no sample fits a row of {flags.length} tokens")
+    shards, row_of = plan_shards(index.table[:, COLUMNS.index("tokens")], flags.length)
+    loader = torch.utils.data.DataLoader(Shards(index, shards, out), batch_size=None,
+                                         num_workers=min(flags.workers, len(shards) - 1))
+    entries, lines = [], []
+    for number, (entry, places) in enumerate(loader):
+        table = index.table[shards[number]].copy()
+        table[:, 0] = number
+        table[:, 1:3] = [place[:2] for place in places]
+        table[:, 3] = 0
+        table[:, COLUMNS.index("row")] = row_of[shards[number]]
+        loads = dict(zip(LOADS, table[:, -len(LOADS):].sum(0).astype(float)))
+        flops = sum(forward_flops(PRESETS[flags.model], loads).values())
+        entry |= {"samples": len(table), "rows": len(np.unique(row_of[shards[number]])),
+                  "tokens": int(loads["tokens"]), "flops": flops}
+        entries.append(entry)
+        lines.append(table)
+        show_progress(number + 1, len(shards), "shards written")
+    settings = {**index.settings, "images": "", "length": flags.length, "model": flags.model}
+    Index(entries, np.concatenate(lines), settings, index.rejects).save(out)
+    (out / "measured.jsonl").unlink()
+    rows = row_of.max() + 1
+    print(f"{len(row_of):,} samples in {rows:,} rows of {flags.length:,} tokens, "
+          f"{tokens[tokens <= flags.length].sum() / (rows * flags.length):.2%} full, "
+          f"{len(shards)} shards; {len(index.rejects):,} rejected, see {out / 'rejects.jsonl'}")
+
+
+# ---------------------------------------------------------------------------------- data.py balance
+
+
+def concepts_in(text: str, concepts: dict[str, int], longest: int) -> set[int]:
+    """Numbers of the concepts that a text names, as one to `longest` words."""
+    words = re.findall(r"\w+", text.lower())
+    found = set()
+    for i in range(len(words)):
+        for size in range(1, longest + 1):
+            number = concepts.get(" ".join(words[i:i + size]))
+            if number is not None:
+                found.add(number)
+    return found
+
+
+def balance(flags: argparse.Namespace) -> None:
+    """Choose --keep records so that rare concepts are as frequent as the captions allow.
+
+    A record's weight is the sum of 1 / frequency over the concepts in its answers; records are
+    drawn without putting back (the published data were balanced so, with concepts found by an
+    embedding).  Records that name no concept are left out.
+    """
+    names = [" ".join(re.findall(r"\w+", line.lower()))
+             for line in Path(flags.concepts).read_text(encoding="utf-8").splitlines()]
+    concepts = {name: i for i, name in enumerate(dict.fromkeys(filter(None, names)))}
+    if not concepts:
+        raise ValueError(f"{flags.concepts} names no concept")
+    longest = max(len(name.split()) for name in concepts)
+    records, matched = [], []
+    for path in [file for source in flags.sources for file in source_files(source)]:
+        if path.suffix not in (".json", ".jsonl"):
+            raise ValueError(f"{path} is not JSON: balance the records before they are in shards")
+        for place in json_places(path):
+            _, make = next(json_records(path, place, path.parent))
+            record = make()
+            text = " ".join(str(turn["content"]) for turn in record["messages"]
+                            if turn["role"] == "assistant")
+            records.append((path, place))
+            matched.append(concepts_in(text, concepts, longest))
+
+    frequency = np.bincount([c for found in matched for c in found], minlength=len(concepts))
+    weights = np.array([sum(1 / frequency[c] for c in found) for found in matched])
+    # the largest of log(u) / weight, u uniform, are a weighted draw without putting back
+    uniform = (np.random.PCG64(flags.seed).random_raw(len(records)) + 1.0) / 2**64
+    keys = np.full(len(records), -np.inf)
+    named = weights > 0
+    keys[named] = np.log(uniform[named]) / weights[named]
+    chosen = np.sort(np.argsort(-keys, kind="stable")[:min(flags.keep, int(named.sum()))])
+
+    with open(flags.out, "x", encoding="utf-8") as file:
+        for number in chosen:
+            path, (start, end, _) = records[number]
+            with open(path, "rb") as source:
+                source.seek(start)
+                raw = json.loads(source.read(end - start))
+            # the new file may lie elsewhere
+            for key in ("image", "images", "video", "videos"):
+                if isinstance(raw.get(key), str):
+                    raw[key] = str((path.parent / raw[key]).resolve())
+                elif raw.get(key):
+                    raw[key] = [str((path.parent / name).resolve()) for name in raw[key]]
+            file.write(json.dumps(raw, ensure_ascii=False) + "\n")
+    after = np.bincount([c for number in chosen for c in matched[number]], minlength=len(concepts))
+    for title, counts in (("before", frequency), ("after", after)):
+        shares = counts[counts > 0] / counts.sum()
+        even = float(-(shares * np.log(shares)).sum() / np.log(max(2, len(concepts))))
+        print(f"{title}: {int((counts > 0).sum()):,} of {len(concepts):,} concepts, "
+              f"evenness {even:.3f} (1: all as frequent)")
+    print(f"{len(chosen):,} of {len(records):,} records -> {flags.out}")
 
 
 # ----------------------------------------------------------------------------------- python data.py
 
 
-def drawn_texts(seed: int) -> Iterator[str]:
-    """Texts of 8,000 drawn records and their templates, for training the tiny tokenizer."""
-    for data in ("captions", "questions"):
-        for record in islice(drawn_records(data, seed), 4000):
-            pieces = render(record["messages"], [1] * len(record["images"]))
-            yield from (text for text, repeats, _ in pieces if repeats == 0)
-
-
-def inspect(data: str, count: int, seq_length: int, save: str) -> None:
-    """Print records with what is learnt in brackets, then how full packed rows are."""
-    tokenizer = train_tokenizer(drawn_texts(0), 1024)
-    for number, record in enumerate(islice(record_stream(data, 0), count)):
-        sample = encode(record, tokenizer)
-        learnt = int((sample.labels >= 0).sum())
-        grids = [grid[1:] for grid in sample.grid_thw.tolist()]
-        print(f"\n{number}: {len(sample.input_ids)} tokens, {learnt} learnt, "
-              f"pictures of {grids} patches")
-        pairs = zip(sample.input_ids.tolist(), sample.labels.tolist())
-        for is_learnt, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
-            text = "".join(tokenizer.decode([token], skip_special_tokens=False)
-                           for token, _ in group)
-            if is_learnt:
-                text = f"[{text}]"
-            print(text, end="")
-        print()
-        for i, image in enumerate(record["images"]):
-            if save:
-                Path(save).mkdir(parents=True, exist_ok=True)
-                open_image(image).save(Path(save) / f"{number}-{i}.png")
-
-    # one step of 50 rows, on one rank
-    step = next(iter(PackedRows(data, tokenizer, seq_length, seed=0, rows=50)))
-    full = step.sums["tokens"] / (len(step.rows) * seq_length)
-    print(f"\n{len(step.rows)} rows of {seq_length}: {step.sums['samples']} samples, "
-          f"{full:.1%} full")
+def parse_command(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], None],
+                                                 argparse.Namespace]:
+    """The command and its flags."""
+    commands = {"inspect": inspect, "pack": pack, "balance": balance}
+    if not arguments or arguments[0] not in commands:
+        raise ValueError(f"usage: python data.py {{{','.join(commands)}}} SOURCE...")
+    name = arguments[0]
+    parser = flag_parser(commands[name].__doc__.splitlines()[0], arguments)
+    parser.prog = f"data.py {name}"
+    parser.add_argument("sources", nargs="+" if name != "inspect" else "*",
+                        help="files, directories, globs or lists in braces of records")
+    add = partial(parser.add_argument)
+    if name == "balance":
+        add("--concepts", required=True, help="file with a concept a line")
+        add("--keep", type=int, required=True, help="records to choose")
+        add("--seed", type=int, default=0, help="of the choice")
+    else:
+        add("--checkpoint", default="assets/tiny", help="whose tokenizer counts tokens")
+        add("--images", default="", help="directory of the pictures; default beside the JSON")
+        add("--length", type=int, default=8192 if name == "pack" else 1024, help="tokens in a row")
+        add("--min-pixels", type=int, default=MIN_PIXELS, help="least area of a picture")
+        add("--max-pixels", type=int, default=MAX_PIXELS, help="largest area of a picture")
+        add("--workers", type=int, default=os.cpu_count() or 1, help="processes that read")
+        add("--model", default="4b", help="preset whose FLOPs are counted")
+    if name == "inspect":
+        add("--all", action="store_true", help="read all records, list all that are rejected")
+        add("--decode", action="store_true", help="decode all pictures, too")
+        add("--show", type=int, default=0, help="samples to print, what is learnt in brackets")
+        add("--sheet", default="", help="PNG for the pictures of these samples")
+    else:
+        add("--out", required=True, help="directory of the shards" if name == "pack" else "file")
+    if name == "pack":
+        add("--skip-bad", action="store_true", help="pack what is whole of damaged files")
+    flags = parser.parse_args(arguments[1:])
+    flags.sources = flags.sources or ["questions"]
+    for flag in ("length", "keep", "min_pixels"):
+        if getattr(flags, flag, 1) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be positive")
+    if getattr(flags, "show", 0) < 0 or getattr(flags, "workers", 0) < 0:
+        raise ValueError("--show and --workers must not be negative")
+    return commands[name], flags
 
 
 def run() -> None:
     """Read the flags of `python data.py` and do what they say."""
-    parser = flag_parser("Look at training data.", sys.argv[1:])
-    parser.add_argument("command", choices=["inspect"])
-    parser.add_argument("--data", default="questions", help="captions, questions, mixed or a file")
-    parser.add_argument("--count", type=int, default=4, help="records to print")
-    parser.add_argument("--seq-length", type=int, default=1024, help="tokens in a row")
-    parser.add_argument("--save", default="", help="directory for the records' pictures")
-    flags = parser.parse_args()
-    if flags.count < 0 or flags.seq_length < 1:
-        raise ValueError("--count must not be negative, --seq-length must be positive")
-    inspect(flags.data, flags.count, flags.seq_length, flags.save)
+    command, flags = parse_command(sys.argv[1:])
+    command(flags)
 
 
 # ------------------------------------------------------- helpers for the command lines of all files
@@ -801,6 +1779,13 @@ def refuse_in_one_sentence(script: str, command: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + 2, the number of the signal, as shells have it
+
+
+def show_progress(done: int, total: int, what: str) -> None:
+    """Redraw a bar, on a terminal only; at the end remove it."""
+    if sys.stderr.isatty():
+        bar = f"[{'#' * (30 * done // total):30}] {done}/{total} {what}" if done < total else ""
+        print(f"\r\033[K{bar}", end="", file=sys.stderr, flush=True)
 
 
 def choose_device(name: str) -> torch.device:

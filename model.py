@@ -658,6 +658,23 @@ def parameters_by_part(config: ModelConfig, matrices: bool = False) -> dict[str,
     return count
 
 
+def forward_flops(config: ModelConfig, loads: dict[str, Any]) -> dict[str, Any]:
+    """FLOPs of a forward pass by part; the formulas stand at the top of `train.py`.
+
+    loads: `tokens`, `pairs` of query and key that meet in the decoder, `labels`, `patches`, and
+    `frame_pairs` of patches that meet in the ViT.  Each is a number, or an array of several rows.
+    """
+    weights = parameters_by_part(config, matrices=True)
+    vision = config.vision
+    query_width = config.num_attention_heads * config.head_dim
+    return {"vision": 2 * weights["vision"] * loads["patches"],
+            "vision attention": 4 * vision.depth * vision.embed_dim * loads["frame_pairs"],
+            "merger": 2 * weights["merger"] * loads["patches"] / 4,
+            "decoder": 2 * weights["decoder"] * loads["tokens"],
+            "decoder attention": 4 * config.num_hidden_layers * query_width * loads["pairs"],
+            "head": 2.0 * config.hidden_size * config.vocab_size * loads["labels"]}
+
+
 def main() -> None:
     """Print the parameters of each preset, and the decoder's that multiply a token."""
     print("preset    class token       vision      merger         decoder           total "

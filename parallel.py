@@ -58,7 +58,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from attention_kernel import packed_positions, segment_ids
-from data import Row, Sample, choose_device, choose_dtype, deal, lay_out
+from data import Row, Sample, choose_device, choose_dtype, cut_pictures, deal, lay_out
 from model import GroupedLinear, LlavaOneVision, MixtureOfExperts, Where, grouped_product
 from vision import visual_tokens
 
@@ -253,12 +253,18 @@ class RowShare:
     """One rank's part of a packed row: some of its tokens, and some of its pictures."""
 
     row: Row  # the rank's tokens and pictures, laid out as a row
+    samples: list[int]  # which samples of the whole row those are
     position_ids: Tensor  # (T,) of the rank's tokens in their samples
     cu_seqlens_k: Tensor  # (S + 1,) of the samples, whole, of which the rank has tokens
     key_slots: Tensor  # (Tk,) where the keys of these samples are among the gathered ones
     key_room: int  # keys that each rank brings, padding included
     visual_slots: Tensor  # (M,) where the visual tokens of the rank's holes are, likewise
     visual_room: int  # visual tokens that each rank brings, padding included
+
+    def pin_memory(self) -> "RowShare":
+        """For the DataLoader, see Row.pin_memory."""
+        self.row.pin_memory()
+        return self
 
 
 def owner_of(dealt: list[list[int]]) -> Tensor:
@@ -305,12 +311,11 @@ def share_row(samples: list[Sample], rank: int, ranks: int, visual_ids: list[int
     key_counts = row.cu_seqlens.diff()[own_samples]
 
     # pictures: the ViT's work is about their patches; the holes may be another rank's tokens
-    pictures = [(sample, i) for sample in samples for i in range(len(sample.images))]
     grid_thw = torch.cat([sample.grid_thw for sample in samples])
     patch_counts = grid_thw.prod(1).tolist()
     picture_owners = owner_of(deal(patch_counts, ranks))
     own_pictures = picture_owners == rank  # (I,)
-    patches = [sample.patches(i) for (sample, i), own in zip(pictures, own_pictures) if own]
+    patches, lost = cut_pictures(samples, own_pictures.tolist())
     visual_owners = picture_owners.repeat_interleave(visual_tokens(grid_thw))  # (M,) of the row
     visual_slots, visual_room = gathered_slots(visual_owners, ranks)
     is_hole = torch.isin(row.input_ids, torch.tensor(visual_ids))  # (T,), M of them true
@@ -318,15 +323,28 @@ def share_row(samples: list[Sample], rank: int, ranks: int, visual_ids: list[int
     part = Row(
         input_ids=row.input_ids[own_tokens], targets=row.targets[own_tokens],
         cu_seqlens=F.pad(query_counts[own_samples].cumsum(0), (1, 0)),
-        patches=None, grid_thw=None, names=row.names)
-    if patches:
-        part.patches = torch.cat(patches)
-        part.grid_thw = grid_thw[own_pictures]
+        patches=patches, grid_thw=None if patches is None else grid_thw[own_pictures],
+        names=row.names, lost=lost)
     return RowShare(
-        row=part, position_ids=position[own_tokens],
+        row=part, samples=own_samples.nonzero()[:, 0].tolist(), position_ids=position[own_tokens],
         cu_seqlens_k=F.pad(key_counts.cumsum(0), (1, 0)),
         key_slots=slots[own_samples[segment]], key_room=key_room,
         visual_slots=visual_slots[own_tokens[is_hole]], visual_room=visual_room)
+
+
+def forget_lost(row: Row | RowShare, ranks: Ranks) -> Row:
+    """Of a shared row, learn nothing from samples with a picture that any of the ranks has lost.
+
+    Returns the row, or the rank's part as a row.
+    """
+    if isinstance(row, Row):
+        return row
+    # a rank cuts only its own pictures: the others hear of a bad one here
+    flags = torch.zeros(len(row.row.names), device=ranks.device)
+    flags[list(row.row.lost)] = 1
+    dist.all_reduce(flags, group=ranks.context_mesh.get_group())
+    row.row.forget(i for i, sample in enumerate(row.samples) if flags[sample] > 0)
+    return row.row
 
 
 class GatheredKeys:

@@ -46,7 +46,10 @@ def build_prompt(images: list[Image.Image], prompt: str, tokenizer: Tokenizer,
     content.append({"type": "text", "text": prompt})
     record = {"messages": [{"role": "user", "content": content}], "images": images, "id": "prompt"}
     sample = encode(record, tokenizer, MIN_PIXELS, max_pixels, generation_prompt=True)
-    return lay_out([sample])
+    row = lay_out([sample])
+    if row.lost:
+        raise ValueError(row.lost[0])
+    return row
 
 
 def stream_answer(model: LlavaOneVision, tokenizer: Tokenizer, row: Row, max_new_tokens: int,

@@ -73,27 +73,29 @@ import sys
 import time
 import timeit
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from assets.scenes import held_out_questions
+from assets.scenes import drawn_texts, held_out_questions, train_tokenizer
 from convert import check_tokenizer, load_model, load_tokenizer, read_config, save_checkpoint
-from data import (PackedRows, Row, Step, drawn_texts, encode, flag_parser, lay_out, record_stream,
-                  train_tokenizer)
+from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, encode, flag_parser,
+                  lay_out, open_index, reason_of)
 from fp8_kernel import check_device, convert_to_fp8
-from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, ModelConfig, meta_model,
+from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
                    parameters_by_part, part_of)
-from parallel import (Ranks, RowShare, clip_gradients, find_ranks, join_ranks, loss_arguments,
-                      mixtures, shard, share_row)
-from vision import MAX_PIXELS, MIN_PIXELS, frame_sizes
+from parallel import (Ranks, RowShare, clip_gradients, find_ranks, forget_lost, join_ranks,
+                      loss_arguments, mixtures, shard, share_row)
+from vision import MAX_PIXELS, MIN_PIXELS
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Recipe:
     """What a stage trains, on which data, and how."""
 
     trainable: tuple[str, ...]  # parts that learn: "vision", "merger", "decoder"
-    data: str  # default records, see data.record_stream; --data replaces them
+    data: tuple[str, ...]  # default records, one of data.DRAWN; --data replaces them
     steps: int  # optimizer steps
     rows: int  # packed rows per step, of all ranks
     seq_length: int  # tokens in a row at most
@@ -115,6 +117,7 @@ class Recipe:
     merger_lr_factor: float = 1.0  # of the merger
     expert_lr_factor: float = 1.0  # of the experts
     clip: float = 1.0  # largest gradient norm
+    min_pixels: int = MIN_PIXELS  # least area of a picture
     max_pixels: int = MAX_PIXELS  # largest area of a picture
     recompute: str = "layer"  # what the backward pass computes again, one of RECOMPUTE
 
@@ -122,14 +125,15 @@ class Recipe:
 MERGER, ALL = ("merger",), ("vision", "merger", "decoder")
 QUICK = {  # upstream's quick start
     "align": Recipe(
-        trainable=MERGER, data="captions", steps=2500, rows=8, seq_length=32768,
+        trainable=MERGER, data=("captions",), steps=2500, rows=8, seq_length=32768,
         lr=1e-4, min_lr=1e-6, weight_decay=0.0, beta2=0.99),
     "mid": Recipe(
-        trainable=ALL, data="captions", steps=20000, rows=16, seq_length=32768,
+        trainable=ALL, data=("captions",), steps=20000, rows=16, seq_length=32768,
         lr=1e-5, min_lr=1e-6, weight_decay=0.01, beta2=0.95),
-    # upstream limits the longest side to 1000 pixels; here the limit is the area of such a square
+    # Upstream limits the longest side to 1000 pixels.  Here the limit is the area of such a square:
+    # tokens cost the same, and a panorama keeps its detail.
     "instruct": Recipe(
-        trainable=ALL, data="questions", steps=3500, rows=24, seq_length=8192,
+        trainable=ALL, data=("questions",), steps=3500, rows=24, seq_length=8192,
         lr=1e-5, min_lr=1e-6, weight_decay=0.0, beta2=0.99, max_pixels=1000 * 1000),
 }
 FULL = {  # all public data once
@@ -143,16 +147,16 @@ FULL = {  # all public data once
 # model forgets how to read.
 # On average an expert sees 3 of 8 tokens.  At half the rate it ends better than at the full rate.
 TINY_MID = Recipe(
-    trainable=ALL, data="captions", steps=900, rows=1, seq_length=1024,
+    trainable=ALL, data=("captions",), steps=900, rows=1, seq_length=1024,
     lr=2e-3, min_lr=2e-4, weight_decay=0.01, beta2=0.95, eps=1e-8, warmup=0.02,
     vision_lr_factor=0.25, merger_lr_factor=0.25, expert_lr_factor=0.5, recompute="none")
 TINY = {
     "align": Recipe(
-        trainable=MERGER, data="captions", steps=20, rows=1, seq_length=1024,
+        trainable=MERGER, data=("captions",), steps=20, rows=1, seq_length=1024,
         lr=1e-3, min_lr=1e-4, weight_decay=0.0, beta2=0.95, eps=1e-8, warmup=0.1,
         recompute="none"),
     "mid": TINY_MID,
-    "instruct": replace(TINY_MID, data="mixed", steps=3600, lr=1.5e-3, min_lr=3e-5),
+    "instruct": replace(TINY_MID, data=("mixed",), steps=3600, lr=1.5e-3, min_lr=3e-5),
 }
 RECIPES = {"tiny": TINY, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
@@ -173,14 +177,19 @@ class TrainConfig:
     recipe: str = ""  # tiny, quick or full; default quick, but tiny below 100 M parameters
     start_from: str = ""  # checkpoint directory; default that of the stage before
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME
-    data: str = ""  # captions, questions, mixed, or a .json, .jsonl or .tar file
+    data: tuple[str, ...] = ()  # captions, questions, mixed, or files and directories, PATH:WEIGHT
+    images: str = ""  # directory of the pictures that JSON files name; default beside the file
     steps: int = 0  # optimizer steps of each stage
+    epochs: float = 0.0  # instead of steps: how often each sample of --data is seen
     rows: int = 0  # packed rows per step, of all ranks
     seq_length: int = 0  # tokens in a row
     lr: float = 0.0  # peak learning rate; the lowest rate and the parts' rates change with it
     vision_lr: float = 0.0  # peak learning rate of the ViT
     merger_lr: float = 0.0  # peak learning rate of the merger
+    min_pixels: int = 0  # least area of a picture; smaller pictures are enlarged
     max_pixels: int = 0  # largest area of a picture; larger pictures are shrunk
+    skip_bad: bool = False  # leave out records and files that cannot be used; default is to stop
+    max_bad: float = 0.001  # share of the records that may prove damaged in training
     expert_balance: float = 0.0  # weight of the experts' load-balancing loss (0.001 is usual)
     replicas: int = 1  # copies of the model; each is sharded over ranks / replicas
     context_parallel: int = 1  # ranks that share a row
@@ -216,8 +225,15 @@ class TrainConfig:
                 raise ValueError(f"{flag} must be positive")
         if self.expert_parallel > 1 and self.recompute == "selective":
             raise ValueError("--expert-parallel goes with --recompute none or layer, not selective")
-        if 0 < self.max_pixels < MIN_PIXELS:
-            raise ValueError(f"--max-pixels must be at least {MIN_PIXELS}")
+        if self.steps and self.epochs:
+            raise ValueError("--steps and --epochs are given: which is meant?")
+        if self.epochs and not set(self.data) - set(DRAWN):
+            raise ValueError("--epochs is for --data from files: drawn data do not end")
+        if len(self.data) > 1 and set(self.data) & set(DRAWN):
+            raise ValueError(f"--data: {', '.join(DRAWN)} cannot be mixed with others")
+        least = self.min_pixels or MIN_PIXELS
+        if self.max_pixels and self.max_pixels < least:
+            raise ValueError(f"--max-pixels must be at least {least}")
 
     def recipes(self, sizes: ModelConfig) -> dict[str, Recipe]:
         """The recipes of the stages to run on a model of these sizes, with the flags applied."""
@@ -228,7 +244,8 @@ class TrainConfig:
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """The recipe with the values of the flags that are given."""
-        names = ("data", "steps", "rows", "seq_length", "lr", "max_pixels", "recompute")
+        names = ("data", "steps", "rows", "seq_length", "lr", "min_pixels", "max_pixels",
+                 "recompute")
         changes = {name: getattr(self, name) for name in names if getattr(self, name)}
         # the lowest rate keeps its ratio to the peak; the rates of the parts are factors on it
         lr = self.lr or recipe.lr
@@ -326,18 +343,60 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * cosine
 
 
+@dataclass
+class Step:
+    """What a rank trains on in one optimizer step, and what all ranks do together."""
+
+    rows: Iterable[Row | RowShare]  # of this rank; from a loader they are read one at a time
+    count: int  # rows of this rank
+    sums: dict[str, float]  # over all ranks, from the plan: see data.RowOfStep
+    balance: float
+    waited: float = 0.0  # seconds until the rows were there
+    names: list[str] = field(default_factory=list)  # of the samples of the rows that were read
+    lost: dict[str, str] = field(default_factory=dict)  # samples that were not learnt, and why
+
+
+def steps_of(loader: Iterable[RowOfStep], count: int) -> Iterator[Step]:
+    """Steps of `count` rows; a step reads its rows from the loader while they are trained on."""
+    stream = iter(loader)
+
+    def read(first: RowOfStep) -> Iterator[Row | RowShare]:
+        yield first.row
+        for _ in range(1, count):
+            before = time.monotonic()
+            row = next(stream).row
+            step.waited += time.monotonic() - before
+            yield row
+
+    while True:
+        before = time.monotonic()
+        first = next(stream, None)
+        if first is None:
+            return
+        step = Step((), count, first.sums, first.balance, time.monotonic() - before)
+        step.rows = read(first)
+        yield step
+
+
 def backward(model: LlavaOneVision, step: Step, ranks: Ranks) -> Tensor:
-    """Gradients of the step's loss, summed over rows and ranks; returns this rank's summand."""
-    # the labels of all ranks, which each rank has counted by itself (data.PackedRows)
+    """Gradients of the step's loss, summed over rows and ranks.
+
+    Returns this rank's summand of the loss, and the number of tokens that it learnt.
+    """
+    # the labels of all ranks, which the plan knows
     weight = 1 / max(1, step.sums["labels"])
-    total = torch.zeros((), device=ranks.device)
+    total = torch.zeros(2, device=ranks.device)
     for number, row in enumerate(step.rows, 1):
+        whole = forget_lost(row, ranks)
+        step.names += whole.names
+        step.lost |= {whole.names[i]: reason for i, reason in whole.lost.items()}
         loss = weight * model.loss(**loss_arguments(row, ranks))
         if ranks.mesh is not None:
             # copies of the model add their gradients once, after the last row
-            model.set_requires_all_reduce(number == len(step.rows))
+            model.set_requires_all_reduce(number == step.count)
         loss.backward()
-        total += loss.detach()
+        total[0] += loss.detach()
+        total[1] += whole.labels
     return total
 
 
@@ -347,46 +406,42 @@ def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, 
 
     If one of them is not finite, the weights and the optimizer's moments stay as they are.
     """
-    loss = backward(model, step, ranks)
-    norm = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], clip)
-    # loss is this rank's summand, norm that of all: their sums are the same on all ranks, so all
-    # ranks decide alike, even if NaN is on one of them only
-    totals = torch.stack([loss, norm / ranks.count])
+    totals = backward(model, step, ranks)
     if ranks.count > 1:
         dist.all_reduce(totals)
-    total_loss, total_norm = totals.tolist()
-    if math.isfinite(total_loss + total_norm):
+    loss, labels = totals.tolist()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if labels < step.sums["labels"]:
+        # samples were lost, of which the plan did not know: the mean is over those that were learnt
+        share = step.sums["labels"] / max(1.0, labels)
+        loss *= share
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= share
+        step.lost = gather_lost(step.lost, ranks)
+    norm = clip_gradients(parameters, clip) / ranks.count
+    # the sum of all ranks' norms: so all decide alike, even if NaN is on one of them only
+    if ranks.count > 1:
+        dist.all_reduce(norm)
+    norm = float(norm)
+    if math.isfinite(loss + norm):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         optimizer.step()
     optimizer.zero_grad()
-    return total_loss, total_norm
+    return loss, norm
+
+
+def gather_lost(lost: dict[str, str], ranks: Ranks) -> dict[str, str]:
+    """The lost samples of all ranks, with the reasons."""
+    of_ranks = [lost]
+    if ranks.count > 1:
+        of_ranks = [{}] * ranks.count
+        dist.all_gather_object(of_ranks, lost)
+    return {name: reason for part in of_ranks for name, reason in part.items()}
 
 
 # ------------------------------------------------------------------------------------- accounting
-
-
-def forward_flops(config: ModelConfig, lengths: Tensor, frames: Tensor,
-                  labels: int) -> dict[str, float]:
-    """FLOPs of a row's forward pass: see the top of the file.
-
-    lengths: (S,) tokens of each sample; frames: patches of each frame; labels: tokens to learn.
-    """
-    weights = parameters_by_part(config, matrices=True)
-    vision = config.vision
-    lengths = lengths.double()
-    patches = float(frames.sum())
-    query_width = config.num_attention_heads * config.head_dim
-    # a query of the decoder meets the keys up to its own: L (L + 1) / 2 pairs a sample; a patch
-    # meets all patches of its frame
-    pairs = float((lengths * (lengths + 1)).sum()) / 2
-    frame_pairs = float(frames.double().square().sum())
-    return {"vision": 2 * weights["vision"] * patches,
-            "vision attention": 4 * vision.depth * vision.embed_dim * frame_pairs,
-            "merger": 2 * weights["merger"] * patches / 4,
-            "decoder": 2 * weights["decoder"] * float(lengths.sum()),
-            "decoder attention": 4 * config.num_hidden_layers * query_width * pairs,
-            "head": 2.0 * config.hidden_size * config.vocab_size * labels}
 
 
 def training_flops(forward: dict[str, float], trainable: tuple[str, ...],
@@ -414,12 +469,10 @@ def training_flops(forward: dict[str, float], trainable: tuple[str, ...],
     return total
 
 
-def row_cost(row: Row, config: ModelConfig, trainable: tuple[str, ...],
-             recompute: str) -> dict[str, float]:
-    """FLOPs of training on a packed row."""
-    frames = torch.zeros(0) if row.grid_thw is None else frame_sizes(row.grid_thw)
-    forward = forward_flops(config, row.cu_seqlens.diff(), frames, row.labels)
-    return training_flops(forward, trainable, recompute)
+def rows_cost(loads: dict[str, np.ndarray], config: ModelConfig, trainable: tuple[str, ...],
+              recompute: str) -> dict[str, np.ndarray]:
+    """FLOPs of training on rows; loads: see data.LOADS."""
+    return training_flops(forward_flops(config, loads), trainable, recompute)
 
 
 def matrix_rate(ranks: Ranks) -> tuple[float, str]:
@@ -547,12 +600,14 @@ def log_step(log: Log, stage: str, step: int, recipe: Recipe, seen: Counter, lef
                "mfu": seen["model_flops"] / seconds / peak,
                "hfu": seen["hardware_flops"] / seconds / peak,
                "memory_gib": peak_memory(device) / 2**30,  # of the first rank
-               "seconds_left": left, "skipped": seen["skipped"]}
+               "seconds_left": left, "lost": seen["lost"]}
 
     minutes, rest = divmod(round(left), 60)
     text = f"{LOG_LINE.format(**values)}  {minutes // 60}:{minutes % 60:02}:{rest:02} left"
-    if seen["skipped"]:
-        text += f"  {seen['skipped']} samples too long"
+    kinds = [f"{seen[kind]} {kind.removeprefix('lost ')}" for kind in seen
+             if kind.startswith("lost ")]
+    if kinds:
+        text += f"  lost: {', '.join(kinds)}"
     if routed:
         balances = routed["expert_balance"]
         text += (f"  expert load {min(routed['expert_least']):.2f}-"
@@ -670,16 +725,8 @@ def leave_to_first_rank(ranks: Ranks) -> None:
 
 def refuse_step(step: Step, loss: float, norm: float, place: str, ranks: Ranks, log: Log) -> None:
     """End the run, on all ranks, at a step that is not finite; the first rank names its samples."""
-    names = []
-    for row in step.rows:
-        whole = row.row if isinstance(row, RowShare) else row
-        names += whole.names
-    of_ranks = [names]
-    if ranks.count > 1:
-        of_ranks = [[]] * ranks.count
-        dist.all_gather_object(of_ranks, names)
     # ranks that share a row have the same samples
-    names = list(dict.fromkeys(name for names in of_ranks for name in names))
+    names = list(gather_lost(dict.fromkeys(step.names, ""), ranks))
     leave_to_first_rank(ranks)
 
     log.line(f"{place} is not finite", samples=names, loss=str(loss), norm=str(norm))
@@ -690,48 +737,131 @@ def refuse_step(step: Step, loss: float, norm: float, place: str, ranks: Ranks, 
                      f"changed; its samples are {listed}")
 
 
-def step_loader(sizes: ModelConfig, tokenizer: Tokenizer, recipe: Recipe, config: TrainConfig,
-                ranks: Ranks) -> DataLoader:
-    """This rank's rows of each step, prepared by worker processes."""
+def note_lost(step: Step, lost: dict[str, str], data: FileData | DrawnData, config: TrainConfig,
+              out: Path, ranks: Ranks) -> Counter[str]:
+    """Add the step's lost samples to `lost` and to rejects.jsonl; returns their kinds, for the log.
+
+    Raises ValueError if more than --max-bad of all samples are lost; one may always be.
+    """
+    new = {name: reason for name, reason in step.lost.items() if name not in lost}
+    lost |= new
+    if ranks.rank == 0:
+        with open(out / "rejects.jsonl", "a") as file:
+            file.writelines(json.dumps({"record": name, "reason": reason}) + "\n"
+                            for name, reason in new.items())
+    samples = len(data.index.table)
+    if len(lost) > max(1, config.max_bad * samples):
+        leave_to_first_rank(ranks)
+        reason = list(lost.values())[-1]
+        raise ValueError(f"{len(lost)} of {samples:,} samples are lost, more than --max-bad "
+                         f"{config.max_bad} allows: see {out / 'rejects.jsonl'}; the last: "
+                         f"{reason}")
+    return Counter(f"lost {reason_of(reason)}" for reason in step.lost.values())
+
+
+def check_index(index: Index, skip_bad: bool) -> None:
+    """Raise ValueError for records and files that cannot be used, unless they are to be skipped."""
+    bad = [*index.damaged, *(reject["reason"] for reject in index.rejects)]
+    if bad and not skip_bad:
+        listed = "; ".join(bad[:8])
+        if len(bad) > 8:
+            listed += f"; and {len(bad) - 8} more, which `python data.py inspect --all` lists"
+        raise ValueError(f"{len(bad)} records or files of the data cannot be used (--skip-bad goes "
+                         f"on without them): {listed}")
+
+
+def open_indexes(recipes: dict[str, Recipe], tokenizer: Tokenizer, config: TrainConfig,
+                 ranks: Ranks) -> dict[str, Index]:
+    """The index of each stage's data, made by the first rank; the others read it from a file later.
+
+    Raises ValueError, on all ranks, for data that cannot be used.
+    """
+    indexes: dict[str, Index] = {}
+    error = [""]
+    try:
+        for name, recipe in recipes.items():
+            if ranks.rank or recipe.data[0] in DRAWN:
+                continue
+            pixels = (recipe.min_pixels, recipe.max_pixels)
+            same = [index for index in indexes.values() if index.settings["pixels"] == list(pixels)]
+            indexes[name] = same[0] if same else open_index(
+                recipe.data, tokenizer, config.images, pixels, os.cpu_count() or 1)
+            check_index(indexes[name], config.skip_bad)
+    except (ValueError, OSError) as found:
+        error = [str(found)]
+    if ranks.count > 1:
+        dist.broadcast_object_list(error)
+    if error[0]:
+        leave_to_first_rank(ranks)
+        raise ValueError(error[0])
+    return indexes
+
+
+def stage_data(name: str, tokenizer: Tokenizer, recipe: Recipe, config: TrainConfig, out: Path,
+               indexes: dict[str, Index], ranks: Ranks) -> FileData | DrawnData:
+    """The data of a stage.  The first rank keeps its index beside the run, where others find it."""
+    if recipe.data[0] in DRAWN:
+        return DrawnData(recipe.data[0], tokenizer, recipe.seq_length, config.seed, recipe.rows,
+                         (recipe.min_pixels, recipe.max_pixels))
+    folder = out / f"{name}-data"
+    if ranks.rank == 0:
+        folder.mkdir(exist_ok=True)
+        indexes[name].save(folder)
+    if ranks.count > 1:
+        dist.barrier()
+    return FileData(indexes.get(name) or Index.load(folder), tokenizer, recipe.seq_length,
+                    config.seed)
+
+
+def row_loader(data: FileData | DrawnData, sizes: ModelConfig, recipe: Recipe, workers: int,
+               ranks: Ranks) -> DataLoader:
+    """The rows of this rank, prepared by worker processes, from the first step to the last."""
     cut = lay_out
     if ranks.context > 1:
         # neighbours read the same rows, and each cuts its own part of them
         cut = partial(share_row, rank=ranks.rank % ranks.context, ranks=ranks.context,
                       visual_ids=[sizes.image_token_id, sizes.video_token_id])
-    cost = partial(row_cost, config=sizes, trainable=recipe.trainable, recompute=recipe.recompute)
-    dataset = PackedRows(
-        recipe.data, tokenizer, recipe.seq_length, config.seed, recipe.max_pixels, recipe.rows,
-        rank=ranks.rank // ranks.context, ranks=ranks.data_ranks, cut=cut, cost=cost)
-    # a worker prepares whole steps: four rows ahead for each rank, or one step if it has more rows
-    prefetch = max(1, 4 * ranks.data_ranks // recipe.rows) if config.workers else None
-    return DataLoader(dataset, batch_size=None, num_workers=config.workers,
-                      prefetch_factor=prefetch)
+    cost = partial(rows_cost, config=sizes, trainable=recipe.trainable, recompute=recipe.recompute)
+    rows = Rows(data, recipe.rows, ranks.rank // ranks.context, ranks.data_ranks, cost, cut)
+    return DataLoader(rows, batch_size=None, num_workers=workers,
+                      sampler=range(recipe.steps * recipe.rows // ranks.data_ranks),
+                      prefetch_factor=4 if workers else None,
+                      pin_memory=ranks.device.type == "cuda")
 
 
 def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: Recipe,
-                config: TrainConfig, ranks: Ranks, log: Log) -> None:
+                config: TrainConfig, out: Path, indexes: dict[str, Index], ranks: Ranks,
+                log: Log) -> None:
     """Train the model, in place, with the recipe of one stage."""
+    data = stage_data(name, tokenizer, recipe, config, out, indexes, ranks)
+    if isinstance(data, FileData):
+        rows, samples = data.rows_in(0), sum(map(len, data.sources))
+        if config.epochs:
+            recipe = replace(recipe, steps=math.ceil(config.epochs * rows / recipe.rows))
+        log.line(f"{name}: an epoch is {samples:,} samples in {rows:,} rows, "
+                 f"{rows / recipe.rows:,.1f} steps; {data.too_long:,} samples are longer than a "
+                 f"row, {len(data.index.rejects):,} were rejected",
+                 samples=samples, rows=rows, too_long=data.too_long)
     optimizer = make_optimizer(model, recipe)
     set_balance(model, recipe, config.expert_balance)
     rate, source = matrix_rate(ranks)
     log.line(f"{name}: {', '.join(recipe.trainable)} trained, {recipe.steps} steps of "
              f"{recipe.rows} rows; MFU of {ranks.count} x {rate / 1e12:.3g} TFLOP/s ({source})",
              recipe=asdict(recipe), matrix_rate=rate)
-    stream = iter(step_loader(model.config, tokenizer, recipe, config, ranks))
+    loader = row_loader(data, model.config, recipe, config.workers, ranks)
     started = last_line = time.monotonic()
     seen: Counter[str] = Counter()  # sums since the last line of the log
-    for number in range(1, recipe.steps + 1):
-        before = time.monotonic()
-        step = next(stream)
-        waited = time.monotonic() - before
-
+    lost: dict[str, str] = {}  # samples that could not be decoded
+    for number, step in enumerate(steps_of(loader, recipe.rows // ranks.data_ranks), 1):
         lr = learning_rate(number - 1, recipe)
         loss, norm = train_step(model, optimizer, step, lr, recipe.clip, ranks)
         if not math.isfinite(loss + norm):
             refuse_step(step, loss, norm, f"step {number} of stage {name}", ranks, log)
+        if step.lost:
+            seen.update(note_lost(step, lost, data, config, out, ranks))
 
-        seen.update({"loss": loss, "norm": norm, "lr": lr, "steps": 1, "waited": waited,
-                     "balance": step.balance, **step.sums})
+        seen.update({"loss": loss, "norm": norm, "lr": lr, "steps": 1, "waited": step.waited,
+                     "balance": step.balance, "lost": len(step.lost), **step.sums})
         now = time.monotonic()
         left = (now - started) / number * (recipe.steps - number)
         if number % config.log_every == 0 or number == recipe.steps:
@@ -826,7 +956,6 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
         check_device(ranks.device)
         convert_to_fp8(meta_model(sizes))  # refuses widths that FP8 cannot take
     shards = ranks.count // ranks.replicas
-    first_records = {}
     for name, recipe in recipes.items():
         directory = Path(config.out, name)
         if config.out and directory.exists():
@@ -842,19 +971,14 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
                   f"--context-parallel {ranks.context} and {shards} shards of the model need about "
                   f"{needed:,.0f} GiB of a rank, most of it for {max(memory, key=memory.get)}, and "
                   f"it has {present:,.0f}", file=sys.stderr)
-        first_records[name] = next(record_stream(recipe.data, config.seed))
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
 
     if start:
         tokenizer = load_tokenizer(Path(start))
         check_tokenizer(Path(start), tokenizer, sizes)
-    else:
-        tokenizer = train_tokenizer(drawn_texts(config.seed), sizes.vocab_size)
-    # a record that cannot be encoded is found now, not by a worker process
-    for name, record in first_records.items():
-        encode(record, tokenizer, max_pixels=recipes[name].max_pixels)
-    return tokenizer
+        return tokenizer
+    return train_tokenizer(drawn_texts(config.seed), sizes.vocab_size)
 
 
 def run(config: TrainConfig) -> Path:
@@ -867,7 +991,8 @@ def run(config: TrainConfig) -> Path:
     recipes = config.recipes(sizes)
     tokenizer = check_run(config, ranks, start, sizes, recipes)
     ranks = join_ranks(ranks)
-    # a damaged checkpoint is refused here, before the run has a directory
+    # bad data and a damaged checkpoint are refused here, before the run has a directory
+    indexes = open_indexes(recipes, tokenizer, config, ranks)
     model = load_stage(start, next(iter(recipes.values())), config, ranks)
     names = [config.out or f"runs/{model_name}-{time.strftime('%Y%m%d-%H%M%S')}"]
     if ranks.count > 1:
@@ -886,7 +1011,7 @@ def run(config: TrainConfig) -> Path:
     for name, recipe in recipes.items():
         if model is None:
             model = load_stage(start, recipe, config, ranks)
-        train_stage(name, model, tokenizer, recipe, config, ranks, log)
+        train_stage(name, model, tokenizer, recipe, config, out, indexes, ranks, log)
         try:
             save_checkpoint(model, tokenizer, out / name)
         except ValueError:
@@ -916,8 +1041,11 @@ def parse_flags(arguments: list[str]) -> TrainConfig:
         text = f"{comment} (default {entry.default!r})"
         # a flag of type bool takes no value: its presence means True
         options = {"action": "store_true"} if entry.type is bool else {"type": entry.type}
+        if isinstance(entry.default, tuple):
+            options = {"nargs": "+"}
         parser.add_argument(flag, default=entry.default, help=text, **options)
-    return TrainConfig(**vars(parser.parse_args(arguments)))
+    flags = vars(parser.parse_args(arguments))
+    return TrainConfig(**{**flags, "data": tuple(flags["data"])})
 
 
 def main() -> None:

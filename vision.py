@@ -39,7 +39,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -58,11 +58,40 @@ CELL = PATCH * MERGE  # 28 pixels a side of a visual token
 MIN_PIXELS = 56 * 56
 MAX_PIXELS = 1600 * 1600
 MAX_ASPECT = 200
+VIDEO_FRAMES = 768  # at most
+VIDEO_TOKENS = 0.9 * 128_000  # visual tokens of a video at most
 # Mean and standard deviation of red, green and blue (0 to 1) in the pictures CLIP was trained on.
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
-Picture = Image.Image | str | Path | bytes  # decoded, the path of a file, or its content
+
+
+class FilePart(NamedTuple):
+    """A picture inside a larger file, such as a shard; it is read when it is opened."""
+
+    file: str
+    start: int  # byte
+    size: int  # bytes
+
+
+# Decoded, the path of a file, its content, or a part of a larger file.
+Picture = Image.Image | str | Path | bytes | FilePart
+
+
+class Video(NamedTuple):
+    """A video among the pictures of a sample; its frames are opened by `open_frames`."""
+
+    file: Picture  # of an animation; or the path of a folder of frames or of a film
+
+
+def content_of(file: Picture) -> bytes | str | Path:
+    """The bytes of a part of a larger file; anything else as it is."""
+    if not isinstance(file, FilePart):
+        return file
+    with open(file.file, "rb") as larger:
+        larger.seek(file.start)
+        return larger.read(file.size)
+
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # The end of a PNG without pixels: two empty chunks, each with its length, name and checksum.
@@ -164,10 +193,14 @@ def open_image(image: Picture, decode: bool = True) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         return image
-    in_memory = isinstance(image, bytes)
-    name = "a picture of the shard" if in_memory else image
+    name = image
+    if isinstance(image, FilePart):
+        name = f"a picture in {image.file}"
+    elif isinstance(image, bytes):
+        name = "a picture"
     try:
-        file = io.BytesIO(image) if in_memory else open(image, "rb")
+        image = content_of(image)
+        file = io.BytesIO(image) if isinstance(image, bytes) else open(image, "rb")
         # Pillow warns about malformed metadata and large pictures; neither affects the pixels.
         with file, warnings.catch_warnings(action="ignore"):
             content = file if decode else without_pixels(file)
@@ -223,9 +256,15 @@ def orientation(image: Image.Image) -> int:
     return number if isinstance(number, int) and number in TURNS else 1
 
 
-def patch_grid(image: Picture, min_pixels: int = MIN_PIXELS,
+def patch_grid(image: Picture | Video, min_pixels: int = MIN_PIXELS,
                max_pixels: int = MAX_PIXELS) -> tuple[int, int, int]:
-    """The grid into which `image_to_patches` will cut a picture; reads only the file's header."""
+    """The grid into which `cut_patches` will cut a picture; reads only the file's header.
+
+    A video has limits of its own, and its frames are decoded.
+    """
+    if isinstance(image, Video):
+        frames = open_frames(image)
+        return len(frames), *patch_grid(frames[0], *video_limits(len(frames)))[1:]
     image = open_image(image, decode=False)
     width, height = image.size
     # If the orientation is a TIFF's own tag, Pillow already gives the upright size.
@@ -271,26 +310,121 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def image_to_patches(image: Image.Image, min_pixels: int = MIN_PIXELS,
-                     max_pixels: int = MAX_PIXELS) -> tuple[Tensor, tuple[int, int, int]]:
-    """Resize, normalise and cut one picture.
+def cut_patches(image: Picture | Video, min_pixels: int = MIN_PIXELS,
+                max_pixels: int = MAX_PIXELS) -> tuple[Tensor, tuple[int, int, int]]:
+    """Resize and cut a picture: patches (P, 588) uint8, and the grid (1, h, w) in patches.
 
-    Returns patches (P, 588) float32 in merge order, each patch as (channel, y, x), and the grid
-    (1, h, w) in patches.  Before normalisation all numbers equal the released processor's bit for
-    bit (with Pillow below 13, whose bicubic filter the checkpoints were trained with).
+    Patches are in merge order, each as (channel, y, x).  All numbers equal the released processor's
+    bit for bit (with Pillow below 13, whose bicubic filter the checkpoints were trained with).
+    Of a video, all frames are cut: the grid is (t, h, w).
     """
-    image = to_rgb(image)
+    if isinstance(image, Video):
+        frames = open_frames(image)
+        cut = [cut_patches(frame, *video_limits(len(frames))) for frame in frames]
+        grids = {grid for _, grid in cut}
+        if len(grids) > 1:
+            raise ValueError(f"the frames of {image.file} are not of one size")
+        return torch.cat([patches for patches, _ in cut]), (len(frames), *cut[0][1][1:])
+
+    image = to_rgb(open_image(image))
     height, width = smart_resize(image.height, image.width, min_pixels, max_pixels)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image, dtype=np.float32) / 255  # (height, width, 3)
-    pixels = (pixels - CLIP_MEAN) / CLIP_STD
-
     h, w = height // PATCH, width // PATCH
-    pixels = pixels.reshape(h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+    pixels = np.array(image).reshape(h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
     # From (block y, patch y, pixel y, block x, patch x, pixel x, channel)
     # to   (block y, block x, patch y, patch x, channel, pixel y, pixel x):
     patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, PATCH_NUMBERS)
     return torch.from_numpy(patches), (1, h, w)
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Patches (P, 588) uint8 -> float32, the numbers that the ViT takes, on the same device."""
+    # a patch has 196 numbers of red, then of green, then of blue
+    mean = torch.tensor(CLIP_MEAN, device=patches.device).repeat_interleave(PATCH**2)  # (588,)
+    std = torch.tensor(CLIP_STD, device=patches.device).repeat_interleave(PATCH**2)
+    return (patches.float() / 255 - mean) / std
+
+
+def image_to_patches(image: Image.Image, min_pixels: int = MIN_PIXELS,
+                     max_pixels: int = MAX_PIXELS) -> tuple[Tensor, tuple[int, int, int]]:
+    """Resize, cut and normalise one picture: patches (P, 588) float32, grid (1, h, w)."""
+    patches, grid = cut_patches(image, min_pixels, max_pixels)
+    return normalize_patches(patches), grid
+
+
+# -------------------------------------------------------------------------------- video -> pictures
+
+
+def video_limits(frames: int) -> tuple[int, int]:
+    """Least and largest area of a frame, in pixels, as Qwen's video reader has them."""
+    # a video may have 90 % of 128,000 visual tokens, shared by its frames, two by two
+    per_frame = VIDEO_TOKENS * CELL**2 / frames * 2
+    least = 128 * CELL**2
+    return least, int(max(min(768 * CELL**2, per_frame), 1.05 * least))
+
+
+def sampled_frames(total: int, fps: float) -> list[int]:
+    """Numbers of the frames that stand for a video: two a second, an even number, 4 to 768."""
+    most = min(VIDEO_FRAMES, total) // 2 * 2
+    wanted = min(max(total / fps * 2, 4), most, total)
+    count = max(1, int(wanted) // 2 * 2)
+    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def open_frames(video: Video) -> list[Image.Image]:
+    """The sampled frames of an animated GIF or WebP, a folder of pictures, or a film.
+
+    Raises ValueError with the file's name.
+    """
+    file = content_of(video.file)
+    if isinstance(file, bytes):
+        return animation_frames(io.BytesIO(file), video)
+    path = Path(file)
+    if path.is_dir():
+        # somebody has sampled these frames already: two a second
+        pictures = sorted(part for part in path.iterdir() if not part.name.startswith("."))
+        if not pictures:
+            raise ValueError(f"{path} holds no frames")
+        return [open_image(pictures[i]) for i in sampled_frames(len(pictures), 2.0)]
+    if path.suffix.lower() in (".gif", ".webp", ".png"):
+        return animation_frames(path, video)
+    return film_frames(path)
+
+
+def animation_frames(file: BinaryIO | Path, video: Video) -> list[Image.Image]:
+    """The sampled frames of an animated picture, each on white where it is transparent."""
+    try:
+        with Image.open(file) as opened:
+            total = getattr(opened, "n_frames", 1)
+            # milliseconds that the first frame is shown; browsers show it 100 if the file says 0
+            duration = opened.info.get("duration") or 100
+            frames = []
+            for i in sampled_frames(total, 1000 / duration):
+                opened.seek(i)
+                frames.append(to_rgb(opened))
+            return frames
+    except UNREADABLE as error:
+        raise ValueError(f"{video.file} cannot be read as a video: {error}") from error
+
+
+def film_frames(path: Path) -> list[Image.Image]:
+    """The sampled frames of a video file, decoded by PyAV."""
+    if not path.is_file():
+        raise ValueError(f"there is no video {path}")
+    try:
+        import av
+    except ImportError:
+        raise ValueError(f"{path} needs a package that is not here: pip install av") from None
+    try:
+        with av.open(str(path)) as film:
+            stream = film.streams.video[0]
+            total = stream.frames or sum(1 for _ in film.decode(stream))
+            chosen = set(sampled_frames(total, float(stream.average_rate)))
+            film.seek(0)
+            decoded = enumerate(film.decode(stream))
+            return [frame.to_image() for i, frame in decoded if i in chosen]
+    except (av.error.FFmpegError, *UNREADABLE) as error:
+        raise ValueError(f"{path} cannot be read as a video: {error}") from error
 
 
 # ------------------------------------------------------------------------------ sizes and positions

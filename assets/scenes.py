@@ -1,7 +1,7 @@
 """The default data set: drawn scenes and shipped flags, with captions and questions about them.
 
-In: `captions`, `questions` or `mixed`, and a seed.  Out: endless records, of the form in which
-`data.py` reads records from files.
+In: `captions`, `questions` or `mixed`, a seed and a number.  Out: the record of this number, of the
+form in which `data.py` reads records from files; and the tiny tokenizer.
 Called by `data.py` and `train.py`; calls `vision.py`, and `data.py` for the shard of flags.
 
 The idea.  A scene is a small picture that is drawn on the fly: shapes on a board, a word and a
@@ -12,7 +12,7 @@ test has other sizes, crops and backgrounds than training.
 Shapes: a scene has 84 x 84 or 84 x 56 pixels, and a visual token covers 28 x 28 pixels.  So each
 cell of a board has its own visual token.
 
-Run `python data.py inspect --save DIR`: prints records and writes their pictures.
+Run `python data.py inspect --show 4 --sheet FILE.png`: prints records and draws their pictures.
 """
 
 import random
@@ -20,11 +20,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from data import SPECIAL_TOKENS, read_records, render
 from vision import open_image
 
 Record = dict  # as in data.py
@@ -54,6 +57,10 @@ CATEGORIES = ("colour, shape, count, position, word, number, chart, two pictures
               "flag continent, flag colours".split(", "))
 GREY = (200, 200, 200)
 FONT = ImageFont.load_default(size=24)
+# Qwen cuts a text into these parts, and merges bytes only inside a part: contractions, words,
+# single digits, symbols, spaces.
+WORD_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 # ------------------------------------------------------------------------------------------- scenes
@@ -270,10 +277,10 @@ HELD_OUT_BACKGROUNDS = [
 ]
 
 
+@cache
 def read_flags() -> list[Record]:
     """The shipped flags, with their pictures decoded."""
-    from data import read_tar  # here, because data.py imports this file
-    flags = list(read_tar(Path(__file__).parent / "flags.tar"))
+    flags = list(read_records(Path(__file__).parent / "flags.tar"))
     for flag in flags:
         image = open_image(flag["images"][0])
         flag["images"] = [image.convert("RGBA")]
@@ -370,40 +377,74 @@ def caption_record(image: Image.Image, caption: str, category: str) -> Record:
     return {"messages": messages, "images": [image], "category": category}
 
 
-def drawn_records(data: str, seed: int, held_out: bool = False, most: int = 5,
-                  flag_share: float = 0.45) -> Iterator[Record]:
-    """Endless `captions`, `questions`, or both `mixed`, about drawn scenes and flags.
+def draw_record(rng: random.Random, data: str, flags: list[Record], held_out: bool = False,
+                most: int = 5, flag_share: float = 0.45) -> Record:
+    """A record of `captions`, `questions`, or both `mixed`, about a drawn scene or a flag.
 
-    The arguments alone decide the records.  A conversation has at most `most` questions.
+    The arguments alone decide the record.  A conversation has at most `most` questions.
     """
-    flags = read_flags()
-    rng = random.Random(f"{data} {seed} {held_out}")
-    for number in count():
-        # only mixed data take a random number for this choice
-        captions = data == "captions"
-        if data == "mixed":
-            captions = rng.random() < 0.35
-        if rng.random() < flag_share:
-            flag = rng.choice(flags)
-            if captions:
-                record = flag_caption(rng, flag, held_out)
-            else:
-                record = flag_questions(rng, flag, held_out, most)
-        elif captions:
-            record = scene_caption(rng, held_out)
-        else:
-            record = scene_questions(rng, held_out, most)
-        yield {"id": f"{data} {number}", **record}
+    # only mixed data take a random number for this choice
+    captions = data == "captions"
+    if data == "mixed":
+        captions = rng.random() < 0.35
+    if rng.random() < flag_share:
+        flag = rng.choice(flags)
+        if captions:
+            return flag_caption(rng, flag, held_out)
+        return flag_questions(rng, flag, held_out, most)
+    if captions:
+        return scene_caption(rng, held_out)
+    return scene_questions(rng, held_out, most)
+
+
+def drawn_record(data: str, seed: int, number: int) -> Record:
+    """Training record `number` of `captions`, `questions` or `mixed`."""
+    rng = random.Random(f"{data} {seed} {number}")
+    return {"id": f"{data} {number}", **draw_record(rng, data, read_flags())}
 
 
 def held_out_questions(per_category: int) -> dict[str, list[Record]]:
     """The test set: single questions about held-out scenes and flags, the same in every run."""
     chosen = {category: [] for category in CATEGORIES}
-    # with one question a record, the category of the record is that of its question
-    for record in drawn_records("questions", seed=0, held_out=True, most=1):
+    rng = random.Random("questions 0 True")
+    flags = read_flags()
+    for number in count():
+        record = draw_record(rng, "questions", flags, held_out=True, most=1)
+        record["id"] = f"held-out question {number}"
+        # with one question a record, the category of the record is that of its question
         records = chosen[record["category"]]
         if len(records) < per_category:
             records.append(record)
         missing = [name for name, records in chosen.items() if len(records) < per_category]
         if not missing:
             return chosen
+
+
+# ---------------------------------------------------------------------------------------- tokenizer
+
+
+def drawn_texts(seed: int) -> Iterator[str]:
+    """Texts of 8,000 drawn records and their templates, for training the tiny tokenizer."""
+    for data in ("captions", "questions"):
+        for number in range(4000):
+            record = drawn_record(data, seed, number)
+            pieces = render(record["messages"], [1] * len(record["images"]))
+            yield from (text for text, repeats, _ in pieces if repeats == 0)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with Qwen's pre-tokenisation and special tokens, learnt from `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+
+    # the 256 bytes are tokens from the start, so every text has tokens
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True  # a special token's name inside a text stays text
+    return tokenizer
