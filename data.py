@@ -1601,6 +1601,7 @@ def pack(flags: argparse.Namespace) -> None:
         raise ValueError(f"no sample fits a row of {flags.length} tokens")
     shards, row_of = plan_shards(index.table[:, COLUMNS.index("tokens")], flags.length)
     loader = torch.utils.data.DataLoader(Shards(index, shards, out), batch_size=None,
+                                         sampler=range(len(shards)),
                                          num_workers=min(flags.workers, len(shards) - 1))
     entries, lines = [], []
     for number, (entry, places) in enumerate(loader):

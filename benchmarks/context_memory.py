@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import Sample, Step, lay_out
+from data import Sample, lay_out
 from model import PRESETS, LlavaOneVision
 from parallel import find_ranks, join_ranks, shard, share_row
 from tests.ranks import in_ranks, resident
-from train import backward
+from train import Step, backward
 
 
 def forward_and_backward(tokens: int, recompute: str) -> dict[str, float]:
@@ -32,13 +32,13 @@ def forward_and_backward(tokens: int, recompute: str) -> dict[str, float]:
         ids = torch.randint(20, 1000, (tokens,), generator=torch.Generator().manual_seed(0))
         sample = Sample(ids, ids.clone(), [], torch.zeros(0, 3, dtype=torch.int64), (0, 0), "long")
         row = share_row([sample], ranks.rank, count, [12, 13]) if count > 1 else lay_out([sample])
-        return Step([row], {"labels": tokens - 1}, balance=1.0)
+        return Step([row], 1, {"labels": tokens - 1}, balance=1.0)
 
     backward(model, step(512), ranks)  # what is loaded at the first use is not counted
     work = step(tokens)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     idle, started = resident("VmRSS"), time.monotonic()
-    loss = backward(model, work, ranks)
+    loss = backward(model, work, ranks)[0]
     seconds, peak = time.monotonic() - started, resident("VmHWM") - idle
     positions = getattr(work.rows[0], "position_ids", torch.arange(tokens))
     if ranks.count > 1:

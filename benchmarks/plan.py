@@ -9,12 +9,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 
 from data import flag_parser, refuse_in_one_sentence
-from model import PRESETS, ModelConfig, parameters_by_part
+from model import PRESETS, ModelConfig, forward_flops, parameters_by_part
 from parallel import check_division
-from train import (ALL, GPUS, VISUAL_SHARE, TrainConfig, check_experts, forward_flops,
+from train import (ALL, GPUS, VISUAL_SHARE, TrainConfig, check_experts,
                    memory_by_part, name_of, parse_flags, sizes_of, training_flops)
 
 SAMPLE_TOKENS = 600  # of an average sample; half of its words are learnt
@@ -24,8 +23,10 @@ SHARE = 0.45  # of the hardware's rate that a run reaches, computing again inclu
 def sample_flops(config: ModelConfig, recompute: str) -> dict[str, float]:
     """FLOPs a token of training everything on average samples."""
     visual = VISUAL_SHARE * SAMPLE_TOKENS
-    forward = forward_flops(config, torch.tensor([SAMPLE_TOKENS]), torch.tensor([4 * visual]),
-                            round((SAMPLE_TOKENS - visual) / 2))
+    loads = {"tokens": SAMPLE_TOKENS, "pairs": SAMPLE_TOKENS * (SAMPLE_TOKENS + 1) / 2,
+             "labels": round((SAMPLE_TOKENS - visual) / 2), "patches": 4 * visual,
+             "frame_pairs": (4 * visual)**2}
+    forward = forward_flops(config, loads)
     flops = training_flops(forward, ALL, recompute)
     return {name: n / SAMPLE_TOKENS for name, n in flops.items()}
 

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from data import Sample, Step, flag_parser
+from data import LOADS, Sample, flag_parser, lay_out, load_of
 from fp8_kernel import check_device, convert_to_fp8
 from model import PRESETS, LlavaOneVision, ModelConfig
-from parallel import Ranks, find_ranks, join_ranks, shard
-from train import (QUICK, RECOMPUTE, TrainConfig, make_optimizer, matrix_rate, memory_by_part,
-                   memory_of_rank, peak_memory, step_loader, train_step)
+from parallel import Ranks, find_ranks, join_ranks, shard, share_row
+from train import (QUICK, RECOMPUTE, Step, make_optimizer, matrix_rate,
+                   memory_by_part, memory_of_rank, peak_memory, rows_cost, train_step)
 
 SAMPLE, PICTURE = 600, 560  # tokens of a sample; a picture's side, 400 visual tokens
 
@@ -38,9 +38,16 @@ def random_step(config: ModelConfig, seq_length: int, rows: int, ranks: Ranks,
     labels = torch.where(torch.arange(tokens) < tokens * 5 // 6, -100, ids)
     grid = torch.tensor([[1, side // 14, side // 14]])
     sample = Sample(ids, labels, [Image.effect_noise((side, side), 64)], grid, (3136, 10**7), "")
-    recipe = replace(QUICK["mid"], seq_length=seq_length, rows=rows, recompute=recompute)
-    loader = step_loader(config, None, recipe, TrainConfig(workers=0), ranks)
-    return loader.dataset.step_of([[sample] * (seq_length // tokens)] * rows, 0)
+    samples = [sample] * (seq_length // tokens)
+    loads = {name: float(value) * len(samples) * rows
+             for name, value in zip(LOADS, load_of(sample))}
+    sums = loads | rows_cost(loads, config, QUICK["mid"].trainable, recompute)
+    row = lay_out(samples)
+    if ranks.context > 1:
+        row = share_row(samples, ranks.rank % ranks.context, ranks.context,
+                        [config.image_token_id, config.video_token_id])
+    count = rows // ranks.data_ranks
+    return Step([row] * count, count, sums, balance=1.0)
 
 
 def that_fit(config: ModelConfig, seq_length: int, ranks: Ranks, recompute: str) -> int:

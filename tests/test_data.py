@@ -1,30 +1,38 @@
-"""Template, labels, packing and the default data set."""
+"""Template, labels, packing, the plan, readers and the default data set."""
 
-import gzip
+import importlib.util
 import io
 import itertools
 import json
 import random
 import tarfile
-from itertools import islice
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 
+import data
+import vision
 from attention_kernel import segment_ids
-from assets.scenes import CATEGORIES, draw_scene, drawn_records, held_out_questions
-from data import (IGNORE, STRUCTURE, PackedRows, Sample, chat_tokens, deal, drawn_texts, encode,
-                  lay_out, plan_rows, read_json, read_tar, record_stream, train_tokenizer)
+from assets.scenes import (CATEGORIES, draw_scene, drawn_record, drawn_texts, held_out_questions,
+                           train_tokenizer)
+from convert import load_tokenizer
+from data import (IGNORE, LOADS, STRUCTURE, DrawnData, FileData, Index, Row, Rows, Sample,
+                  chat_tokens, deal, encode, lay_out, load_of, read_records)
 from model import PRESETS
 from parallel import share_row
-from train import ALL, parse_flags, row_cost
-from vision import patch_grid
+from train import ALL, parse_flags, rows_cost
+from vision import MAX_PIXELS, MIN_PIXELS, content_of, patch_grid
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+SHIPPED = Path(__file__).parent.parent / "assets" / "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -103,14 +111,20 @@ def test_template_refuses(tokenizer: Tokenizer, messages: list, counts: list, me
         chat_tokens(messages, tokenizer, counts)
 
 
+def row_lists(samples: list[Sample], room: int) -> list[list[Sample]]:
+    """The samples in rows, in the order of the rows."""
+    rows = data.pack_rows(np.array([len(s.input_ids) for s in samples]), room)
+    return [[samples[i] for i in np.flatnonzero(rows == row)] for row in range(rows.max() + 1)]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_packing_keeps_every_sample(tokenizer: Tokenizer, seed: int) -> None:
     """Rows hold each sample once and whole, are nearly full, and targets look one token ahead."""
-    samples = [encode(r, tokenizer) for r in islice(drawn_records("mixed", seed), 300)]
-    rows = [lay_out(row) for row, _ in plan_rows(iter(samples), seq_length=700)]
+    samples = [encode(drawn_record("mixed", seed, n), tokenizer) for n in range(300)]
+    rows = [lay_out(row) for row in row_lists(samples, 700)]
     unseen = [(s.input_ids.tolist(), s.labels.tolist(), s.grid_thw.tolist()) for s in samples]
     for row in rows:
-        assert len(row.input_ids) <= 700
+        assert len(row.input_ids) <= 700 and not row.lost
         assert len(row.patches) == row.grid_thw.prod(dim=1).sum()
         images = 0
         for a, b in zip(row.cu_seqlens.tolist(), row.cu_seqlens.tolist()[1:]):
@@ -122,17 +136,31 @@ def test_packing_keeps_every_sample(tokenizer: Tokenizer, seed: int) -> None:
             unseen.remove(match)
         assert images == len(row.grid_thw)
     assert not unseen
-    fill = sum(len(row.input_ids) for row in rows[:-3]) / (700 * len(rows[:-3]))
-    assert fill > 0.95
+    lengths = sorted(len(row.input_ids) for row in rows)
+    # the emptiest holds what was left
+    assert sum(lengths[1:]) / (700 * len(rows[1:])) > 0.97, lengths
 
 
-def test_samples_longer_than_a_row_are_counted(tokenizer: Tokenizer) -> None:
-    samples = [encode(r, tokenizer) for r in islice(drawn_records("questions", 0), 50)]
-    longest = max(len(s.input_ids) for s in samples)
-    rows = list(plan_rows(iter(samples), seq_length=longest - 1))
-    dropped = sum(len(s.input_ids) == longest for s in samples)
-    assert sum(skipped for _, skipped in rows) == dropped
-    assert sum(len(row) for row, _ in rows) == len(samples) - dropped
+def best_fit(lengths: list[int], room: int) -> list[int]:
+    """Tokens of each row of best-fit decreasing, sample by sample."""
+    rows: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row in rows if sum(row) + length <= room]
+        if fitting:
+            max(fitting, key=sum).append(length)
+        else:
+            rows.append([length])
+    return sorted(map(sum, rows))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packing_is_best_fit_decreasing(seed: int) -> None:
+    """As full rows as by the definition, for few and many different lengths."""
+    rng = random.Random(seed)
+    room = rng.choice((10, 50, 1000))
+    lengths = [rng.randint(1, rng.choice((room, room // 2, room // 5))) for _ in range(300)]
+    rows = data.pack_rows(np.array(lengths), room)
+    assert sorted(np.bincount(rows, lengths)) == best_fit(lengths, room)
 
 
 def random_samples(seed: int, count: int) -> list[Sample]:
@@ -157,8 +185,9 @@ TEXT = 10_000_000
 def test_shares_of_a_row(ranks: int, length: int) -> None:
     """Each token is some rank's and finds its keys, and its picture if it stands for one, in what
     the group gathers; of a long row the attention work is equal to 5 %."""
-    samples = next(row for row, _ in plan_rows(iter(random_samples(ranks, 300)), length)
-                   if sum(len(s.images) for s in row) or length < 100)
+    samples = next(row for row in row_lists(
+        [s for s in random_samples(ranks, 300) if len(s.input_ids) <= length], length)
+        if sum(len(s.images) for s in row) or length < 100)
     row = lay_out(samples)
     holes = row.input_ids[row.input_ids < TEXT].tolist()
     shares = [share_row(samples, rank, ranks, holes) for rank in range(ranks)]
@@ -166,7 +195,7 @@ def test_shares_of_a_row(ranks: int, length: int) -> None:
     assert torch.equal(dealt.sort().values, row.input_ids.sort().values)
 
     def seen(patches: torch.Tensor | None) -> torch.Tensor:  # visual tokens of a sort
-        return torch.zeros(0) if patches is None else patches[::4, 0]
+        return torch.zeros(0) if patches is None else patches[::4, 0].float()
 
     def gathered(parts: list[torch.Tensor], room: int) -> torch.Tensor:
         return torch.cat([F.pad(part, (0, room - len(part)), value=-9) for part in parts])
@@ -192,9 +221,9 @@ def test_shares_of_a_row(ranks: int, length: int) -> None:
 def test_ranks_finish_together(rows: int) -> None:
     """FLOPs of the 4B dealt to 8 ranks, mean over largest: of the whole step, and summed over the
     rows that the ranks do at the same time."""
-    stream = plan_rows(iter(random_samples(0, 2000)), seq_length=8192)
-    costs = [row_cost(lay_out(row, cut=False), PRESETS["4b"], ALL, "layer")["hardware_flops"]
-             for row, _ in islice(stream, rows)]
+    packed = row_lists(random_samples(0, 2000), 8192)[:rows]
+    loads = np.array([np.sum([load_of(sample) for sample in row], 0) for row in packed])
+    costs = rows_cost(dict(zip(LOADS, loads.T)), PRESETS["4b"], ALL, "layer")["hardware_flops"]
 
     def balances(dealt: list[list[int]]) -> tuple[float, float]:
         assert sorted(i for items in dealt for i in items) == list(range(rows))
@@ -217,26 +246,128 @@ def test_text_only_row(tokenizer: Tokenizer) -> None:
         encode(record, tokenizer)
 
 
-def test_a_row_too_short_for_every_sample_is_refused(tokenizer: Tokenizer) -> None:
-    samples = (encode(r, tokenizer) for r in drawn_records("captions", 0))
-    with pytest.raises(ValueError, match="1,000 samples in a row"):
-        next(plan_rows(samples, seq_length=10))
+def test_a_row_too_short_for_every_sample_is_refused(tokenizer: Tokenizer,
+                                                     tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hardly a drawn sample fits a row of 10"):
+        Rows(DrawnData("captions", tokenizer, 10, 0))[0]
+    path = write_records(tmp_path, 3)
+    with pytest.raises(ValueError, match="none of the 3 samples fits a row of 10"):
+        FileData(data.measure([path], tokenizer), tokenizer, 10, 0)
 
 
-def test_workers_share_the_stream(tokenizer: Tokenizer) -> None:
-    """Two workers together see each record of the stream once."""
-    def ids(workers: int) -> list[list[int]]:
-        loader = torch.utils.data.DataLoader(PackedRows("captions", tokenizer, 10_000, 0),
-                                             batch_size=None, num_workers=workers)
-        rows = [step.rows[0] for step in islice(loader, max(1, workers))]
-        return [row.input_ids[a:b].tolist() for row in rows for a, b in
-                zip(row.cu_seqlens.tolist(), row.cu_seqlens.tolist()[1:])]
-    stream = [encode(r, tokenizer).input_ids.tolist()
-              for r in islice(drawn_records("captions", 0), 1500)]
-    for found in (ids(0), ids(2)):
-        remaining = list(stream)
-        for sample in found:
-            remaining.remove(sample)
+def write_records(folder: Path, count: int) -> Path:
+    """Records with up to three pictures, or none, and answers of many lengths."""
+    rng = random.Random(0)
+    records = []
+    for number in range(count):
+        names = [f"{number}-{i}.png" for i in range(rng.choice((0, 1, 1, 2, 3)))]
+        for name in names:
+            size = rng.randint(30, 200), rng.randint(30, 200)
+            Image.new("RGB", size, tuple(rng.randbytes(3))).save(folder / name)
+        answer = "yes " * rng.randint(1, 40)
+        records.append(conversation_of("<image>" * len(names) + "What?", answer, images=names,
+                                       id=f"number {number}"))
+    (folder / "records.json").write_text(json.dumps(records))
+    return folder / "records.json"
+
+
+def rows_of(rows: Rows, workers: int, count: int) -> list[Any]:
+    """The first rows of a rank, from a loader."""
+    loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=workers,
+                                         sampler=range(count))
+    return [item.row for item in loader]
+
+
+@pytest.mark.parametrize("kind", ["file", "drawn", "weighted", "packed"])
+def test_rows_do_not_depend_on_ranks_and_workers(kind: str, tokenizer: Tokenizer,
+                                                 tmp_path: Path) -> None:
+    """The rows of each step, tokens and pixels, for 1, 2 and 4 ranks, 0 to 4 workers, and with
+    rows shared by two; three epochs, of which each but the weighted has every sample once."""
+    path = write_records(tmp_path, 120)
+    index = data.measure([path], tokenizer)
+    if kind == "weighted":
+        index.settings |= {"counts": [30, 90], "weights": [0.7, 0.3]}
+    if kind == "packed":
+        command, flags = data.parse_command(["pack", str(path), "--out", str(tmp_path / "packed"),
+                                             "--length", "600", "--workers", "0"])
+        command(flags)
+        index = data.open_index([str(tmp_path / "packed")], load_tokenizer(SHIPPED), "",
+                                (MIN_PIXELS, MAX_PIXELS), 0)
+        tokenizer = load_tokenizer(SHIPPED)
+    source = FileData(index, tokenizer, 600, 1)
+    if kind == "drawn":
+        source = DrawnData("mixed", tokenizer, 600, 1, rows=4)
+
+    steps = 3 * source.rows_in(0) // 4
+    alone = rows_of(Rows(source, 4), 0, 4 * steps)
+
+    def content(row: Row) -> tuple:
+        patches = b"" if row.patches is None else row.patches.numpy().tobytes()
+        return (row.input_ids.tolist(), row.targets.tolist(), row.names, patches)
+
+    expected = [sorted(map(content, alone[i:i + 4])) for i in range(0, 4 * steps, 4)]
+    for ranks, workers in ((1, 1), (2, 2), (2, 0), (4, 3), (4, 4)):
+        count = 4 // ranks
+        found = [rows_of(Rows(source, 4, rank, ranks), workers, steps * count)
+                 for rank in range(ranks)]
+        for step in range(steps):
+            rows = [row for of_rank in found for row in of_rank[step * count:(step + 1) * count]]
+            assert sorted(map(content, rows)) == expected[step], (ranks, workers, step)
+
+    # two ranks that share each row have its tokens and pictures together
+    holes = [tokenizer.token_to_id("<|image_pad|>")]
+    shares = [rows_of(Rows(source, 4, cut=partial(share_row, rank=rank, ranks=2,
+                                                  visual_ids=holes)), 0, 8) for rank in (0, 1)]
+    for row, *parts in zip(alone, *shares):
+        ids = torch.cat([part.row.input_ids for part in parts])
+        assert ids.sort().values.tolist() == row.input_ids.sort().values.tolist()
+        pixels = [len(part.row.patches) for part in parts if part.row.patches is not None]
+        assert sum(pixels) == (0 if row.patches is None else len(row.patches))
+
+    if kind in ("file", "packed"):
+        names = [name for i in range(source.rows_in(0)) for name in alone[i].names]
+        rows_of_epoch = [content(row) for row in alone[:source.rows_in(0)]]
+        if len(rows_of_epoch) % 4 == 0:
+            assert sorted(names) == sorted(f"number {i}" for i in range(120))
+    every = [source.loads(Rows(source, 4).row(i))[:, 0].sum() for i in range(source.rows_in(0))]
+    assert max(every) <= 600
+
+
+def test_a_rank_opens_only_its_own_pictures(tokenizer: Tokenizer, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted: two ranks together read each record and open each picture once."""
+    index = data.measure([write_records(tmp_path, 60)], tokenizer)
+    source, read, opened = FileData(index, tokenizer, 600, 0), Counter(), Counter()
+    record, open_one = Index.record, vision.open_image
+
+    def counted_record(self: Index, number: int) -> dict:
+        read[number] += 1
+        return record(self, number)
+
+    def counted_open(image: Any, decode: bool = True) -> Image.Image:
+        if decode and not isinstance(image, Image.Image):
+            opened[image] += 1
+        return open_one(image, decode)
+
+    monkeypatch.setattr(Index, "record", counted_record)
+    monkeypatch.setattr(vision, "open_image", counted_open)
+    steps = source.rows_in(0) // 2
+    for rank in (0, 1):
+        own = {name for row in rows_of(Rows(source, 2, rank, 2), 0, steps) for name in row.names}
+        assert len(read) == sum(read.values()) and len(opened) == sum(opened.values())
+        assert own
+    trained = sum(len(Rows(source, 2).row(i)) for i in range(2 * steps))
+    assert len(read) == trained and len(opened) > 40
+
+
+def test_shares_of_sources_are_their_weights(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Over epochs a source is seen by its weight, evenly: no sample twice more than another."""
+    index = data.measure([write_records(tmp_path, 40)], tokenizer)
+    index.settings |= {"counts": [10, 30], "weights": [3.0, 1.0]}
+    source = FileData(index, tokenizer, 600, 0)
+    seen = Counter(int(i) for epoch in range(4) for i in source.samples_of(epoch))
+    assert sum(seen[i] for i in range(10)) == 120 and sum(seen.values()) == 160
+    assert {seen[i] for i in range(10)} == {12} and {seen[i] for i in range(10, 40)} <= {1, 2}
 
 
 def test_held_out_scenes_never_occur_in_training() -> None:
@@ -258,8 +389,8 @@ def test_held_out_questions_are_always_the_same() -> None:
 
 def test_same_seed_same_rows(tokenizer: Tokenizer) -> None:
     first, second, other = (
-        [step.rows[0] for step in islice(PackedRows("mixed", tokenizer, 600, seed), 3)]
-        for seed in (1, 1, 2))
+        [item.row for item in map(Rows(DrawnData("mixed", tokenizer, 600, seed)).__getitem__,
+                                  range(3))] for seed in (1, 1, 2))
     assert all(torch.equal(a.input_ids, b.input_ids) and torch.equal(a.patches, b.patches)
                for a, b in zip(first, second))
     assert not torch.equal(first[0].input_ids, other[0].input_ids)
@@ -271,28 +402,194 @@ def png(colour: str) -> bytes:
     return buffer.getvalue()
 
 
-def test_every_schema_gives_the_same_sample(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def write_tar(path: Path, *members: tuple[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def same_samples(paths: list[Path], tokenizer: Tokenizer, images: str = "") -> Sample:
+    """The only sample of each file, after a check that all have the same tokens and pixels."""
+    first, *others = [encode(record, tokenizer) for path in paths
+                      for record in read_records(path, images)]
+    assert len(others) == len(paths) - 1
+    for sample in others:
+        assert torch.equal(sample.input_ids, first.input_ids)
+        assert torch.equal(sample.labels, first.labels)
+        assert all(torch.equal(sample.patches(i), first.patches(i))
+                   for i in range(len(first.images)))
+    return first
+
+
+def test_every_layout_gives_the_same_sample(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """LLaVA, messages with strings and parts; upstream's shards: unpacked, pairs, packed, packed
+    with turns."""
     (tmp_path / "red.png").write_bytes(png("red"))
     turns = [("human", "<image>\nWhat colour?"), ("gpt", "red")]
     roles = {"human": "user", "gpt": "assistant"}
     messages = [{"role": roles[who], "content": text} for who, text in turns]
+    parts = [{"role": "user", "content": [{"type": "image", "image": "red.png"},
+                                          {"type": "text", "text": "\nWhat colour?"}]}, messages[1]]
     llava = {"id": "1", "image": "red.png",
              "conversations": [{"from": who, "value": text} for who, text in turns]}
     (tmp_path / "llava.json").write_text(json.dumps([llava]))
     (tmp_path / "chat.jsonl").write_text(
         json.dumps({"messages": messages, "images": ["red.png"]}) + "\n")
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        meta = json.dumps({"texts": messages, "media": "image", "name": ["0_red.png"]}).encode()
-        for name, content in (("image_0.0_red.png", png("red")), ("image_0.json", meta)):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    samples = [encode(next(record_stream(str(tmp_path / name), 0)), tokenizer)
-               for name in ("llava.json", "chat.jsonl", "shard.tar")]
+    (tmp_path / "parts.jsonl").write_text(json.dumps({"messages": parts}) + "\n")
+
+    def shard(name: str, picture: str, about: object) -> Path:
+        return write_tar(tmp_path / name, (f"a.{picture}", png("red")),
+                         ("a.json", json.dumps(about).encode()))
+
+    prompt, answer = turns[0][1], turns[1][1]
+    shards = [
+        shard("mix.tar", "0_red.png", {"texts": messages, "media": "image", "name": ["0_red.png"]}),
+        shard("pair.tar", "jpg", messages), shard("llava.tar", "png", llava["conversations"]),
+        shard("packed.tar", "img0.jpg",
+              {"images": ["red.jpg"], "prompts": [prompt], "captions": [answer]}),
+        shard("turns.tar", "img000.jpg",
+              {"images": [["img000.jpg"]], "prompt": [["\nWhat colour?"]], "captions": [[answer]]})]
+    files = [tmp_path / name for name in ("llava.json", "chat.jsonl", "parts.jsonl")]
+    same_samples(files + shards, tokenizer)
+
+    # pictures in another directory than the JSON
+    (tmp_path / "other").mkdir()
+    (tmp_path / "llava.json").rename(tmp_path / "other" / "llava.json")
+    same_samples([tmp_path / "other" / "llava.json"], tokenizer, images=str(tmp_path))
+
+
+def test_packed_shards_hold_many_records(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Each has its own pictures, none, or several, and its own turns; a caption needs no prompt."""
+    colours = ("red", "lime", "blue")
+    members = [(f"p.img{i}.jpg", png(colour)) for i, colour in enumerate(colours)]
+    about = {"images": [["x.jpg", "y.jpg"], [], ["z.jpg"]],
+             "prompts": [["Both?"], ["Hi", "And?"], [""]],
+             "captions": [["Two."], ["Hello", "Bye"], ["A blue square."]]}
+    path = write_tar(tmp_path / "p.tar", *members, ("p.json", json.dumps(about).encode()))
+    found = list(read_records(path))
+    assert [[content_of(image) for image in record["images"]] for record in found] == [
+        [png("red"), png("lime")], [], [png("blue")]]
+    assert [record["messages"][0]["content"] for record in found] == [
+        "<image><image>Both?", "Hi", "<image>"]
+    assert len(found[1]["messages"]) == 4 and len({record["id"] for record in found}) == 3
+    index = data.measure([path], tokenizer)
+    for number, record in enumerate(found):
+        assert index.record(number) == record
+
+
+def test_parquet(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The published mid-training and instruction tables: bytes or paths, captions or turns."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    (tmp_path / "red.png").write_bytes(png("red"))
+    picture = {"bytes": png("red"), "path": None}
+    caption = {"id": ["a/1", "a/2"], "image": [picture, {"bytes": None, "path": "red.png"}],
+               "caption": ["A red square.", "A red square."]}
+    parquet.write_table(pyarrow.table(caption), tmp_path / "mid.parquet", row_group_size=1)
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A red square."}]
+    parquet.write_table(pyarrow.table({"id": ["1"], "image": [picture], "conversations": [turns],
+                                       "data_source": ["x"]}), tmp_path / "instruct.parquet")
+    (tmp_path / "same.json").write_text(json.dumps([
+        {"image": "red.png", "conversations": turns}]))
+    first, second = read_records(tmp_path / "mid.parquet")
+    assert (first["id"], second["id"]) == ("a/1", "a/2")
+    assert first["messages"] == second["messages"]
+    index = data.measure([tmp_path / name for name in ("mid.parquet", "instruct.parquet",
+                                                       "same.json")], tokenizer)
+    samples = [encode(index.record(i), tokenizer) for i in range(4)]
     for sample in samples[1:]:
         assert torch.equal(sample.input_ids, samples[0].input_ids)
-        assert torch.equal(sample.labels, samples[0].labels)
         assert torch.equal(sample.patches(0), samples[0].patches(0))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is not None, reason="pyarrow is here")
+def test_parquet_needs_a_package(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="a.parquet needs .* pip install pyarrow"):
+        next(read_records(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("source, names", [
+    ("d", "b.jsonl sub/a.tar"), ("d/*.jsonl", "b.jsonl"), ("d/**/*.tar", "sub/a.tar"),
+    ("d/sub/{a,c}.tar", "sub/a.tar sub/c.tar"), ("d/s-{08..11}.tar", "s-08.tar s-09.tar s-10.tar "
+                                                                    "s-11.tar")])
+def test_sources_are_found(source: str, names: str, tmp_path: Path) -> None:
+    """Files of a directory, of a glob, of a list in braces."""
+    for name in ("index.json", *names.split()):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).touch()
+    found = data.source_files(str(tmp_path / source))
+    assert [str(file.relative_to(tmp_path / "d")) for file in found] == names.split()
+
+
+@pytest.mark.parametrize("source, weight", [
+    ("a.jsonl:0.7", ("a.jsonl", 0.7)), ("a.jsonl", ("a.jsonl", 0.0)), ("c:/x:2", ("c:/x", 2.0)),
+    ("c:/x", ("c:/x", 0.0)), ("dir/:.3", ("dir/", 0.3))])
+def test_weights_of_sources(source: str, weight: tuple[str, float]) -> None:
+    assert data.weight_of(source) == weight
+
+
+# ------------------------------------------------------------------------------------------ videos
+
+
+def write_video(folder: Path, kind: str, frames: int = 8) -> Path:
+    """Frames of rising grey, at four a second."""
+    pictures = [Image.new("RGB", (224, 112), (20 * i, 20 * i, 20 * i)) for i in range(frames)]
+    path = folder / f"clip.{kind}"
+    if kind == "folder":
+        path.mkdir()
+        for i, picture in enumerate(pictures):
+            picture.save(path / f"{i:03}.png")
+    else:
+        more = {"lossless": True} if kind == "webp" else {}
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=250, **more)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "folder"])
+def test_videos(kind: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Two frames a second of an animation, all of a folder; a video has one place in the text."""
+    path = write_video(tmp_path, kind)
+    (tmp_path / "red.png").write_bytes(png("red"))
+    record = conversation_of("<image>\nIs it in <video>?", "No.", video=path.name,
+                             image="red.png")
+    found = only_record(tmp_path, record)
+    sample = encode(found, tokenizer)
+    frames = 8 if kind == "folder" else 4
+    # a frame has 128 to 768 visual tokens: 224 x 112 pixels become 448 x 224
+    assert sample.grid_thw.tolist() == [[1, 4, 4], [frames, 16, 32]]
+    text = tokenizer.decode(sample.input_ids.tolist(), skip_special_tokens=False)
+    assert text.count("<|image_pad|>") == 4 and text.count("<|video_pad|>") == frames * 128
+    greys = sample.patches(1).view(frames, -1).float().mean(1) / 20
+    chosen = range(8) if kind == "folder" else (0, 2, 5, 7)
+    assert greys.tolist() == pytest.approx(list(chosen), abs=0.1)
+    with pytest.raises(ValueError, match="more places for videos"):
+        only_record(tmp_path, {**record, "conversations": [
+            {"from": "human", "value": "<video><image><video>"}, *record["conversations"][1:]]})
+
+
+def test_videos_of_a_shard(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    clip = write_video(tmp_path, "webp").read_bytes()
+    texts = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "Grey."}]
+    about = {"texts": texts, "media": "video", "name": ["0_clip.webp"]}
+    path = write_tar(tmp_path / "v.tar", ("video_0.0_clip.webp", clip),
+                     ("video_0.json", json.dumps(about).encode()))
+    (tmp_path / "v.json").write_text(json.dumps([{"video": "clip.webp", "messages": texts}]))
+    same_samples([path, tmp_path / "v.json"], tokenizer)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("none.gif", "none.gif cannot be read as a video"), ("none.mp4", "there is no video"),
+    ("bad.gif", "bad.gif cannot be read as a video"), ("empty", "empty holds no frames")])
+def test_bad_videos_are_named(name: str, words: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "bad.gif").write_bytes(b"GIF89a")
+    (tmp_path / "empty").mkdir()
+    record = only_record(tmp_path, conversation_of("<video>", "Yes.", video=name))
+    with pytest.raises(ValueError, match=words):
+        encode(record, tokenizer)
 
 
 # ------------------------------------------------------- what other people's records say, and mean
@@ -307,7 +604,7 @@ def conversation_of(*turns: str, **more: object) -> dict:
 def only_record(folder: Path, record: object) -> dict:
     """A record as it is read from a file that holds nothing else."""
     (folder / "r.json").write_text(json.dumps([record]))
-    return read_json(folder / "r.json")[0]
+    return next(read_records(folder / "r.json"))
 
 
 def seen_and_learnt(record: dict, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -318,7 +615,8 @@ def seen_and_learnt(record: dict, tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("more, word", [
-    ({"video": "a.mp4"}, "video"), ({"videos": ["a.mp4"]}, "videos"), ({"audio": "a.wav"}, "audio"),
+    ({"video": "a.mp4"}, "places for videos"), ({"videos": ["a.mp4"]}, "places for videos"),
+    ({"audio": "a.wav"}, "audio"),
     ({"image_path": "a.png"}, "image_path"), ({"imagePaths": ["a.png"]}, "imagePaths"),
     ({"frames": ["1.png"]}, "frames"), ({"img": "a.png"}, "img"), ({"clip": "a.mp4"}, "clip"),
     ({"img_path": "a.png"}, "img_path"), ({"image_url": "http://x/a.png"}, "image_url"),
@@ -444,15 +742,6 @@ def test_tokens_that_delimit_are_never_typed(name: str, tokenizer: Tokenizer) ->
 # ------------------------------------------------------------------------------------- odd shards
 
 
-def write_tar(path: Path, *members: tuple[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
 TEXTS = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Red."}]
 ABOUT = json.dumps({"texts": TEXTS, "media": "image", "name": ["0_a.png"]}).encode()
 
@@ -467,8 +756,9 @@ def test_members_of_another_system_are_skipped(odd: str, folder: str, tmp_path: 
     for place in range(3):
         path = write_tar(tmp_path / f"{place}.tar", *members[:place], (odd, b"\0\5\x16\7"),
                          *members[place:])
-        record, = read_tar(path)
-        assert record["images"] == [png("red")] and record["messages"] == TEXTS
+        record, = read_records(path)
+        assert list(map(content_of, record["images"])) == [png("red")]
+        assert record["messages"] == TEXTS
 
 
 @pytest.mark.parametrize("content, words", [
@@ -480,14 +770,14 @@ def test_members_of_another_system_are_skipped(odd: str, folder: str, tmp_path: 
     (json.dumps({"texts": TEXTS, "name": ["b.png"]}).encode(), "lacks its member 'b.png'"),
     (json.dumps({"texts": "hello", "name": []}).encode(), "texts is not a list of turns"),
     (json.dumps({"texts": ["hello"], "name": []}).encode(), "texts is not a list of turns"),
-    (json.dumps({"texts": TEXTS, "media": "video", "name": []}).encode(), "media are 'video'"),
+    (json.dumps({"texts": TEXTS, "media": "audio", "name": []}).encode(), "media are 'audio'"),
     (json.dumps({"texts": TEXTS, "image": "0_a.png"}).encode(), "the key 'image'"),
 ])
 def test_an_odd_json_is_named_with_its_sample(content: bytes, words: str, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "shard.tar",
                      ("image_0.0_a.png", png("red")), ("image_0.json", ABOUT),
                      ("image_1.0_a.png", png("red")), ("image_1.json", content))
-    shard = read_tar(path)
+    shard = read_records(path)
     next(shard)
     with pytest.raises(ValueError, match=rf"shard\.tar:image_1.*{words}"):
         next(shard)
@@ -498,7 +788,7 @@ def test_a_flag_given_twice_is_refused() -> None:
                       ["--fp8", "--steps", "3", "--fp8"]):
         with pytest.raises(ValueError, match=f"{arguments[0].split('=')[0]} is given 2 times"):
             parse_flags(arguments)
-    assert parse_flags(["--data", "a", "--steps", "3"]).data == "a"
+    assert parse_flags(["--data", "a", "--steps", "3"]).data == ("a",)
 
 
 def test_turns_may_say_what_is_done_anyway(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -513,14 +803,7 @@ def test_turns_may_say_what_is_done_anyway(tmp_path: Path, tokenizer: Tokenizer)
         only_record(tmp_path, record)
 
 
-def test_a_cut_shard_is_named(tmp_path: Path) -> None:
-    """Compressed or not; and JSON nested without end."""
-    whole = write_tar(tmp_path / "whole.tar", ("a.0_a.png", png("red") * 50), ("a.json", ABOUT))
-    cut = tmp_path / "cut.tar"
-    for content in (gzip.compress(whole.read_bytes())[:-40], whole.read_bytes()[:3000]):
-        cut.write_bytes(content)
-        with pytest.raises(ValueError, match="cut.tar is no shard of samples"):
-            list(read_tar(cut))
+def test_nested_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="deep.json is not valid JSON"):
-        read_json(tmp_path / "deep.json")
+        next(read_records(tmp_path / "deep.json"))

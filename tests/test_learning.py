@@ -7,16 +7,16 @@ adds in another order: with the summands of every matrix product reversed, the 6
 
 import json
 import subprocess
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
-from data import PackedRows, drawn_texts, train_tokenizer
+from assets.scenes import drawn_texts, train_tokenizer
+from data import DrawnData, Rows
 from model import PRESETS, LlavaOneVision
 from parallel import Ranks
-from train import RECIPES, learning_rate, make_optimizer, train_step
+from train import RECIPES, learning_rate, make_optimizer, steps_of, train_step
 
 RECORDED = json.loads((Path(__file__).parent / "learning.json").read_text())
 
@@ -31,8 +31,9 @@ def losses(steps: int) -> list[float]:
     for name, count in (("align", 20), ("mid", steps)):
         recipe = RECIPES["tiny"][name]
         optimizer, found = make_optimizer(model, recipe), []
-        rows = PackedRows(recipe.data, tokenizer, recipe.seq_length, 0, rows=recipe.rows)
-        for number, step in enumerate(islice(rows, count)):
+        data = DrawnData(recipe.data[0], tokenizer, recipe.seq_length, 0, recipe.rows)
+        rows = Rows(data, recipe.rows)
+        for number, step in enumerate(steps_of((rows[i] for i in range(count)), recipe.rows)):
             loss, _ = train_step(model, optimizer, step, learning_rate(number, recipe),
                                  recipe.clip, ranks)
             found.append(loss)

@@ -14,6 +14,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,14 +25,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import attention_kernel
 import convert
 import train as train_module
-from assets.scenes import drawn_records
+from assets.scenes import drawn_record
 from convert import load_model, load_tokenizer, save_checkpoint
-from data import Sample, Step, lay_out
+from data import FileData, Sample, lay_out, load_of, measure, LOADS
 from fp8_kernel import convert_to_fp8
-from model import PRESETS, LlavaOneVision, parameters_by_part
+from model import PRESETS, LlavaOneVision, forward_flops, parameters_by_part
 from parallel import Ranks, RowShare, find_ranks, join_ranks, shard
-from train import (TINY, TrainConfig, backward, forward_flops, make_optimizer, refuse_step,
-                   routing, set_balance, step_loader, train_step, training_flops)
+from train import (TINY, Step, TrainConfig, backward, make_optimizer, refuse_step, routing,
+                   row_loader, set_balance, steps_of, train_step, training_flops)
 from vision import VisionConfig
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "tiny"
@@ -47,7 +48,8 @@ RECIPE = replace(TINY["instruct"], eps=1e-5)
 def write_records(folder: Path) -> Path:
     """Pictures large and small, several in a conversation, and a third of all without any."""
     rng, lines = random.Random(0), []
-    for number, record in enumerate(islice(drawn_records("mixed", 0), 120)):
+    for number in range(120):
+        record = drawn_record("mixed", 0, number)
         names = []
         for i, image in enumerate(record["images"] if number % 3 else []):
             names.append(f"{number}-{i}.png")
@@ -68,11 +70,17 @@ def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def steps_of(data: Path, seq_length: int, rows: int, ranks: Ranks, count: int) -> list[Step]:
-    """The first steps of a rank; runs that differ in other things share them."""
-    recipe = replace(RECIPE, data=str(data), seq_length=seq_length, rows=rows)
-    loader = step_loader(SMALL, load_tokenizer(SHIPPED), recipe, TrainConfig(workers=0), ranks)
-    return list(islice(loader, count))
+def first_steps(file: Path, seq_length: int, rows: int, ranks: Ranks, count: int) -> list[Step]:
+    """The first steps of a rank, with all their rows; runs that differ otherwise share them."""
+    tokenizer = load_tokenizer(SHIPPED)
+    data = FileData(measure([file], tokenizer), tokenizer, seq_length, 0)
+    recipe = replace(RECIPE, seq_length=seq_length, rows=rows)
+    loader = row_loader(data, SMALL, recipe, 0, ranks)
+    found = []
+    for step in islice(steps_of(loader, rows // ranks.data_ranks), count):
+        step.rows = list(step.rows)
+        found.append(step)
+    return found
 
 
 def train(flags: dict, data: Path, steps: int) -> dict:
@@ -95,7 +103,7 @@ def train(flags: dict, data: Path, steps: int) -> dict:
     optimizer = make_optimizer(model, RECIPE)
     set_balance(model, replace(RECIPE, rows=config.rows), config.expert_balance)
     place = Ranks(ranks.device, torch.float32, ranks.rank, ranks.count, context=ranks.context)
-    every_step = steps_of(data, config.seq_length, config.rows, place, 3 * STEPS)
+    every_step = first_steps(data, config.seq_length, config.rows, place, 3 * STEPS)
 
     def whole(x: torch.Tensor) -> torch.Tensor:
         return x.full_tensor() if ranks.mesh is not None else x
@@ -309,7 +317,7 @@ def meet(kind: str, data: Path, ranks: Ranks) -> dict:
     optimizer = make_optimizer(model, RECIPE)
     place = Ranks(ranks.device, ranks.dtype, ranks.rank, ranks.count)
     # copies, since a pixel is spoilt
-    first, step, last_step = copy.deepcopy(steps_of(data, 640, 4, place, 3))
+    first, step, last_step = copy.deepcopy(first_steps(data, 640, 4, place, 3))
 
     def local(x: torch.Tensor) -> torch.Tensor:
         return (x.to_local() if isinstance(x, DTensor) else x).detach()
@@ -333,6 +341,7 @@ def meet(kind: str, data: Path, ranks: Ranks) -> dict:
         train_module.backward = spoilt
     elif last:
         row = next(row for row in step.rows if row.patches is not None)
+        row.patches = row.patches.float()  # bytes have no such numbers
         row.patches[3, 5] = math.inf if kind == "infinite pixel" else math.nan
     loss, norm = train_step(model, optimizer, step, 1e-3, 1.0, ranks)
     train_module.backward = compute
@@ -363,7 +372,7 @@ def test_a_bad_step_changes_nothing(count: int, records_file: Path) -> None:
 def refuse(data: Path) -> str:
     """How a rank ends at a step of shared rows that is not finite."""
     ranks = join_ranks(find_ranks(context=2))
-    step, = steps_of(data, 640, 4, Ranks(ranks.device, ranks.dtype, ranks.rank, 2, context=2), 1)
+    step, = first_steps(data, 640, 4, Ranks(ranks.device, ranks.dtype, ranks.rank, 2, context=2), 1)
     log = type("Log", (), {"line": lambda self, text, **values: None})()
     try:
         refuse_step(step, math.nan, 1.0, "step 1", ranks, log)
@@ -449,7 +458,7 @@ def test_flops_are_those_of_the_products() -> None:
     row, model = lay_out(samples), LlavaOneVision(SMALL).init_weights()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.loss(targets=row.targets, **row.inputs())
-    found = forward_flops(SMALL, row.cu_seqlens.diff(), torch.tensor([24]), row.labels)
+    found = forward_flops(SMALL, dict(zip(LOADS, np.sum([load_of(s) for s in samples], 0))))
     products = sum(n for name, n in found.items() if "attention" not in name)
     class_tokens = 2 * parameters_by_part(SMALL, matrices=True)["vision"] - 2 * 588 * 64
     assert counter.get_total_flops() == products + class_tokens  # which are not counted: one here

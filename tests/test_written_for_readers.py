@@ -25,7 +25,8 @@ import vision as vision_module
 from attention_kernel import (attention_reference, attention_tiled, attention_tiled_backward,
                               packed_positions)
 from benchmarks import plan
-from data import encode, train_tokenizer
+from assets.scenes import train_tokenizer
+from data import encode
 from fp8_kernel import quantize_fp8
 from model import PRESETS, LlavaOneVision
 from parallel import share_row
