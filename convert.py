@@ -2,8 +2,8 @@
 
 In: a directory with config.json, *.safetensors and tokenizer.json.  Out: a model and its tokenizer;
 or the other way round.  The same code reads released checkpoints and those of a training run.
-Called by `model.py`, `train.py` and `sample.py`, and by people; calls `model.py`, `vision.py`,
-`fp8_kernel.py`, and `data.py` for the special tokens and the command line.
+Called by `model.py`, `data.py`, `train.py` and `sample.py`, and by people; calls `model.py`,
+`vision.py`, `fp8_kernel.py`, and `data.py` for the special tokens and the command line.
 
 The idea.  A parameter of the model is stored as one tensor, or as several that are joined along
 their first dimension.  A layout names these tensors for each parameter:

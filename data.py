@@ -57,7 +57,6 @@ import os
 import re
 import sys
 import tarfile
-from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +114,8 @@ DRAWN = ("captions", "questions", "mixed")  # data drawn by assets/scenes.py
 CHUNK = 1000  # records that a process measures at once
 WINDOW = 2**17  # samples among which `data.py pack` chooses rows
 INDEX_FILES = ("index.json", "rejects.jsonl", "measured.jsonl")  # beside packed shards
+EPOCH_NUMBERS = 2**20  # numbers for the drawn samples of an epoch
+STREAM = 2**15  # samples that are packed one after another, beside other streams
 SHARD = 4096  # samples of a shard that it writes, to the end of a row
 
 
@@ -881,7 +882,8 @@ def load_of(sample: Sample) -> list[int]:
     """The numbers of LOADS of a sample."""
     tokens = len(sample.input_ids)
     frames = frame_sizes(sample.grid_thw)
-    return [tokens, tokens * (tokens + 1) // 2, int((sample.labels >= 0).sum()),
+    labels = int((sample.labels[1:] >= 0).sum())  # no token comes before the first
+    return [tokens, tokens * (tokens + 1) // 2, labels,
             int(frames.sum()), int(frames.square().sum()), len(sample.images)]
 
 
@@ -1013,6 +1015,8 @@ def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
             damaged.append(str(error))
         entries.append({"file": str(path.resolve()), "size": path.stat().st_size})
         chunks += [(number, path, places[i:i + CHUNK]) for i in range(0, len(places), CHUNK)]
+    if not chunks and not damaged:
+        raise ValueError(f"{', '.join(map(str, files))} holds no records")
     if most:
         chunks = [(number, path, places[:most])
                   for number, path, places in chunks[:max(1, most // CHUNK)]]
@@ -1087,48 +1091,50 @@ def permutation(count: int, *seed: int) -> np.ndarray:
     return np.random.PCG64(seed).random_raw(count).argsort(kind="stable")
 
 
-def pack_rows(lengths: np.ndarray, room: int) -> np.ndarray:
-    """The row of each sample, packed best-fit decreasing into rows of `room` tokens.
+def pack_rows(lengths: np.ndarray, room: int, pool: int = 128) -> np.ndarray:
+    """The row of each sample: a row takes the oldest of a pool, then always the longest that fits.
 
-    The longest sample comes first, and each goes into the fullest row that it fits into.  All
-    samples of a length, and all rows with the same room left, are placed at once: 10 million
-    samples take seconds.  lengths: (samples,) from 1 to `room`.
+    The pool is refilled from the samples in their order.  So rows are full to a few tokens, and yet
+    of mixed samples: best-fit decreasing over all samples fills rows no better, but with samples of
+    like length, and from one such row a step the model learns markedly worse.
+
+    Long data are cut into streams with a pool each, all of which place a sample at a time: 10
+    million samples take seconds.  lengths: (samples,) from 1 to `room`.
     """
-    order = np.argsort(-lengths, kind="stable")
-    counts = np.bincount(lengths, minlength=room + 1)
-    row_of_ordered = np.empty(len(lengths), dtype=np.int64)
-    free = []  # amounts of room that rows have left, rising
-    rows_with: dict[int, list[np.ndarray]] = {}  # rows by that amount, in batches
-    begin = rows = 0
+    count = len(lengths)
+    streams = max(1, count // STREAM)
+    columns = -(-count // streams)  # samples of a stream
+    dtype = np.uint16 if room < 2**16 else np.int64
+    sizes = np.zeros((columns + pool, streams), dtype)  # 0: no sample
+    sizes[:columns] = np.pad(lengths, (0, columns * streams - count)).reshape(columns, streams)
+    rows = np.empty((columns + pool, streams), dtype=np.int32)
+    held = sizes[:pool].T.copy()  # (streams, pool) lengths
+    column_of = np.tile(np.arange(pool, dtype=np.int32), (streams, 1))
+    each, row, free = np.arange(streams), np.full(streams, -1), np.zeros(streams, dtype)
 
-    for length in range(room, 0, -1):
-        left = int(counts[length])
-        while left:
-            place = bisect_left(free, length)
-            if place == len(free):
-                # no row has room: open as many as the samples of this length fill
-                new = -(-left // (room // length))
-                free.append(room)
-                rows_with[room] = [np.arange(rows, rows + new)]
-                rows += new
-            space = free[place]
-            batch = rows_with[space].pop()
-            if not rows_with[space]:
-                del rows_with[space], free[place]
+    for column in range(pool, columns + pool):
+        choice = (held * (held <= free[:, None])).argmax(1)
+        length = held[each, choice]
+        none_fits = np.flatnonzero((length > free) | (length == 0))
+        if len(none_fits):
+            # open a row, with the oldest sample; a stream that has ended opens none
+            age = np.where(held[none_fits] > 0, column_of[none_fits], columns + pool)
+            choice[none_fits] = age.argmin(1)
+            length[none_fits] = held[none_fits, choice[none_fits]]
+            row[none_fits] += length[none_fits] > 0
+            free[none_fits] = room
+        rows[column_of[each, choice], each] = row
+        free -= length
+        held[each, choice] = sizes[column]
+        column_of[each, choice] = column
 
-            # a row takes samples of this length until none fits: then it is again the fullest
-            each = min(space // length, left)
-            filled = min(len(batch), left // each)
-            row_of_ordered[begin:begin + filled * each] = np.repeat(batch[:filled], each)
-            begin += filled * each
-            left -= filled * each
-            for part, rest in ((batch[:filled], space - each * length), (batch[filled:], space)):
-                if len(part) and rest:
-                    if rest not in rows_with:
-                        insort(free, rest)
-                    rows_with.setdefault(rest, []).append(part)
-    row_of = np.empty_like(row_of_ordered)
-    row_of[order] = row_of_ordered
+    starts = np.cumsum(row + 1) - (row + 1)  # the first row of each stream
+    row_of = (rows[:columns] + starts).ravel()[:count].astype(np.int64)
+    if streams > 1:
+        # for the last rows of a stream the pool was nearly empty: pack their samples once more
+        last = np.flatnonzero((rows[:columns] > row - 3).ravel()[:count])
+        row_of[last] = row_of.max() + 1 + pack_rows(lengths[last], room)
+        _, row_of = np.unique(row_of, return_inverse=True)
     return row_of
 
 
@@ -1166,7 +1172,7 @@ class FileData:
                              "tokens: raise --seq-length or lower --max-pixels")
         if self.weights and not all(map(len, self.sources)):
             raise ValueError("a source with a weight has no sample that fits a row")
-        self.row_counts: list[int] = []
+        self.row_counts: list[int] = []  # of the epochs that were planned
 
     def samples_of(self, epoch: int) -> np.ndarray:
         """Numbers of the samples of an epoch, in random order."""
@@ -1186,6 +1192,7 @@ class FileData:
         together = np.concatenate(chosen)
         return together[permutation(len(together), self.seed, len(self.sources), epoch)]
 
+    @lru_cache(maxsize=2)  # a step may end in the next epoch  # noqa: B019
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples of an epoch in the order of its rows, and where each row starts."""
         samples = self.samples_of(number)
@@ -1195,15 +1202,13 @@ class FileData:
         else:
             tokens = self.index.table[samples, COLUMNS.index("tokens")]
             row_of = pack_rows(tokens, self.seq_length)
-        # best fit leaves short rows last: shuffle the rows
+        # the rows that are not full are the last: shuffle them
         shuffled = permutation(row_of.max() + 1, self.seed, len(self.sources) + 1, number)
         order, starts = by_row(shuffled[row_of])
         return samples[order], starts
 
     def rows_in(self, epoch: int) -> int:
-        """Number of rows of an epoch."""
-        if not self.weights:
-            epoch = 0  # the lengths are the same in every epoch, and so are their rows
+        """Number of rows of an epoch; the order of the samples changes it a little."""
         while len(self.row_counts) <= epoch:
             self.row_counts.append(len(self.epoch(len(self.row_counts))[1]) - 1)
         return self.row_counts[epoch]
@@ -1214,16 +1219,16 @@ class FileData:
 
     def sample(self, number: int) -> Sample:
         """Read a sample.  If its record is bad by now, the sample is lost but keeps its length."""
-        tokens, labels = self.loads(np.array([number]))[0, [0, 2]].tolist()
+        loads = self.loads(np.array([number]))[0].tolist()
         try:
             sample = self.encode(self.index.record(number))
         except ValueError as error:
-            blank = torch.zeros(tokens, dtype=torch.int64)
+            blank = torch.zeros(loads[0], dtype=torch.int64)
             return Sample(blank, torch.full_like(blank, IGNORE), [],
                           torch.empty(0, 3, dtype=torch.int64), (0, 0), f"{number}", str(error))
-        if (len(sample.input_ids), int((sample.labels >= 0).sum())) != (tokens, labels):
+        if load_of(sample) != loads:
             raise ValueError(f"record {sample.name} has {len(sample.input_ids)} tokens, but had "
-                             f"{tokens} when it was measured: its file has changed")
+                             f"{loads[0]} when it was measured: its file has changed")
         return sample
 
 
@@ -1241,34 +1246,38 @@ class DrawnData:
         self.encode = partial(encode, tokenizer=tokenizer, min_pixels=pixels[0],
                               max_pixels=pixels[1])
         self.rows = rows * -(-16 // rows)
-        self.drawn: dict[int, Sample] = {}  # of the epoch that was asked for last
 
-    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples of an epoch in the order of its rows, and where each row starts."""
+    @lru_cache(maxsize=2)  # noqa: B019
+    def window(self, epoch: int) -> tuple[dict[int, Sample], np.ndarray, np.ndarray]:
+        """The samples of an epoch by number, and what `epoch` returns."""
         from assets.scenes import drawn_record  # here, because scenes.py imports this file
-        self.drawn = {}
+        drawn = {}
         tokens = 0
-        first = number * 2**20  # of the epoch's records
-        for record in range(first, first + 2**20):
-            sample = self.encode(drawn_record(self.data, self.seed, record))
+        first = epoch * EPOCH_NUMBERS
+        for number in range(first, first + EPOCH_NUMBERS):
+            sample = self.encode(drawn_record(self.data, self.seed, number))
             if len(sample.input_ids) <= self.seq_length:
-                self.drawn[record] = sample
+                drawn[number] = sample
                 tokens += len(sample.input_ids)
-            elif record - first > 1000 > len(self.drawn):
+            elif number - first > 1000 > len(drawn):
                 raise ValueError(f"hardly a drawn sample fits a row of {self.seq_length} tokens: "
                                  "raise --seq-length")
             if tokens >= self.rows * self.seq_length:
                 break
-        samples = np.array(list(self.drawn))
-        lengths = np.array([len(sample.input_ids) for sample in self.drawn.values()])
-        row_of = pack_rows(lengths, self.seq_length)
+        lengths = np.array([len(sample.input_ids) for sample in drawn.values()])
+        # an epoch is short, and so is its pool, for mixed rows
+        row_of = pack_rows(lengths, self.seq_length, pool=16)
         # of one row more than wanted, the emptiest are left out
         fullest = np.argsort(-np.bincount(row_of, lengths), kind="stable")[:self.rows]
         order, starts = by_row(row_of)
-        chosen = fullest[permutation(len(fullest), self.seed, number)]
+        chosen = fullest[permutation(len(fullest), self.seed, epoch)]
         members = [order[starts[row]:starts[row + 1]] for row in chosen]
-        return (samples[np.concatenate(members)],
+        return (drawn, np.array(list(drawn))[np.concatenate(members)],
                 np.cumsum([0, *map(len, members)]))
+
+    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples of an epoch in the order of its rows, and where each row starts."""
+        return self.window(number)[1:]
 
     def rows_in(self, epoch: int) -> int:
         """Number of rows of an epoch."""
@@ -1276,11 +1285,11 @@ class DrawnData:
 
     def loads(self, samples: np.ndarray) -> np.ndarray:
         """(samples, 6) numbers of LOADS."""
-        return np.array([load_of(self.drawn[sample]) for sample in samples.tolist()])
+        return np.array([load_of(self.sample(number)) for number in samples.tolist()])
 
     def sample(self, number: int) -> Sample:
-        """A sample of the epoch that was asked for last."""
-        return self.drawn[number]
+        """A sample by its number."""
+        return self.window(number // EPOCH_NUMBERS)[0][number]
 
 
 def deal(costs: list[float], ranks: int) -> list[list[int]]:
@@ -1334,7 +1343,6 @@ class Rows(torch.utils.data.Dataset):
         self.data, self.rows, self.rank, self.ranks = data, rows, rank, ranks
         self.cost = cost or (lambda loads: {"length": loads["tokens"]})
         self.cut = cut
-        self.plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of two epochs
 
     def row(self, number: int) -> np.ndarray:
         """The numbers of the samples of a row, counted through all epochs."""
@@ -1342,11 +1350,7 @@ class Rows(torch.utils.data.Dataset):
         while number >= self.data.rows_in(epoch):
             number -= self.data.rows_in(epoch)
             epoch += 1
-        if epoch not in self.plans:
-            # a step may end in the next epoch: keep the one before
-            self.plans = {key: plan for key, plan in self.plans.items() if key == epoch - 1}
-            self.plans[epoch] = self.data.epoch(epoch)
-        members, starts = self.plans[epoch]
+        members, starts = self.data.epoch(epoch)
         return members[starts[number]:starts[number + 1]]
 
     def __getitem__(self, number: int) -> RowOfStep:
@@ -1717,7 +1721,8 @@ def parse_command(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], 
         add("--keep", type=int, required=True, help="records to choose")
         add("--seed", type=int, default=0, help="of the choice")
     else:
-        add("--checkpoint", default="assets/tiny", help="whose tokenizer counts tokens")
+        add("--checkpoint", default=str(Path(__file__).parent / "assets" / "tiny"),
+            help="whose tokenizer counts tokens")
         add("--images", default="", help="directory of the pictures; default beside the JSON")
         add("--length", type=int, default=8192 if name == "pack" else 1024, help="tokens in a row")
         add("--min-pixels", type=int, default=MIN_PIXELS, help="least area of a picture")

@@ -2,7 +2,7 @@
 
 In: packed token ids (T,), cu_seqlens (S + 1,), packed patches (P, 588) with grid_thw (I, 3).
 Out: logits (T, V), the summed loss, or next tokens.
-Called by `convert.py`, `parallel.py`, `train.py`, `sample.py`; calls `vision.py`,
+Called by `convert.py`, `parallel.py`, `data.py`, `train.py`, `sample.py`; calls `vision.py`,
 `attention_kernel.py`, and `convert.py` to read files.
 
 The idea.  Every `<|image_pad|>` or `<|video_pad|>` in the token ids is a hole.  The first visual

@@ -89,7 +89,7 @@ from torch.utils.data import DataLoader
 from assets.scenes import drawn_texts, held_out_questions, train_tokenizer
 from convert import check_tokenizer, load_model, load_tokenizer, read_config, save_checkpoint
 from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, encode, flag_parser,
-                  lay_out, open_index, reason_of)
+                  lay_out, open_index, reason_of, source_files, weight_of)
 from fp8_kernel import check_device, convert_to_fp8
 from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
                    parameters_by_part, part_of)
@@ -963,6 +963,8 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
         if recipe.rows % ranks.data_ranks:
             raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
+        for source in set(recipe.data) - set(DRAWN):
+            source_files(weight_of(source)[0])  # refuses files that are not there
         # the memory is estimated: print it, but let the device itself refuse
         memory = memory_by_part(sizes, recipe, shards, ranks.context, ranks.experts, config.fp8)
         needed, present = sum(memory.values()) / 2**30, memory_of_rank(ranks.device) / 2**30

@@ -154,19 +154,49 @@ def test_too_little_memory_is_a_warning(tmp_path: Path) -> None:
     """An estimate refuses nothing: it is said, and the run goes on to what is really wrong."""
     done = command_here(tmp_path, "train.py", "--seq-length", "50_000_000", "--tensorboard",
                         "--data", "nowhere.json")
-    first, last = done.stderr.splitlines()
+    first, *_, last = done.stderr.splitlines()
     assert "may run out of memory: rows of 50,000,000 tokens over --context-parallel 1" in first
     assert done.returncode == 2 and last == "train.py: there is no data file nowhere.json"
 
 
-def test_a_bad_record_in_the_middle_stops_in_one_sentence(trained: Path, tmp_path: Path) -> None:
+def test_a_bad_record_is_found_before_the_first_step(trained: Path, tmp_path: Path) -> None:
+    """Named in one sentence, and no run is made; with --skip-bad it is left out, and said."""
     good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
     bad = {"id": "the bad one", "messages": [{"role": "user", "content": "<image>"}]}
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*[good] * 300, bad])))
     done = fast_command(tmp_path, "train.py", "--start-from", trained / "runs/short/mid", "--stage",
-                        "mid", "--data", "data.jsonl", "--steps", "50")
-    assert done.returncode == 2
-    assert done.stderr.startswith("train.py: record the bad one") and done.stderr.count("\n") == 1
+                        "mid", "--data", "data.jsonl", "--steps", "1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "train.py: 1 records or files" in done.stderr and "record the bad one" in done.stderr
+    assert not (tmp_path / "runs").exists()
+    done = fast_command(tmp_path, "train.py", "--start-from", trained / "runs/short/mid", "--stage",
+                        "mid", "--data", "data.jsonl", "--steps", "1", "--skip-bad")
+    assert done.returncode == 0 and "an epoch is 300 samples" in done.stdout, done
+    rejects, = tmp_path.glob("runs/*/mid-data/rejects.jsonl")
+    assert "the bad one" in json.loads(rejects.read_text())["reason"]
+
+
+@pytest.mark.parametrize("bad, code, words", [
+    (1, 0, "lost: 1 cannot be read as a picture"), (2, 2, "2 of 42 samples are lost, more than")])
+def test_a_damaged_picture_does_not_end_a_run(bad: int, code: int, words: str,
+                                              tmp_path: Path) -> None:
+    """One may be lost, and is counted and listed; more than --max-bad stop the run."""
+    path = write_records(tmp_path, count=42)
+    records = json.loads(path.read_text())
+    for i in range(bad):
+        Image.effect_noise((60, 60), 90).save(tmp_path / f"cut{i}.jpg")
+        content = (tmp_path / f"cut{i}.jpg").read_bytes()
+        (tmp_path / f"cut{i}.jpg").write_bytes(content[:len(content) // 2])
+        records[7 + i]["image"] = f"cut{i}.jpg"
+    path.write_text(json.dumps(records))
+    done = fast_command(tmp_path, "train.py", "--stage", "instruct", "--start-from", SHIPPED,
+                        "--data", "records.json", "--epochs", "1", "--out", "own",
+                        "--seq-length", "200")
+    assert done.returncode == code and words in done.stdout + done.stderr, done
+    lost = [json.loads(line) for line in (tmp_path / "own" / "rejects.jsonl").open()]
+    assert {entry["record"] for entry in lost} == {f"record {7 + i}" for i in range(bad)}
+    assert all(f"cut{i}.jpg" in entry["reason"] for i, entry in enumerate(
+        sorted(lost, key=lambda entry: entry["record"])))
 
 
 def test_start_must_fit_the_preset(trained: Path, tmp_path: Path) -> None:
@@ -201,7 +231,7 @@ def test_checkpoints_of_any_size_can_be_trained(changes: dict | None, tmp_path: 
     """The sizes are those of config.json; the shipped one, too, which is no preset's."""
     start = SHIPPED if changes is None else write_checkpoint(tmp_path / "odd", **changes)
     done = train.run(train.TrainConfig(
-        stage="instruct", start_from=str(start), data=str(write_records(tmp_path)), steps=1,
+        stage="instruct", start_from=str(start), data=(str(write_records(tmp_path)),), steps=1,
         workers=0, out=str(tmp_path / "own")))
     assert done == tmp_path / "own" / "instruct" and read_config(start) == read_config(done)
 
@@ -317,9 +347,15 @@ def test_shipped_checkpoint_answers(tmp_path: Path) -> None:
     (["train.py", "--steps", "many"], "--steps"),
     (["train.py", "--data", "odd.json", "--data", "nowhere.json"], "--data is given 2 times"),
     (["sample.py", "What?", "--seed=1", "--seed", "2"], "--seed is given 2 times"),
-    (["data.py", "inspect", "--count", "1", "--count", "2"], "--count is given 2 times"),
+    (["data.py", "inspect", "--show", "1", "--show", "2"], "--show is given 2 times"),
+    (["data.py", "unpack"], "{inspect,pack,balance}"),
+    (["data.py", "pack", "odd.json"], "--out"),
+    (["data.py", "inspect", "pipe:cat odd.json"], "there is no data file pipe:cat odd.json"),
+    (["train.py", "--epochs", "2"], "--epochs is for --data from files"),
+    (["train.py", "--data", "mixed", "odd.json"], "cannot be mixed"),
+    (["train.py", "--data", "odd.json:0.5", "empty.json"], "either all sources have a weight"),
     (["convert.py", "verify", "--out", "x", "--out", "y"], "--out is given 2 times"),
-    (["train.py", "--data", "video.json"], "video.json[0]: the key 'video' is not supported"),
+    (["train.py", "--data", "video.json"], "video.json[0]: the text has fewer places for videos"),
     (["sample.py", "huge.png", "What?"], "huge.png cannot be read as a picture"),
     (["vision.py", "text.png"], "text.png cannot be read as a picture"),
     (["train.py", "--model", "5b"], "'5b'"),
@@ -332,7 +368,8 @@ def test_shipped_checkpoint_answers(tmp_path: Path) -> None:
     (["train.py", "--data", "broken.json"], "broken.json is not valid JSON"),
     (["train.py", "--data", "unseen.json"], "there is no picture"),
     (["train.py", "--data", "text.png"], "neither .json"),
-    (["data.py", "inspect", "--data", "empty.json"], "empty.json holds no records"),
+    (["data.py", "inspect", "empty.json"], "empty.json holds no records"),
+    (["data.py", "balance", "a", "--concepts", "b", "--keep", "0", "--out", "x"], "--keep must"),
     (["vision.py", "nowhere.png"], "there is no picture nowhere.png"),
     (["convert.py", "verify", "nowhere"], "nowhere"),
     (["convert.py", "melt"], "'melt'"),

@@ -141,26 +141,52 @@ def test_packing_keeps_every_sample(tokenizer: Tokenizer, seed: int) -> None:
     assert sum(lengths[1:]) / (700 * len(rows[1:])) > 0.97, lengths
 
 
-def best_fit(lengths: list[int], room: int) -> list[int]:
-    """Tokens of each row of best-fit decreasing, sample by sample."""
-    rows: list[list[int]] = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [row for row in rows if sum(row) + length <= room]
+def rows_by_definition(lengths: list[int], room: int, pool: int) -> list[int]:
+    """The row of each sample: the oldest of the pool, then always the longest that fits."""
+    coming, held, row_of = list(range(len(lengths))), [], {}
+    row, free = -1, 0
+    while coming or held:
+        held += [coming.pop(0) for _ in range(min(pool - len(held), len(coming)))]
+        fitting = [i for i in held if lengths[i] <= free]
         if fitting:
-            max(fitting, key=sum).append(length)
+            longest = max(lengths[i] for i in fitting)
+            # of several, any: the test counts tokens
+            choice = next(i for i in fitting if lengths[i] == longest)
         else:
-            rows.append([length])
-    return sorted(map(sum, rows))
+            row, free, choice = row + 1, room, min(held)
+        row_of[choice] = row
+        free -= lengths[choice]
+        held.remove(choice)
+    return [row_of[i] for i in range(len(lengths))]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_packing_is_best_fit_decreasing(seed: int) -> None:
-    """As full rows as by the definition, for few and many different lengths."""
+def test_packing_is_what_it_says(seed: int) -> None:
+    """For different lengths the rows of the definition; in many streams each sample once, in rows
+    that are not too long and, but for few, full."""
     rng = random.Random(seed)
-    room = rng.choice((10, 50, 1000))
-    lengths = [rng.randint(1, rng.choice((room, room // 2, room // 5))) for _ in range(300)]
-    rows = data.pack_rows(np.array(lengths), room)
-    assert sorted(np.bincount(rows, lengths)) == best_fit(lengths, room)
+    room, pool = 10_000, rng.choice((1, 5, 128))
+    lengths = rng.sample(range(1, rng.choice((9000, 3000))), 400)
+    found = data.pack_rows(np.array(lengths), room, pool)
+    assert found.tolist() == rows_by_definition(lengths, room, pool)
+
+
+def test_streams_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "STREAM", 1000)
+    lengths = np.random.default_rng(0).integers(1, 500, 7777)
+    found = data.pack_rows(lengths, 1000)
+    tokens = np.bincount(found, lengths)
+    assert len(found) == 7777 and tokens.min() > 0 and tokens.max() <= 1000
+    assert lengths.sum() / (len(tokens) * 1000) > 0.995
+
+
+def test_rows_are_mixed() -> None:
+    """Lengths differ as much inside rows as between any samples; best fit would sort them."""
+    lengths = np.random.default_rng(0).integers(30, 130, 20_000)
+    found = data.pack_rows(lengths, 1024)
+    means = np.bincount(found, lengths) / np.bincount(found)
+    expected = lengths.std() / np.sqrt(np.bincount(found).mean())  # of random rows
+    assert means[:-2].std() < 2 * expected, (means.std(), expected)
 
 
 def random_samples(seed: int, count: int) -> list[Sample]:

@@ -131,8 +131,8 @@ EXPERTS = {"model": "tiny-moe", "expert_balance": 0.1}
 LAYOUTS = {
     2: [{}, {"context_parallel": 2}, {**EXPERTS, "expert_parallel": 2}],
     4: [{}, {"replicas": 2, "rows": 8}, {"replicas": 4}, {"context_parallel": 2},
-        {"context_parallel": 4}, {"recompute": "layer"}, {"seq_length": 250},
-        {"context_parallel": 4, "seq_length": 250},
+        {"context_parallel": 4}, {"recompute": "layer"}, {"seq_length": 200},
+        {"context_parallel": 4, "seq_length": 200},
         {"context_parallel": 2, "replicas": 2},
         {"context_parallel": 4, "recompute": "selective"},
         {**EXPERTS, "expert_parallel": 2, "replicas": 2}, {**EXPERTS, "expert_parallel": 4},
@@ -374,6 +374,7 @@ def refuse(data: Path) -> str:
     ranks = join_ranks(find_ranks(context=2))
     step, = first_steps(data, 640, 4, Ranks(ranks.device, ranks.dtype, ranks.rank, 2, context=2), 1)
     log = type("Log", (), {"line": lambda self, text, **values: None})()
+    step.names = [name for share in step.rows for name in share.row.names]  # as `backward` does
     try:
         refuse_step(step, math.nan, 1.0, "step 1", ranks, log)
     except SystemExit as end:
