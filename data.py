@@ -87,7 +87,7 @@ SPECIAL_TOKENS = (  # in the order of their ids in the released vocabulary, from
 # The tokens that delimit messages and pictures.  Their names inside a text always stay text.
 STRUCTURE = {name for name in SPECIAL_TOKENS if not re.search("_ref_|box_|quad_", name)}
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # Windows leaves these files in folders
-BAD_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)  # what json.loads raises
+BAD_JSON = (ValueError, RecursionError)  # what json.loads raises
 
 # {"id", "messages": [{"role", "content"}], "images": [picture, path or file content], "category"}
 Record = dict
@@ -352,7 +352,8 @@ def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
     Raises ValueError, with the record's name, if the record is malformed or, in training, has
     nothing to learn.
     """
-    name = str(record.get("id", "?"))
+    # half a surrogate, which JSON may hold, could not be printed
+    name = str(record.get("id", "?")).encode(errors="backslashreplace").decode()
     try:
         # the size of a picture is in its file's header; pixels are not read here
         grids = [patch_grid(image, min_pixels, max_pixels) for image in record["images"]]
@@ -497,9 +498,11 @@ def media_in_order(turns: list[dict], images: list[Picture], videos: list[Video]
                        {"type": "text", "text": part} for part in parts if part]
         for item in content if isinstance(content, list) else []:
             kind = item.get("type") if isinstance(item, dict) else None
-            if kind not in waiting:
+            if kind not in ("image", "video"):
                 continue
             path = item.pop(kind, None)
+            if path and not isinstance(path, str):
+                raise ValueError(f"{origin}: {path!r} is not the path of a file")
             media = opened[kind](folder / path) if path else next(waiting[kind], None)
             if media is None:
                 raise ValueError(f"{origin}: the text has more places for {kind}s than {kind}s")
@@ -714,23 +717,31 @@ def json_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int, 
         raise ValueError(f"{origin} is not valid JSON: {error}") from error
 
 
+NAMES = "backslashreplace"  # how names that are not UTF-8 are read
+# what tarfile raises for a damaged header, such as one that claims a size of 1 TB
+BAD_SHARD = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
+
+
 def members_of(tar: tarfile.TarFile, end: int | None = None) -> Iterator[tuple[str, str, Any]]:
     """(key, field, member) of the files in a shard: a/b.0_x.png has key a/b, field 0_x.png.
 
     end: byte behind the last member that is wanted.
     """
-    while end is None or tar.offset < end:
-        member = tar.next()
-        if member is None:
-            return
+    member = tar.next()
+    while member is not None:
+        if member.size < 0:  # tarfile would read the same member for ever
+            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
         folder, slash, file = member.name.rpartition("/")
         key, dot, name = file.partition(".")
         # not the files that systems add: macOS's ._* and .DS_Store have an empty key
-        hidden = any(part.startswith(".") and part != "." for part in folder.split("/"))
+        hidden = any(part.startswith(".") and part not in (".", "..")
+                     for part in folder.split("/"))
         # links, devices and sparse files have no content of their own
         plain = member.isfile() and not member.issparse()
         if plain and key and dot and not hidden and file not in SYSTEM_FILES:
             yield folder + slash + key, name, member
+        # the first member was read when the shard was opened: ask here whether there is one more
+        member = tar.next() if end is None or tar.offset < end else None
 
 
 def shard_places(path: Path) -> Iterator[Place]:
@@ -739,7 +750,7 @@ def shard_places(path: Path) -> Iterator[Place]:
     Raises ValueError if the shard is damaged, after the places before the damage.
     """
     try:
-        with open(path, "rb") as file, tarfile.TarFile(fileobj=file) as tar:
+        with open(path, "rb") as file, tarfile.TarFile(fileobj=file, errors=NAMES) as tar:
             for number, (_, group) in enumerate(groupby(members_of(tar), itemgetter(0))):
                 members = [member for _, _, member in group]
                 end = members[-1].offset_data + -(-members[-1].size // 512) * 512
@@ -747,24 +758,25 @@ def shard_places(path: Path) -> Iterator[Place]:
             # tarfile takes a broken header for the end; a tar ends with zeros, 1 to 11 kB
             file.seek(tar.offset)
             rest = file.read(2**14)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path} is no shard of samples: {error}") from error
+    except BAD_SHARD as error:
+        raise ValueError(f"{path} is no shard of samples: {error!r}") from error
     if any(rest) or not 1024 <= len(rest) <= 11 * 1024:
         raise ValueError(f"{path} is damaged from byte {tar.offset:,} on, or cut there")
 
 
 def shard_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int, Callable]]:
-    fields: dict[str, FilePart] = {}
-    key = ""
     try:
         with open(path, "rb") as file:
             file.seek(place[0])
-            for key, name, member in members_of(tarfile.TarFile(fileobj=file), place[1]):
-                if name in fields:
-                    raise ValueError(f"{path}:{key} has its member {name!r} twice")
-                fields[name] = FilePart(str(path), member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path}:{key} cannot be read: {error}") from error
+            members = list(members_of(tarfile.TarFile(fileobj=file, errors=NAMES), place[1]))
+    except BAD_SHARD as error:
+        raise ValueError(f"{path} cannot be read at byte {place[0]:,}: {error!r}") from error
+    fields: dict[str, FilePart] = {}
+    key = ""
+    for key, name, member in members:
+        if name in fields:
+            raise ValueError(f"{path}:{key} has its member {name!r} twice")
+        fields[name] = FilePart(str(path), member.offset_data, member.size)
     yield from enumerate(records_of_shard(fields, f"{path}:{key}"))
 
 
@@ -923,7 +935,7 @@ class Index:
             head = json.loads((folder / "index.json").read_text())
             table = np.load(folder / "index.npy", mmap_mode="r")
             files, settings = head["files"], head["settings"]
-        except (*BAD_JSON, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        except (*BAD_JSON, KeyError, TypeError, EOFError, FileNotFoundError) as error:
             raise ValueError(f"{folder} holds no valid index: {error}") from error
         if table.shape != (head["samples"], len(COLUMNS)):
             raise ValueError(f"{folder}/index.npy has not the {head['samples']} lines of "
@@ -1445,6 +1457,9 @@ def check_digests(folder: Path) -> list[str]:
     """A sentence for each shard of packed data whose content is not what was written."""
     said = []
     for entry in json.loads((folder / "index.json").read_text())["files"]:
+        if not (folder / entry["file"]).is_file():
+            said.append(f"{folder / entry['file']} is missing")
+            continue
         with open(folder / entry["file"], "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                 said.append(f"{folder / entry['file']} has another sha256 than when it was written")
@@ -1530,7 +1545,9 @@ def shard_fields(record: Record) -> dict[str, bytes]:
         fields[names[-1]] = content if isinstance(content, bytes) else Path(content).read_bytes()
     media = "video" if videos else "image" if names else "text"
     about = {"id": record["id"], "texts": record["messages"], "media": media, "name": names}
-    return {"json": json.dumps(about, ensure_ascii=False).encode(), **fields}
+    # half a surrogate becomes \ud800, as JSON writes it
+    text = json.dumps(about, ensure_ascii=False).encode(errors="backslashreplace")
+    return {"json": text, **fields}
 
 
 class Shards(torch.utils.data.Dataset):
@@ -1595,15 +1612,23 @@ def pack(flags: argparse.Namespace) -> None:
 
     # samples that fit no row are rejected by name
     tokens = index.table[:, COLUMNS.index("tokens")]
-    for line in index.table[tokens > flags.length]:
+    for i in np.flatnonzero(tokens > flags.length):
         index.rejects.append({
-            "file": index.files[line[0]]["file"], "part": int(line[3]),
-            "reason": f"the sample has {line[COLUMNS.index('tokens')]} tokens, a row "
+            "file": index.files[index.table[i, 0]]["file"], "part": int(index.table[i, 3]),
+            "reason": f"record {index.record(i)['id']} has {tokens[i]} tokens, a row "
                       f"{flags.length}"})
     index.table = index.table[tokens <= flags.length]
     if not len(index.table):
         raise ValueError(f"no sample fits a row of {flags.length} tokens")
     shards, row_of = plan_shards(index.table[:, COLUMNS.index("tokens")], flags.length)
+    # shards of another plan must not be taken for those of this one
+    plan = hashlib.sha256(json.dumps(index.files).encode() + index.table.tobytes()
+                          + row_of.tobytes()).hexdigest()
+    stamp = out / "plan"
+    if any(out.glob("shard-*.tar")) and not (stamp.is_file() and stamp.read_text() == plan):
+        raise ValueError(f"{out} holds shards of other data or of rows of another length: remove "
+                         "them, or choose another --out")
+    stamp.write_text(plan)
     loader = torch.utils.data.DataLoader(Shards(index, shards, out), batch_size=None,
                                          sampler=range(len(shards)),
                                          num_workers=min(flags.workers, len(shards) - 1))
@@ -1624,6 +1649,7 @@ def pack(flags: argparse.Namespace) -> None:
     settings = {**index.settings, "images": "", "length": flags.length, "model": flags.model}
     Index(entries, np.concatenate(lines), settings, index.rejects).save(out)
     (out / "measured.jsonl").unlink()
+    stamp.unlink()
     rows = row_of.max() + 1
     print(f"{len(row_of):,} samples in {rows:,} rows of {flags.length:,} tokens, "
           f"{tokens[tokens <= flags.length].sum() / (rows * flags.length):.2%} full, "

@@ -44,7 +44,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from PIL.Image import Transpose
 from torch import Tensor, nn
 
@@ -101,7 +101,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of a text or colour profile; Pill
 # For a malformed file, Pillow raises OSError, SyntaxError or one of these.
 MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
              NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError)
-UNREADABLE = (OSError, SyntaxError, *MALFORMED)
+UNREADABLE = (OSError, SyntaxError, RuntimeError, *MALFORMED)  # RuntimeError: AVIF
 
 ORIENTATION = ExifTags.Base.Orientation
 # (tag, type, count) of a valid entry in EXIF -> format of its number: 16 or 32 bits.
@@ -213,6 +213,8 @@ def open_image(image: Picture, decode: bool = True) -> Image.Image:
                 return opened
     except FileNotFoundError:
         raise ValueError(f"there is no picture {name}") from None
+    except UnidentifiedImageError:  # Pillow's sentence has an address of this process
+        raise ValueError(f"{name} cannot be read as a picture: its format is unknown") from None
     except UNREADABLE as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 

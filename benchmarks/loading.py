@@ -60,8 +60,8 @@ def packing() -> None:
         lines.append([f"{room:,}", f"{seconds:.1f}", f"{cpu:.1f}", f"{rows:,}",
                       f"{lengths.sum() / (rows * room):.3%}", f"{peak:,.0f}"])
     shares = ", ".join(f"{100 * n / count.sum():.1f} % in [{a:,}, {b:,})" for a, b, n in PUBLISHED)
-    print(f"Packing {SAMPLES:,} samples, mean {lengths.mean():,.0f} tokens.  As published, "
-          f"{shares};\nuniform inside.  The peak is that of the whole process so far.")
+    print(f"Packing {SAMPLES:,} samples, mean {lengths.mean():,.0f} tokens.  Their lengths, as "
+          f"published, uniform inside:\n{shares}.\nThe peak is that of the whole process so far.")
     print_table(["tokens in a row", "seconds", "CPU s", "rows", "full", "peak MiB"], lines)
 
 
@@ -109,8 +109,8 @@ def plain_loop(folder: Path, tokenizer: Tokenizer, max_pixels: int) -> tuple[int
         patches = pixels.transpose(1, 4, 2, 5, 0, 3, 6).reshape(h * w, PATCH_NUMBERS)
         messages = [{"role": roles[turn["from"]], "content": turn["value"]}
                     for turn in record["conversations"]]
-        ids, labels = chat_tokens(messages, tokenizer, [h * w // 4])
-        sample = torch.tensor(ids), torch.tensor(labels), torch.from_numpy(patches)
+        sample = [*map(torch.tensor, chat_tokens(messages, tokenizer, [h * w // 4])),
+                  torch.from_numpy(patches)]
         tokens, count = tokens + len(sample[0]), count + len(sample[2])
     return tokens, count
 
@@ -166,17 +166,6 @@ def measuring_and_loading(tokenizer: Tokenizer, count: int, width: int, height: 
                for n in (0, os.cpu_count() or 1)}})
 
 
-def in_flight() -> None:
-    """Print what waits in memory for a rank."""
-    row = ROW * (4 * PATCH_NUMBERS + 2 * 8)
-    print("Bytes in flight of a rank, if all tokens of its rows are visual")
-    print_table(["what", "how", "MB"], [
-        ["a row", f"{ROW:,} tokens * (4 patches * {PATCH_NUMBERS} + id 8 + target 8)",
-         f"{row / 1e6:,.1f}"],
-        ["in flight", f"({WORKERS} workers * prefetch_factor {PREFETCH} + 1) * a row",
-         f"{(WORKERS * PREFETCH + 1) * row / 1e6:,.1f}"]])
-
-
 def main() -> None:
     print(f"{os.cpu_count()} CPU cores, Pillow {PIL.__version__}, NumPy {np.__version__}, "
           f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
@@ -189,7 +178,12 @@ def main() -> None:
           "it.\n")
     measuring_and_loading(tokenizer, 200, 640, 480, MAX_PIXELS)
     measuring_and_loading(tokenizer, 40, 2000, 1500, 200_704)
-    in_flight()
+    row = ROW * (4 * PATCH_NUMBERS + 2 * 8)
+    print("Bytes in flight of a rank of the full recipe, if all tokens of its rows are visual")
+    print_table(["what", "how", "MB"], [
+        ["a row", f"{ROW:,} tokens * (4 patches * {PATCH_NUMBERS} + id 8 + target 8)", row / 1e6],
+        ["in flight", f"({WORKERS} workers * prefetch_factor {PREFETCH} + 1) * a row",
+         (WORKERS * PREFETCH + 1) * row / 1e6]])
 
 
 if __name__ == "__main__":
