@@ -112,7 +112,6 @@ LEARNING_WORDS = set("system weight loss mask masked train trainable learn tool 
 OTHER_MEDIA = re.compile(r"\A<(video|audio)>(?!\s*<(source|track|/))|\n<(video|audio)>\Z")
 DRAWN = ("captions", "questions", "mixed")  # data drawn by assets/scenes.py
 CHUNK = 1000  # records that a process measures at once
-WINDOW = 2**17  # samples among which `data.py pack` chooses rows
 INDEX_FILES = ("index.json", "rejects.jsonl", "measured.jsonl")  # beside packed shards
 EPOCH_NUMBERS = 2**20  # numbers for the drawn samples of an epoch
 STREAM = 2**15  # samples that are packed one after another, beside other streams
@@ -480,8 +479,8 @@ def check_turn(turn: dict, origin: str, videos: bool, paths: bool) -> None:
                              "names none that is supported")
 
 
-def media_in_order(turns: list[dict], images: list[Picture], videos: list[Video], folder: Path,
-                   origin: str) -> tuple[list[dict], list[Picture | Video]]:
+def media_in_order(turns: list[dict], images: list[Picture], videos: list[Video],
+                   folder: Path | None, origin: str) -> tuple[list[dict], list[Picture | Video]]:
     """The turns with their places spelt out as items, and pictures and videos in that order.
 
     An item may name its own file: {"type": "image", "image": "a.png"}.
@@ -515,10 +514,11 @@ def media_in_order(turns: list[dict], images: list[Picture], videos: list[Video]
 
 
 def normalize_record(raw: dict, images: list[Picture], origin: str,
-                     videos: Sequence[Picture] = (), folder: Path = Path()) -> Record:
+                     videos: Sequence[Picture] = (), folder: Path | None = None) -> Record:
     """A record from any of the field's schemas: `messages`, LLaVA's `conversations`, or `texts`.
 
-    The key `system` may hold a system prompt.  Raises ValueError with the record's origin.
+    The key `system` may hold a system prompt.  folder: where items of messages may name files;
+    those of shards may not.  Raises ValueError with the record's origin.
     """
     schemas = [key for key in ("messages", "conversations", "texts") if raw.get(key)]
     if not schemas:
@@ -530,7 +530,8 @@ def normalize_record(raw: dict, images: list[Picture], origin: str,
     if not is_list_of(turns, dict):
         raise ValueError(f"{origin}: {schema} is not a list of turns")
     for turn in turns:
-        check_turn(turn, origin, videos=bool(videos), paths=schema == "messages")
+        check_turn(turn, origin, videos=bool(videos),
+                   paths=schema == "messages" and folder is not None)
 
     # LLaVA has other names for the same keys and roles; upstream's shards have either
     if schema == "conversations" or "from" in turns[0]:
@@ -860,6 +861,11 @@ def source_files(source: str) -> list[Path]:
         if not file.is_file():
             raise ValueError(f"there is no data file {file}")
     return files
+
+
+def files_of(sources: Sequence[str]) -> list[Path]:
+    """The files of several sources."""
+    return [file for source in sources for file in source_files(source)]
 
 
 def weight_of(source: str) -> tuple[str, float]:
@@ -1438,7 +1444,7 @@ def print_rejects(index: Index, every: bool) -> None:
         print(f"{reject['file']}[{reject['part']}]: {reject['reason']}")
 
 
-def print_rows(rows: Rows, config: Any) -> None:
+def print_rows(rows: Rows, model: str) -> None:
     """How full the rows of an epoch are, and how well a step is balanced over 8 ranks."""
     count, length = rows.data.rows_in(0), rows.data.seq_length
     members, _ = rows.data.epoch(0)
@@ -1449,8 +1455,16 @@ def print_rows(rows: Rows, config: Any) -> None:
         print(f"left out: {rows.data.too_long:,} samples that are longer than a row")
     if count >= rows.rows:
         balance = rows[0].balance
-        print(f"FLOPs of {rows.rows} rows of the {config} on 8 ranks: mean {balance:.1%} of the "
+        print(f"FLOPs of {rows.rows} rows of the {model} on 8 ranks: mean {balance:.1%} of the "
               "most")
+
+
+def flops_of(loads: dict[str, Any], model: str) -> Any:
+    """FLOPs of a forward pass of a preset."""
+    from model import PRESETS, forward_flops  # upward, for the commands alone
+    if model not in PRESETS:
+        raise ValueError(f"there is no --model {model!r}, only {', '.join(PRESETS)}")
+    return sum(forward_flops(PRESETS[model], loads).values())
 
 
 def check_digests(folder: Path) -> list[str]:
@@ -1469,17 +1483,16 @@ def check_digests(folder: Path) -> list[str]:
 def inspect(flags: argparse.Namespace) -> None:
     """Print what data hold: counts, lengths, rows, what is rejected and, with --show, samples."""
     from convert import load_tokenizer  # upward, for this command alone
-    from model import PRESETS, forward_flops
     tokenizer = load_tokenizer(Path(flags.checkpoint))
     pixels = (flags.min_pixels, flags.max_pixels)
 
     if flags.sources[0] in DRAWN:
-        data = DrawnData(flags.sources[0], tokenizer, flags.length, 0, 64, pixels)
+        data = DrawnData(flags.sources[0], tokenizer, flags.length, 0, 16, pixels)
         members, _ = data.epoch(0)
         loads = data.loads(members)
         print(f"{len(members):,} of endless samples")
     else:
-        files = [file for source in flags.sources for file in source_files(source)]
+        files = files_of(flags.sources)
         index = measure(files, tokenizer, flags.images, pixels, flags.workers,
                         decode_all if flags.decode else no_check,
                         0 if flags.all or flags.decode else 10_000)
@@ -1503,9 +1516,9 @@ def inspect(flags: argparse.Namespace) -> None:
         with_images = images > 0
         sizes = patches[with_images] * PATCH**2 // images[with_images]
         print_histogram("pixels of a picture, after resizing", sizes)
-    config = PRESETS[flags.model]
-    print_rows(Rows(data, 64, ranks=8, cost=lambda loads: {
-        "flops": sum(forward_flops(config, loads).values())}), flags.model)
+    cost = lambda loads: {"flops": flops_of(loads, flags.model)}  # noqa: E731
+    step = min(64, data.rows_in(0) // 8 * 8)
+    print_rows(Rows(data, max(8, step), ranks=8, cost=cost), flags.model)
     shown = [data.sample(int(number)) for number in members[:flags.show]]
     for number, sample in enumerate(shown):
         print_sample(number, sample, tokenizer)
@@ -1575,33 +1588,20 @@ class Shards(torch.utils.data.Dataset):
         return entry, list(shard_places(path))
 
 
-def plan_shards(tokens: np.ndarray, length: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The samples of each shard in the order of rows, and the row of each sample.
-
-    Rows are chosen among WINDOW neighbours in the source, so that what is read lies together.
-    """
-    shards, row_of, rows = [], np.empty(len(tokens), dtype=np.int64), 0
-    for begin in range(0, len(tokens), WINDOW):
-        window = slice(begin, begin + WINDOW)
-        found = pack_rows(tokens[window], length)
-        count = found.max() + 1
-        found = permutation(count, rows)[found]
-        row_of[window] = rows + found
-        rows += count
-        order, starts = by_row(found)
-        cuts = starts[np.searchsorted(starts, np.arange(SHARD, len(order), SHARD))]
-        shards += [begin + part for part in np.split(order, np.unique(cuts)) if len(part)]
-    return shards, row_of
+def plan_shards(row_of: np.ndarray) -> list[np.ndarray]:
+    """The samples of each shard, in the order of their rows; a shard ends with a row."""
+    order, starts = by_row(row_of)
+    ends = starts[np.searchsorted(starts, np.arange(SHARD, len(order), SHARD))]
+    return [shard for shard in np.split(order, np.unique(ends)) if len(shard)]
 
 
 def pack(flags: argparse.Namespace) -> None:
     """Write the samples of all sources as shards of full rows, with an index; go on if stopped."""
     from convert import load_tokenizer  # upward, for this command alone
-    from model import PRESETS, forward_flops
     out = Path(flags.out)
     if (out / "index.json").exists():
         raise ValueError(f"{out} is packed already")
-    files = [file for source in flags.sources for file in source_files(source)]
+    files = files_of(flags.sources)
     tokenizer = load_tokenizer(Path(flags.checkpoint))
     out.mkdir(parents=True, exist_ok=True)
     index = measure(files, tokenizer, flags.images, (flags.min_pixels, flags.max_pixels),
@@ -1620,7 +1620,8 @@ def pack(flags: argparse.Namespace) -> None:
     index.table = index.table[tokens <= flags.length]
     if not len(index.table):
         raise ValueError(f"no sample fits a row of {flags.length} tokens")
-    shards, row_of = plan_shards(index.table[:, COLUMNS.index("tokens")], flags.length)
+    row_of = pack_rows(index.table[:, COLUMNS.index("tokens")], flags.length)
+    shards = plan_shards(row_of)
     # shards of another plan must not be taken for those of this one
     plan = hashlib.sha256(json.dumps(index.files).encode() + index.table.tobytes()
                           + row_of.tobytes()).hexdigest()
@@ -1640,7 +1641,7 @@ def pack(flags: argparse.Namespace) -> None:
         table[:, 3] = 0
         table[:, COLUMNS.index("row")] = row_of[shards[number]]
         loads = dict(zip(LOADS, table[:, -len(LOADS):].sum(0).astype(float)))
-        flops = sum(forward_flops(PRESETS[flags.model], loads).values())
+        flops = flops_of(loads, flags.model)
         entry |= {"samples": len(table), "rows": len(np.unique(row_of[shards[number]])),
                   "tokens": int(loads["tokens"]), "flops": flops}
         entries.append(entry)
@@ -1662,13 +1663,9 @@ def pack(flags: argparse.Namespace) -> None:
 def concepts_in(text: str, concepts: dict[str, int], longest: int) -> set[int]:
     """Numbers of the concepts that a text names, as one to `longest` words."""
     words = re.findall(r"\w+", text.lower())
-    found = set()
-    for i in range(len(words)):
-        for size in range(1, longest + 1):
-            number = concepts.get(" ".join(words[i:i + size]))
-            if number is not None:
-                found.add(number)
-    return found
+    phrases = (" ".join(words[i:i + size]) for i in range(len(words))
+               for size in range(1, longest + 1))
+    return {concepts[phrase] for phrase in phrases if phrase in concepts}
 
 
 def balance(flags: argparse.Namespace) -> None:
@@ -1676,102 +1673,94 @@ def balance(flags: argparse.Namespace) -> None:
 
     A record's weight is the sum of 1 / frequency over the concepts in its answers; records are
     drawn without putting back (the published data were balanced so, with concepts found by an
-    embedding).  Records that name no concept are left out.
+    embedding).  Records that name no concept are left out.  The lines are written as they are.
     """
-    names = [" ".join(re.findall(r"\w+", line.lower()))
-             for line in Path(flags.concepts).read_text(encoding="utf-8").splitlines()]
+    lines = Path(flags.concepts).read_text(encoding="utf-8").splitlines()
+    names = [" ".join(re.findall(r"\w+", line.lower())) for line in lines]
     concepts = {name: i for i, name in enumerate(dict.fromkeys(filter(None, names)))}
     if not concepts:
         raise ValueError(f"{flags.concepts} names no concept")
     longest = max(len(name.split()) for name in concepts)
-    records, matched = [], []
-    for path in [file for source in flags.sources for file in source_files(source)]:
-        if path.suffix not in (".json", ".jsonl"):
-            raise ValueError(f"{path} is not JSON: balance the records before they are in shards")
-        for place in json_places(path):
-            _, make = next(json_records(path, place, path.parent))
-            record = make()
-            text = " ".join(str(turn["content"]) for turn in record["messages"]
-                            if turn["role"] == "assistant")
-            records.append((path, place))
-            matched.append(concepts_in(text, concepts, longest))
+    places, matched = [], []
+    for path in files_of(flags.sources):
+        if path.suffix != ".jsonl":
+            raise ValueError(f"{path} is not .jsonl: balance records before they are in shards")
+        for place, record in zip(json_places(path), read_records(path)):
+            answers = [str(turn["content"]) for turn in record["messages"]
+                       if turn["role"] == "assistant"]
+            places.append((path, place))
+            matched.append(concepts_in(" ".join(answers), concepts, longest))
 
     frequency = np.bincount([c for found in matched for c in found], minlength=len(concepts))
     weights = np.array([sum(1 / frequency[c] for c in found) for found in matched])
     # the largest of log(u) / weight, u uniform, are a weighted draw without putting back
-    uniform = (np.random.PCG64(flags.seed).random_raw(len(records)) + 1.0) / 2**64
-    keys = np.full(len(records), -np.inf)
-    named = weights > 0
-    keys[named] = np.log(uniform[named]) / weights[named]
-    chosen = np.sort(np.argsort(-keys, kind="stable")[:min(flags.keep, int(named.sum()))])
-
-    with open(flags.out, "x", encoding="utf-8") as file:
+    uniform = (np.random.PCG64(flags.seed).random_raw(len(places)) + 1.0) / 2**64
+    named = np.flatnonzero(weights)
+    keys = np.log(uniform[named]) / weights[named]
+    chosen = np.sort(named[np.argsort(-keys, kind="stable")[:flags.keep]])
+    with open(flags.out, "xb") as out:
         for number in chosen:
-            path, (start, end, _) = records[number]
-            with open(path, "rb") as source:
-                source.seek(start)
-                raw = json.loads(source.read(end - start))
-            # the new file may lie elsewhere
-            for key in ("image", "images", "video", "videos"):
-                if isinstance(raw.get(key), str):
-                    raw[key] = str((path.parent / raw[key]).resolve())
-                elif raw.get(key):
-                    raw[key] = [str((path.parent / name).resolve()) for name in raw[key]]
-            file.write(json.dumps(raw, ensure_ascii=False) + "\n")
-    after = np.bincount([c for number in chosen for c in matched[number]], minlength=len(concepts))
+            path, (start, end, _) = places[number]
+            out.write(content_of(FilePart(str(path), start, end - start)).strip() + b"\n")
+
+    after = np.bincount([c for i in chosen for c in matched[i]], minlength=len(concepts))
     for title, counts in (("before", frequency), ("after", after)):
-        shares = counts[counts > 0] / counts.sum()
-        even = float(-(shares * np.log(shares)).sum() / np.log(max(2, len(concepts))))
-        print(f"{title}: {int((counts > 0).sum()):,} of {len(concepts):,} concepts, "
-              f"evenness {even:.3f} (1: all as frequent)")
-    print(f"{len(chosen):,} of {len(records):,} records -> {flags.out}")
+        named = counts[counts > 0]
+        print(f"{title}: {len(named):,} of {len(concepts):,} concepts are named, the most frequent "
+              f"{named.max() / np.median(named):,.1f} times as often as the median")
+    print(f"{len(chosen):,} of {len(places):,} records -> {flags.out}")
 
 
 # ----------------------------------------------------------------------------------- python data.py
+
+SHIPPED = str(Path(__file__).parent / "assets" / "tiny")
+# flag: commands, default (None: it must be given), help
+FLAGS = {
+    "--concepts": ("balance", None, "file with a concept a line"),
+    "--keep": ("balance", 10_000, "records to choose"),
+    "--seed": ("balance", 0, "of the choice"),
+    "--out": ("pack balance", None, "directory of the shards, or the file of the chosen records"),
+    "--checkpoint": ("inspect pack", SHIPPED, "directory whose tokenizer counts tokens"),
+    "--images": ("inspect pack", "", "directory of the pictures; default beside the JSON"),
+    "--length": ("inspect pack", 8192, "tokens in a row"),
+    "--min-pixels": ("inspect pack", MIN_PIXELS, "least area of a picture"),
+    "--max-pixels": ("inspect pack", MAX_PIXELS, "largest area of a picture"),
+    "--workers": ("inspect pack", os.cpu_count() or 1, "processes that read"),
+    "--model": ("inspect pack", "4b", "preset whose FLOPs are counted"),
+    "--all": ("inspect", False, "read all records, not 10,000; list all that are rejected"),
+    "--decode": ("inspect", False, "decode all pictures, too"),
+    "--show": ("inspect", 0, "samples to print, what is learnt in brackets"),
+    "--sheet": ("inspect", "", "PNG to write, with the pictures of these samples"),
+    "--skip-bad": ("pack", False, "pack what is whole of damaged files"),
+}
+COMMANDS = {"inspect": inspect, "pack": pack, "balance": balance}
 
 
 def parse_command(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], None],
                                                  argparse.Namespace]:
     """The command and its flags."""
-    commands = {"inspect": inspect, "pack": pack, "balance": balance}
-    if not arguments or arguments[0] not in commands:
-        raise ValueError(f"usage: python data.py {{{','.join(commands)}}} SOURCE...")
+    if not arguments or arguments[0] not in COMMANDS:
+        raise ValueError(f"usage: python data.py {{{','.join(COMMANDS)}}} SOURCE...")
     name = arguments[0]
-    parser = flag_parser(commands[name].__doc__.splitlines()[0], arguments)
+    parser = flag_parser(COMMANDS[name].__doc__.splitlines()[0], arguments)
     parser.prog = f"data.py {name}"
-    parser.add_argument("sources", nargs="+" if name != "inspect" else "*",
+    parser.add_argument("sources", nargs="*" if name == "inspect" else "+", default=["questions"],
                         help="files, directories, globs or lists in braces of records")
-    add = partial(parser.add_argument)
-    if name == "balance":
-        add("--concepts", required=True, help="file with a concept a line")
-        add("--keep", type=int, required=True, help="records to choose")
-        add("--seed", type=int, default=0, help="of the choice")
-    else:
-        add("--checkpoint", default=str(Path(__file__).parent / "assets" / "tiny"),
-            help="whose tokenizer counts tokens")
-        add("--images", default="", help="directory of the pictures; default beside the JSON")
-        add("--length", type=int, default=8192 if name == "pack" else 1024, help="tokens in a row")
-        add("--min-pixels", type=int, default=MIN_PIXELS, help="least area of a picture")
-        add("--max-pixels", type=int, default=MAX_PIXELS, help="largest area of a picture")
-        add("--workers", type=int, default=os.cpu_count() or 1, help="processes that read")
-        add("--model", default="4b", help="preset whose FLOPs are counted")
-    if name == "inspect":
-        add("--all", action="store_true", help="read all records, list all that are rejected")
-        add("--decode", action="store_true", help="decode all pictures, too")
-        add("--show", type=int, default=0, help="samples to print, what is learnt in brackets")
-        add("--sheet", default="", help="PNG for the pictures of these samples")
-    else:
-        add("--out", required=True, help="directory of the shards" if name == "pack" else "file")
-    if name == "pack":
-        add("--skip-bad", action="store_true", help="pack what is whole of damaged files")
+    for flag, (commands, default, text) in FLAGS.items():
+        if name in commands.split():
+            options = {"type": type(default or ""), "default": default, "required": default is None}
+            if isinstance(default, bool):
+                options = {"action": "store_true"}
+            elif isinstance(default, int):
+                options["type"] = int
+            parser.add_argument(flag, help=text, **options)
     flags = parser.parse_args(arguments[1:])
-    flags.sources = flags.sources or ["questions"]
     for flag in ("length", "keep", "min_pixels"):
         if getattr(flags, flag, 1) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be positive")
     if getattr(flags, "show", 0) < 0 or getattr(flags, "workers", 0) < 0:
         raise ValueError("--show and --workers must not be negative")
-    return commands[name], flags
+    return COMMANDS[name], flags
 
 
 def run() -> None:

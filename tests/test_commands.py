@@ -280,6 +280,9 @@ def run_readme_commands() -> tuple[list[tuple[str, subprocess.CompletedProcess[s
             (here / name).symlink_to(target)
         for name in ("captions.json", "questions.json", "records.json"):
             write_records(here, name)
+        records = json.loads((here / "captions.json").read_text())
+        (here / "captions.jsonl").write_text("\n".join(map(json.dumps, records)))
+        (here / "concepts.txt").write_text("red\nblue\n")
         finished = []
         for line in sorted(readme_commands(), key=lambda line: "convert.py merge" not in line):
             if "pytest" in line:
