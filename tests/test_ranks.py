@@ -27,10 +27,10 @@ import convert
 import train as train_module
 from assets.scenes import drawn_record
 from convert import load_model, load_tokenizer, save_checkpoint
-from data import FileData, Sample, lay_out, load_of, measure, LOADS
+from data import LOADS, FileData, Sample, encode, lay_out, load_of, measure
 from fp8_kernel import convert_to_fp8
 from model import PRESETS, LlavaOneVision, forward_flops, parameters_by_part
-from parallel import Ranks, RowShare, find_ranks, join_ranks, shard
+from parallel import Ranks, RowShare, find_ranks, join_ranks, shard, share_row
 from train import (TINY, Step, TrainConfig, backward, make_optimizer, refuse_step, routing,
                    row_loader, set_balance, steps_of, train_step, training_flops)
 from vision import VisionConfig
@@ -389,6 +389,52 @@ def test_ranks_refuse_a_step_together(records_file: Path) -> None:
     assert code == "exit 2" and said.startswith("the loss of step 1 is nan"), (said, code)
     names = re.search(r"its samples are (.*?) and \d+ more", said)[1].split(", ")
     assert len(names) == len(set(names)) == 8, said
+
+
+def learn_around_lost(folder: Path, context: int) -> dict:
+    """A step on two rows, of which samples have a picture that cannot be decoded."""
+    ranks = join_ranks(find_ranks(context=context))
+    tokenizer = load_tokenizer(SHIPPED)
+    samples = [encode(drawn_record("mixed", 0, number), tokenizer) for number in range(16)]
+    for i in (1, 2, 9):
+        samples[i].images = [b"broken"] * len(samples[i].images)
+    packed = [samples[:8], samples[8:]]
+    loads = np.sum([load_of(sample) for sample in samples], 0)
+    if context > 1:
+        holes = [SMALL.image_token_id, SMALL.video_token_id]
+        rows = [share_row(row, ranks.rank, context, holes) for row in packed]
+    else:
+        rows = [lay_out(row) for row in packed]
+    torch.manual_seed(0)
+    model = LlavaOneVision(SMALL).init_weights()
+    shard(model, "none", False, ranks)
+    step = Step(rows, 2, dict(zip(LOADS, loads.tolist())), 1.0)
+    loss, norm = train_step(model, make_optimizer(model, RECIPE), step, 1e-3, 1.0, ranks)
+
+    # without what was lost, told beforehand
+    torch.manual_seed(0)
+    again = LlavaOneVision(SMALL).init_weights()
+    whole = [lay_out(row) for row in packed]
+    labels = {"labels": float(sum(row.labels for row in whole))}
+    alone = Ranks(ranks.device, torch.float32)
+    expected = train_step(again, make_optimizer(again, RECIPE), Step(whole, 2, labels, 1.0), 1e-3,
+                          1.0, alone)
+    weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    apart = max(float((a - b).detach().abs().max())
+                for a, b in zip(weights, again.parameters()))
+    return {"lost": sorted(step.lost), "found": (loss, norm), "expected": expected, "apart": apart}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_lost_samples_do_not_count(count: int, tmp_path: Path) -> None:
+    """The mean is over what was learnt, on ranks that share rows too; all ranks know what is lost.
+
+    A weight moves by the learning rate, 1e-3; gradients that are nearly zero may round otherwise.
+    """
+    for found in in_ranks(count, learn_around_lost, tmp_path, count):
+        assert found["lost"] == ["mixed 1", "mixed 2", "mixed 9"]
+        assert found["found"] == pytest.approx(found["expected"], rel=1e-5)
+        assert found["apart"] < 1e-4, found["apart"]
 
 
 SPOILT = (math.nan, math.inf, -math.inf, 3.4e38)  # the last: infinite in bfloat16
