@@ -73,8 +73,8 @@ from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vision import (MALFORMED, MAX_PIXELS, MIN_PIXELS, PATCH, PATCH_NUMBERS, FilePart, Picture,
-                    Video, content_of, cut_patches, frame_sizes, normalize_patches,
+from vision import (MALFORMED, MAX_PIXELS, MIN_PIXELS, PATCH, PATCH_NUMBERS, UNREADABLE, FilePart,
+                    Picture, Video, content_of, cut_patches, frame_sizes, normalize_patches,
                     open_frames, open_image, patch_grid, to_rgb, visual_tokens)
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -88,6 +88,7 @@ SPECIAL_TOKENS = (  # in the order of their ids in the released vocabulary, from
 STRUCTURE = {name for name in SPECIAL_TOKENS if not re.search("_ref_|box_|quad_", name)}
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # Windows leaves these files in folders
 BAD_JSON = (ValueError, RecursionError)  # what json.loads raises
+BAD_RECORD = (*UNREADABLE, ArithmeticError, MemoryError)  # what readers and decoders raise
 
 # {"id", "messages": [{"role", "content"}], "images": [picture, path or file content], "category"}
 Record = dict
@@ -292,6 +293,7 @@ class Sample:
     pixels: tuple[int, int]  # least and largest area of a picture
     name: str  # of the record, for messages
     lost: str = ""  # why nothing is learnt from it, although the plan counts on it
+    number: int = 0  # in the data; names need not be unique
 
     def patches(self, i: int) -> Tensor:
         """Decode and cut picture i, (P, 588) uint8.  Raises ValueError with the record's name."""
@@ -314,6 +316,7 @@ class Row:
     patches: Tensor | None  # (P, 588) uint8, None without pictures or where not cut
     grid_thw: Tensor | None  # (I, 3) int64
     names: list[str]  # of the records
+    numbers: list[int]  # of the samples in the data
     lost: dict[int, str] = field(default_factory=dict)  # samples that are not learnt, and why
 
     @property
@@ -402,7 +405,8 @@ def lay_out(samples: list[Sample], cut: bool = True) -> Row:
     row = Row(
         input_ids=torch.cat([s.input_ids for s in samples]), targets=torch.cat(targets),
         cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)), patches=None,
-        grid_thw=grid_thw if len(grid_thw) else None, names=[s.name for s in samples])
+        grid_thw=grid_thw if len(grid_thw) else None, names=[s.name for s in samples],
+        numbers=[s.number for s in samples])
     if cut:
         row.patches, row.lost = cut_pictures(samples)
         row.forget(row.lost)
@@ -551,7 +555,8 @@ def normalize_record(raw: dict, images: list[Picture], origin: str,
     # in the other records, pictures are in order already, and `render` finds their places
     if videos or any(isinstance(turn.get("content"), list) for turn in turns):
         turns, images = media_in_order(turns, images, [Video(v) for v in videos], folder, origin)
-    return {"id": raw.get("id", origin), "messages": turns, "images": images}
+    name = raw.get("id")
+    return {"id": origin if name is None else name, "messages": turns, "images": images}
 
 
 def paths_of(raw: dict, key: str, folder: Path, origin: str) -> list[Path]:
@@ -659,8 +664,11 @@ def record_of_parquet(raw: dict, folder: Path, origin: str) -> Record:
     images: list[Picture] = []
     for picture in pictures:
         # Hugging Face stores a picture as its bytes, or as a path, or both
-        content = picture.get("bytes") if isinstance(picture, dict) else picture
-        images.append(content or folder / str(picture["path"]))
+        if not isinstance(picture, dict):
+            picture = {"bytes": picture} if isinstance(picture, bytes) else {"path": picture}
+        if not picture.get("bytes") and not isinstance(picture.get("path"), str):
+            raise ValueError(f"{origin} has a picture without bytes or path")
+        images.append(picture.get("bytes") or folder / picture["path"])
     if not raw.get("conversations") and not raw.get("messages"):
         raw["messages"] = [{"role": "user", "content": "<image>"},
                            {"role": "assistant", "content": caption}]
@@ -848,7 +856,8 @@ def source_files(source: str) -> list[Path]:
         found = [path]
         if path.is_dir():
             found = [file for file in path.rglob("*")
-                     if file.suffix in READERS and file.name not in INDEX_FILES]
+                     if file.suffix in READERS and not (
+                         file.name in INDEX_FILES and (file.parent / "index.npy").is_file())]
         elif not path.exists() and glob.has_magic(name):
             found = [Path(file) for file in glob.glob(name, recursive=True)]
         if not found:
@@ -936,31 +945,36 @@ class Index:
 
     @classmethod
     def load(cls, folder: Path) -> "Index":
-        """Read an index.  Raises ValueError unless its files are there, of the size they had."""
+        """Read an index, with its rejected records."""
         try:
             head = json.loads((folder / "index.json").read_text())
             table = np.load(folder / "index.npy", mmap_mode="r")
+            rejects = (folder / "rejects.jsonl").read_text().splitlines()
             files, settings = head["files"], head["settings"]
+            whole = table.shape == (head["samples"], len(COLUMNS))
+            if not whole or head["columns"] != list(COLUMNS):
+                raise ValueError("index.npy is not what index.json says")
+            for entry in files:
+                # of packed data relative to the folder
+                entry["file"] = os.path.abspath(folder / entry["file"])
         except (*BAD_JSON, KeyError, TypeError, EOFError, FileNotFoundError) as error:
             raise ValueError(f"{folder} holds no valid index: {error}") from error
-        if table.shape != (head["samples"], len(COLUMNS)):
-            raise ValueError(f"{folder}/index.npy has not the {head['samples']} lines of "
-                             "index.json")
-        damaged = []
-        for entry in files:
-            path = folder / entry["file"]  # of packed data relative to the folder
+        return cls(files, table, settings, list(map(json.loads, rejects)))
+
+    def leave_out_damaged(self) -> None:
+        """Note files that are missing or not of the size they had, and leave out their samples."""
+        bad = []
+        for number, entry in enumerate(self.files):
+            path = Path(entry["file"])
             size = path.stat().st_size if path.is_file() else None
             if size is None:
-                damaged.append(f"{path} is missing")
+                self.damaged.append(f"{path} is missing")
             elif size != entry["size"]:
-                damaged.append(f"{path} has {size:,} bytes, not the {entry['size']:,} it had")
-            entry["file"] = str(path)
-        if damaged:
-            # what stands in a damaged file is not used
-            bad = [i for i, entry in enumerate(files)
-                   if any(said.startswith(f"{entry['file']} ") for said in damaged)]
-            table = table[~np.isin(table[:, 0], bad)]
-        return cls(files, table, settings, damaged=damaged)
+                self.damaged.append(f"{path} has {size:,} bytes, not the {entry['size']:,} it had")
+            if size != entry["size"]:
+                bad.append(number)
+        if bad:
+            self.table = self.table[~np.isin(self.table[:, 0], bad)]
 
 
 class Measured(torch.utils.data.Dataset):
@@ -983,7 +997,7 @@ class Measured(torch.utils.data.Dataset):
         for start, end, first in places:
             try:
                 makers = list(records(path, (start, end, first), folder))
-            except ValueError as error:
+            except BAD_RECORD as error:
                 reject(first, error)
                 continue
             for part, make in makers:
@@ -992,7 +1006,7 @@ class Measured(torch.utils.data.Dataset):
                     sample = self.encode(record)
                     self.check(record, sample)
                     lines.append([file, start, end, part, -1, *load_of(sample)])
-                except ValueError as error:
+                except BAD_RECORD as error:
                     reject(part, error)
         return lines, rejects
 
@@ -1031,7 +1045,8 @@ def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
                 places.append(place)
         except ValueError as error:
             damaged.append(str(error))
-        entries.append({"file": str(path.resolve()), "size": path.stat().st_size})
+        # absolute, but links stay: their names and folders count
+        entries.append({"file": os.path.abspath(path), "size": path.stat().st_size})
         chunks += [(number, path, places[i:i + CHUNK]) for i in range(0, len(places), CHUNK)]
     if not chunks and not damaged:
         raise ValueError(f"{', '.join(map(str, files))} holds no records")
@@ -1046,8 +1061,12 @@ def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
         kept = resume.read_text().splitlines(keepends=True)
         if kept and kept[0] == title:
             done = [json.loads(line) for line in kept[1:] if line.endswith("\n")]
-    keep = open(resume or os.devnull, "w")
-    keep.writelines([title, *(json.dumps(chunk) + "\n" for chunk in done)])
+    if resume is not None:
+        # a line that was cut goes; all others stay if this run is stopped as well
+        begun = resume.with_suffix(".partial")
+        begun.write_text(title + "".join(json.dumps(chunk) + "\n" for chunk in done))
+        begun.replace(resume)
+    keep = open(resume or os.devnull, "a")
 
     measured = Measured(chunks, images, partial(encode, tokenizer=tokenizer, min_pixels=pixels[0],
                                                 max_pixels=pixels[1]), check)
@@ -1078,10 +1097,14 @@ def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
             indexes.append(measure(source_files(path), tokenizer, images, pixels, workers))
             continue
         index = Index.load(Path(path))
-        for name, value in settings_of(tokenizer, "", pixels).items():
-            if index.settings[name] != value:
-                raise ValueError(f"{path} was packed with another {name}: {index.settings[name]}, "
-                                 f"not {value}; pack it again, or name its shards: {path}/*.tar")
+        index.leave_out_damaged()
+        if index.settings["pixels"] != list(pixels):
+            least, most = index.settings["pixels"]
+            raise ValueError(f"{path} was packed for --min-pixels {least} --max-pixels {most}: "
+                             f"give these, or name its shards, {path}/*.tar, to measure them anew")
+        if index.settings["tokenizer"] != settings_of(tokenizer, "", pixels)["tokenizer"]:
+            raise ValueError(f"{path} was packed with the tokenizer of another checkpoint: pack it "
+                             f"again, or name its shards, {path}/*.tar, to measure them anew")
         indexes.append(index)
 
     tables, files = [], []
@@ -1120,11 +1143,13 @@ def pack_rows(lengths: np.ndarray, room: int, pool: int = 128) -> np.ndarray:
     million samples take seconds.  lengths: (samples,) from 1 to `room`.
     """
     count = len(lengths)
-    streams = max(1, count // STREAM)
+    # of 64 rows at least, so that the last rows of all streams are few
+    streams = max(1, min(count // STREAM, int(lengths.sum()) // (64 * room)))
     columns = -(-count // streams)  # samples of a stream
     dtype = np.uint16 if room < 2**16 else np.int64
     sizes = np.zeros((columns + pool, streams), dtype)  # 0: no sample
-    sizes[:columns] = np.pad(lengths, (0, columns * streams - count)).reshape(columns, streams)
+    # a stream is a stretch of neighbours: what is packed from files reads them in their order
+    sizes[:columns] = np.pad(lengths, (0, columns * streams - count)).reshape(streams, columns).T
     rows = np.empty((columns + pool, streams), dtype=np.int32)
     held = sizes[:pool].T.copy()  # (streams, pool) lengths
     column_of = np.tile(np.arange(pool, dtype=np.int32), (streams, 1))
@@ -1147,10 +1172,10 @@ def pack_rows(lengths: np.ndarray, room: int, pool: int = 128) -> np.ndarray:
         column_of[each, choice] = column
 
     starts = np.cumsum(row + 1) - (row + 1)  # the first row of each stream
-    row_of = (rows[:columns] + starts).ravel()[:count].astype(np.int64)
+    row_of = (rows[:columns] + starts).T.ravel()[:count].astype(np.int64)
     if streams > 1:
         # for the last rows of a stream the pool was nearly empty: pack their samples once more
-        last = np.flatnonzero((rows[:columns] > row - 3).ravel()[:count])
+        last = np.flatnonzero((rows[:columns] > row - 3).T.ravel()[:count])
         row_of[last] = row_of.max() + 1 + pack_rows(lengths[last], room)
         _, row_of = np.unique(row_of, return_inverse=True)
     return row_of
@@ -1204,9 +1229,11 @@ class FileData:
             size = max(1, round(share * total))
             stretch = np.arange(epoch * size, (epoch + 1) * size)
             passes, places = np.divmod(stretch, len(source))
-            for which in np.unique(passes):
+            # a source smaller than its share is passed through several times
+            bounds = np.flatnonzero(np.diff(passes)) + 1
+            for which, part in zip(np.unique(passes), np.split(places, bounds)):
                 order = permutation(len(source), self.seed, number, which)
-                chosen.append(source[order[places[passes == which]]])
+                chosen.append(source[order[part]])
         together = np.concatenate(chosen)
         return together[permutation(len(together), self.seed, len(self.sources), epoch)]
 
@@ -1240,13 +1267,15 @@ class FileData:
         loads = self.loads(np.array([number]))[0].tolist()
         try:
             sample = self.encode(self.index.record(number))
-        except ValueError as error:
+        except BAD_RECORD as error:
             blank = torch.zeros(loads[0], dtype=torch.int64)
             return Sample(blank, torch.full_like(blank, IGNORE), [],
-                          torch.empty(0, 3, dtype=torch.int64), (0, 0), f"{number}", str(error))
+                          torch.empty(0, 3, dtype=torch.int64), (0, 0), "unknown", str(error),
+                          number)
         if load_of(sample) != loads:
             raise ValueError(f"record {sample.name} has {len(sample.input_ids)} tokens, but had "
                              f"{loads[0]} when it was measured: its file has changed")
+        sample.number = number
         return sample
 
 
@@ -1572,12 +1601,10 @@ class Shards(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> tuple[dict, list[Place]]:
         path = self.out / f"shard-{number:06}.tar"
         if not path.is_file():
-            # neighbours in the source are read one after another, and written in the order of rows
-            fields = {i: shard_fields(self.index.record(i)) for i in sorted(self.shards[number])}
             partial_path = path.with_suffix(".partial")
             with tarfile.open(partial_path, "w", format=tarfile.GNU_FORMAT) as tar:
                 for place, i in enumerate(self.shards[number]):
-                    for name, content in fields[i].items():
+                    for name, content in shard_fields(self.index.record(i)).items():
                         member = tarfile.TarInfo(f"{number:06}-{place:06}.{name}")
                         member.size = len(content)
                         tar.addfile(member, io.BytesIO(content))

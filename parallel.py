@@ -324,7 +324,7 @@ def share_row(samples: list[Sample], rank: int, ranks: int, visual_ids: list[int
         input_ids=row.input_ids[own_tokens], targets=row.targets[own_tokens],
         cu_seqlens=F.pad(query_counts[own_samples].cumsum(0), (1, 0)),
         patches=patches, grid_thw=None if patches is None else grid_thw[own_pictures],
-        names=row.names, lost=lost)
+        names=row.names, numbers=row.numbers, lost=lost)
     return RowShare(
         row=part, samples=own_samples.nonzero()[:, 0].tolist(), position_ids=position[own_tokens],
         cu_seqlens_k=F.pad(key_counts.cumsum(0), (1, 0)),
@@ -343,7 +343,8 @@ def forget_lost(row: Row | RowShare, ranks: Ranks) -> Row:
     flags = torch.zeros(len(row.row.names), device=ranks.device)
     flags[list(row.row.lost)] = 1
     dist.all_reduce(flags, group=ranks.context_mesh.get_group())
-    row.row.forget(i for i, sample in enumerate(row.samples) if flags[sample] > 0)
+    lost = flags.tolist()
+    row.row.forget(i for i, sample in enumerate(row.samples) if lost[sample])
     return row.row
 
 

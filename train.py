@@ -88,8 +88,8 @@ from torch.utils.data import DataLoader
 
 from assets.scenes import drawn_texts, held_out_questions, train_tokenizer
 from convert import check_tokenizer, load_model, load_tokenizer, read_config, save_checkpoint
-from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, encode, flag_parser,
-                  lay_out, open_index, reason_of, source_files, weight_of)
+from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, encode, files_of,
+                  flag_parser, lay_out, open_index, reason_of, weight_of)
 from fp8_kernel import check_device, convert_to_fp8
 from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
                    parameters_by_part, part_of)
@@ -353,7 +353,8 @@ class Step:
     balance: float
     waited: float = 0.0  # seconds until the rows were there
     names: list[str] = field(default_factory=list)  # of the samples of the rows that were read
-    lost: dict[str, str] = field(default_factory=dict)  # samples that were not learnt, and why
+    # samples that were not learnt: number in the data -> name and reason
+    lost: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 def steps_of(loader: Iterable[RowOfStep], count: int) -> Iterator[Step]:
@@ -385,11 +386,13 @@ def backward(model: LlavaOneVision, step: Step, ranks: Ranks) -> Tensor:
     """
     # the labels of all ranks, which the plan knows
     weight = 1 / max(1, step.sums["labels"])
-    total = torch.zeros(2, device=ranks.device)
+    # float32 would round the labels of a large step
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for number, row in enumerate(step.rows, 1):
         whole = forget_lost(row, ranks)
         step.names += whole.names
-        step.lost |= {whole.names[i]: reason for i, reason in whole.lost.items()}
+        step.lost |= {whole.numbers[i]: (whole.names[i], reason)
+                      for i, reason in whole.lost.items()}
         loss = weight * model.loss(**loss_arguments(row, ranks))
         if ranks.mesh is not None:
             # copies of the model add their gradients once, after the last row
@@ -418,7 +421,7 @@ def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, 
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad *= share
-        step.lost = gather_lost(step.lost, ranks)
+        step.lost = gathered(step.lost, ranks)
     norm = clip_gradients(parameters, clip) / ranks.count
     # the sum of all ranks' norms: so all decide alike, even if NaN is on one of them only
     if ranks.count > 1:
@@ -432,13 +435,13 @@ def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, 
     return loss, norm
 
 
-def gather_lost(lost: dict[str, str], ranks: Ranks) -> dict[str, str]:
-    """The lost samples of all ranks, with the reasons."""
-    of_ranks = [lost]
+def gathered(entries: dict, ranks: Ranks) -> dict:
+    """The entries of all ranks in one dictionary."""
+    of_ranks = [entries]
     if ranks.count > 1:
         of_ranks = [{}] * ranks.count
-        dist.all_gather_object(of_ranks, lost)
-    return {name: reason for part in of_ranks for name, reason in part.items()}
+        dist.all_gather_object(of_ranks, entries)
+    return {key: value for part in of_ranks for key, value in part.items()}
 
 
 # ------------------------------------------------------------------------------------- accounting
@@ -726,7 +729,7 @@ def leave_to_first_rank(ranks: Ranks) -> None:
 def refuse_step(step: Step, loss: float, norm: float, place: str, ranks: Ranks, log: Log) -> None:
     """End the run, on all ranks, at a step that is not finite; the first rank names its samples."""
     # ranks that share a row have the same samples
-    names = list(gather_lost(dict.fromkeys(step.names, ""), ranks))
+    names = list(gathered(dict.fromkeys(step.names), ranks))
     leave_to_first_rank(ranks)
 
     log.line(f"{place} is not finite", samples=names, loss=str(loss), norm=str(norm))
@@ -737,26 +740,26 @@ def refuse_step(step: Step, loss: float, norm: float, place: str, ranks: Ranks, 
                      f"changed; its samples are {listed}")
 
 
-def note_lost(step: Step, lost: dict[str, str], data: FileData | DrawnData, config: TrainConfig,
+def note_lost(step: Step, lost: set[int], data: FileData | DrawnData, config: TrainConfig,
               out: Path, ranks: Ranks) -> Counter[str]:
     """Add the step's lost samples to `lost` and to rejects.jsonl; returns their kinds, for the log.
 
     Raises ValueError if more than --max-bad of all samples are lost; one may always be.
     """
-    new = {name: reason for name, reason in step.lost.items() if name not in lost}
-    lost |= new
+    new = {number: found for number, found in step.lost.items() if number not in lost}
+    lost |= new.keys()
     if ranks.rank == 0:
         with open(out / "rejects.jsonl", "a") as file:
-            file.writelines(json.dumps({"record": name, "reason": reason}) + "\n"
-                            for name, reason in new.items())
+            file.writelines(json.dumps({"sample": number, "record": name, "reason": reason}) + "\n"
+                            for number, (name, reason) in new.items())
     samples = len(data.index.table)
     if len(lost) > max(1, config.max_bad * samples):
         leave_to_first_rank(ranks)
-        reason = list(lost.values())[-1]
+        _, reason = list(step.lost.values())[-1]
         raise ValueError(f"{len(lost)} of {samples:,} samples are lost, more than --max-bad "
                          f"{config.max_bad} allows: see {out / 'rejects.jsonl'}; the last: "
                          f"{reason}")
-    return Counter(f"lost {reason_of(reason)}" for reason in step.lost.values())
+    return Counter(f"lost {reason_of(reason)}" for _, reason in step.lost.values())
 
 
 def check_index(index: Index, skip_bad: bool) -> None:
@@ -787,6 +790,7 @@ def open_indexes(recipes: dict[str, Recipe], tokenizer: Tokenizer, config: Train
             indexes[name] = same[0] if same else open_index(
                 recipe.data, tokenizer, config.images, pixels, os.cpu_count() or 1)
             check_index(indexes[name], config.skip_bad)
+            FileData(indexes[name], tokenizer, recipe.seq_length, config.seed)  # refuses short rows
     except (ValueError, OSError) as found:
         error = [str(found)]
     if ranks.count > 1:
@@ -809,8 +813,9 @@ def stage_data(name: str, tokenizer: Tokenizer, recipe: Recipe, config: TrainCon
         indexes[name].save(folder)
     if ranks.count > 1:
         dist.barrier()
-    return FileData(indexes.get(name) or Index.load(folder), tokenizer, recipe.seq_length,
-                    config.seed)
+    # all ranks plan with the same table, whatever has become of the files
+    index = indexes[name] if ranks.rank == 0 else Index.load(folder)
+    return FileData(index, tokenizer, recipe.seq_length, config.seed)
 
 
 def row_loader(data: FileData | DrawnData, sizes: ModelConfig, recipe: Recipe, workers: int,
@@ -825,7 +830,7 @@ def row_loader(data: FileData | DrawnData, sizes: ModelConfig, recipe: Recipe, w
     rows = Rows(data, recipe.rows, ranks.rank // ranks.context, ranks.data_ranks, cost, cut)
     return DataLoader(rows, batch_size=None, num_workers=workers,
                       sampler=range(recipe.steps * recipe.rows // ranks.data_ranks),
-                      prefetch_factor=4 if workers else None,
+                      prefetch_factor=max(1, 4 // workers) if workers else None,
                       pin_memory=ranks.device.type == "cuda")
 
 
@@ -837,11 +842,15 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
     if isinstance(data, FileData):
         rows, samples = data.rows_in(0), sum(map(len, data.sources))
         if config.epochs:
-            recipe = replace(recipe, steps=math.ceil(config.epochs * rows / recipe.rows))
-        log.line(f"{name}: an epoch is {samples:,} samples in {rows:,} rows, "
-                 f"{rows / recipe.rows:,.1f} steps; {data.too_long:,} samples are longer than a "
-                 f"row, {len(data.index.rejects):,} were rejected",
-                 samples=samples, rows=rows, too_long=data.too_long)
+            whole, part = divmod(config.epochs, 1)
+            seen_rows = sum(data.rows_in(epoch) for epoch in range(int(whole))) + part * rows
+            recipe = replace(recipe, steps=math.ceil(seen_rows / recipe.rows))
+        log.line(f"{name}: an epoch is {samples:,} samples in {rows:,} rows"
+                 f"{' as they were packed' if data.packed else ''}, "
+                 f"{rows / recipe.rows:,.1f} steps; left out: {data.too_long:,} samples longer "
+                 f"than a row, {len(data.index.rejects):,} bad records, what is damaged of "
+                 f"{len(data.index.damaged)} files",
+                 samples=samples, rows=rows, too_long=data.too_long, damaged=data.index.damaged)
     optimizer = make_optimizer(model, recipe)
     set_balance(model, recipe, config.expert_balance)
     rate, source = matrix_rate(ranks)
@@ -851,7 +860,7 @@ def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: 
     loader = row_loader(data, model.config, recipe, config.workers, ranks)
     started = last_line = time.monotonic()
     seen: Counter[str] = Counter()  # sums since the last line of the log
-    lost: dict[str, str] = {}  # samples that could not be decoded
+    lost: set[int] = set()  # samples that could not be decoded
     for number, step in enumerate(steps_of(loader, recipe.rows // ranks.data_ranks), 1):
         lr = learning_rate(number - 1, recipe)
         loss, norm = train_step(model, optimizer, step, lr, recipe.clip, ranks)
@@ -963,8 +972,8 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
         if recipe.rows % ranks.data_ranks:
             raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
-        for source in set(recipe.data) - set(DRAWN):
-            source_files(weight_of(source)[0])  # refuses files that are not there
+        if recipe.data[0] not in DRAWN:
+            files_of([weight_of(source)[0] for source in recipe.data])  # they must be there
         # the memory is estimated: print it, but let the device itself refuse
         memory = memory_by_part(sizes, recipe, shards, ranks.context, ranks.experts, config.fp8)
         needed, present = sum(memory.values()) / 2**30, memory_of_rank(ranks.device) / 2**30

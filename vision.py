@@ -424,8 +424,11 @@ def film_frames(path: Path) -> list[Image.Image]:
             chosen = set(sampled_frames(total, float(stream.average_rate)))
             film.seek(0)
             decoded = enumerate(film.decode(stream))
-            return [frame.to_image() for i, frame in decoded if i in chosen]
-    except (av.error.FFmpegError, *UNREADABLE) as error:
+            frames = [frame.to_image() for i, frame in decoded if i in chosen]
+            if not frames:
+                raise ValueError("it has no frames")
+            return frames
+    except (av.error.FFmpegError, ZeroDivisionError, *UNREADABLE) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from error
 
 

@@ -33,6 +33,7 @@ PUBLISHED = ((36, 1024, 4_127_403), (1024, 2048, 1_085_218), (2048, 8188, 308_11
 SAMPLES = 10_000_000  # to pack
 RUNS = 3
 ROW = 8192  # tokens of a row of the full recipe
+LOADED = 2048  # tokens of a row that is loaded here: of many short ones, all workers get as many
 WORKERS, PREFETCH = 4, 4  # processes of a rank, and rows that each prepares ahead
 WORDS = "a the in of on and with picture person street blue small two stands near table".split()
 
@@ -117,7 +118,7 @@ def plain_loop(folder: Path, tokenizer: Tokenizer, max_pixels: int) -> tuple[int
 
 def load_rows(index: Index, tokenizer: Tokenizer, workers: int) -> tuple[int, int]:
     """An epoch through a DataLoader like `train.row_loader`'s: tokens and patches."""
-    data = FileData(index, tokenizer, ROW, seed=0)
+    data = FileData(index, tokenizer, LOADED, seed=0)
     loader = DataLoader(Rows(data), batch_size=None, sampler=range(data.rows_in(0)),
                         num_workers=workers, prefetch_factor=PREFETCH if workers else None)
     tokens = count = 0
@@ -158,7 +159,7 @@ def measuring_and_loading(tokenizer: Tokenizer, count: int, width: int, height: 
                 "only headers read (wanted: 10)":
                     lambda: len(measure(files, tokenizer, pixels=pixels).table)})
         tokens, patches = index.table[:, [COLUMNS.index("tokens"), COLUMNS.index("patches")]].T
-        print(f"Rows of {ROW:,} tokens, --max-pixels {max_pixels:,}: {tokens.mean():,.0f} tokens "
+        print(f"Rows of {LOADED:,} tokens, --max-pixels {max_pixels:,}: {tokens.mean():,.0f} tokens "
               f"and {patches.mean():,.0f} patches a sample.")
         compare("loading", count, {
             "plain loop": lambda: plain_loop(folder, tokenizer, max_pixels),
