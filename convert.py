@@ -56,7 +56,7 @@ from fp8_kernel import BLOCK, Fp8Linear, convert_to_fp8, quantize_fp8
 from model import LlavaOneVision, ModelConfig, init_linear, meta_model
 from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, Merger, VisionConfig
 
-SHARD = 5e9  # bytes in one file of weights, at most
+FILE_BYTES = 5e9  # in one file of weights, at most
 WEIGHTS = "model.safetensors"  # a checkpoint in one file
 INDEX = f"{WEIGHTS}.index.json"  # of a checkpoint in several files: the file of each tensor
 SCALES = "_scale_inv"  # suffix: the scales of an FP8 weight have its name and this behind it
@@ -555,10 +555,10 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype, device: torch.device,
 
 
 def file_groups(tensors: Tensors) -> Iterator[dict[str, Tensor]]:
-    """Collect tensors for one file after the other: at most SHARD bytes, or a single tensor."""
+    """Collect tensors for one file after the other: at most FILE_BYTES, or a single tensor."""
     group, size = {}, 0
     for name, tensor in tensors:
-        if group and size + tensor.nbytes > SHARD:
+        if group and size + tensor.nbytes > FILE_BYTES:
             yield group
             group, size = {}, 0
         group[name] = tensor

@@ -125,11 +125,11 @@ class KVCache:
         self.v = like.new_zeros(shape)
         self.capacity = capacity
         self.cu_seqlens = torch.arange(segments + 1, device=like.device) * capacity
-        self.steps = 0
+        self.passes = 0  # of the decoder, so far
 
     def begin(self, cu_seqlens: Tensor, positions: Tensor) -> None:
         """Find the slots of new tokens: cu_seqlens (S + 1,), positions (T,) in their segments."""
-        self.steps += 1
+        self.passes += 1
         first_slots = self.cu_seqlens[segment_ids(cu_seqlens)]  # (T,)
         self.slots = first_slots + positions
         self.new_keys = Where(cu_seqlens, len(positions))
@@ -139,7 +139,7 @@ class KVCache:
         """Store k, v (T, G, E) of the new tokens.  Return the keys and values that they see."""
         self.k[layer, self.slots] = k
         self.v[layer, self.slots] = v
-        if self.steps == 1:
+        if self.passes == 1:
             # nothing else is in the cache yet: k and v have no empty slots between segments
             return k, v, self.new_keys
         return self.k[layer], self.v[layer], self.all_keys
@@ -544,7 +544,7 @@ class LlavaOneVision(nn.Module):
                  grid_thw: Tensor | None = None, max_new_tokens: int = 1024,
                  stop_ids: tuple[int, ...] = (), temperature: float = 0.0,
                  top_p: float = 1.0) -> Iterator[Tensor]:
-        """Continue S packed prompts.  Yields the next token of each, (S,), one tensor per step.
+        """Continue S packed prompts.  Yields the next token of each, (S,), one tensor a pass.
 
         A prompt that has produced one of `stop_ids` repeats it.  The generator ends when all
         prompts have, or after max_new_tokens.  See `sample_tokens` for temperature and top_p.
@@ -570,7 +570,7 @@ class LlavaOneVision(nn.Module):
             if done.all():
                 return
 
-            # from the second step on, a row has one token of each prompt: T = S
+            # from the second pass on, a row has one token of each prompt: T = S
             x = self.model.embed_tokens(tokens)  # (S, C)
             position_ids = lengths
             lengths = lengths + 1

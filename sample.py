@@ -6,7 +6,7 @@ Called by people, by no other file; calls `convert.py`, `data.py`, `model.py`, `
 
 The idea.  The prompt is encoded as in training, but ends with the header of an answer.  One pass
 over it fills the cache of keys and values and gives the logits of the first token.  Each further
-step feeds the last token back to the model:
+pass feeds the last token back to the model:
 
     y_1 = argmax p(. | x),   y_{n+1} = argmax p(. | x, y_1 ... y_n)
 

@@ -159,8 +159,8 @@ def measuring_and_loading(tokenizer: Tokenizer, count: int, width: int, height: 
                 "only headers read (wanted: 10)":
                     lambda: len(measure(files, tokenizer, pixels=pixels).table)})
         tokens, patches = index.table[:, [COLUMNS.index("tokens"), COLUMNS.index("patches")]].T
-        print(f"Rows of {LOADED:,} tokens, --max-pixels {max_pixels:,}: {tokens.mean():,.0f} tokens "
-              f"and {patches.mean():,.0f} patches a sample.")
+        print(f"Rows of {LOADED:,} tokens, --max-pixels {max_pixels:,}: a sample has "
+              f"{tokens.mean():,.0f} tokens and {patches.mean():,.0f} patches.")
         compare("loading", count, {
             "plain loop": lambda: plain_loop(folder, tokenizer, max_pixels),
             **{f"DataLoader of Rows, workers={n}": lambda n=n: load_rows(index, tokenizer, n)

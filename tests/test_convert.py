@@ -141,7 +141,7 @@ def test_export_round_trips_bit_for_bit(preset: str, tmp_path: Path, run: Callab
     """Export -> load -> save -> export, and the other key layout -> export, in several files."""
     torch.manual_seed(0)
     model = LlavaOneVision(replace(PRESETS[preset], num_hidden_layers=2)).init_weights()
-    monkeypatch.setattr(convert, "SHARD", 2e6)
+    monkeypatch.setattr(convert, "FILE_BYTES", 2e6)
     (tmp_path / "run").mkdir()
     convert.save_checkpoint(model, load_tokenizer(SHIPPED), tmp_path / "run" / "instruct")
     shutil.copytree(SHIPPED, tmp_path / "run" / "align")  # an earlier stage, written later
@@ -383,7 +383,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A merged checkpoint in three files."""
     folder = tmp_path_factory.mktemp("healthy") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "SHARD", 4e5)
+        patch.setattr(convert, "FILE_BYTES", 4e5)
         assert call(convert.main, patch, *merge_command("llm", folder)) == 0
     assert len(list(folder.glob("model-*-of-00003.safetensors"))) == 3
     return folder
@@ -476,7 +476,7 @@ def test_an_export_is_moved_into_place_whole(healthy: Path, tmp_path: Path,
     the number that float16 cannot hold is met after a file was written."""
     source, out = tmp_path / "out.partial", tmp_path / "out"
     shutil.copytree(healthy, source)
-    monkeypatch.setattr(convert, "SHARD", 4e4)
+    monkeypatch.setattr(convert, "FILE_BYTES", 4e4)
     assert call(convert.main, monkeypatch, "export", source, "--out", out) == 0
     assert {file.name for file in tmp_path.iterdir()} == {"out.partial", "out"}
     replaced(O_PROJ, lambda x: x + 1e6)(source)
@@ -568,7 +568,7 @@ def in_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fresh dense and mixed models of two layers, exported in FP8, in several files each."""
     folder = tmp_path_factory.mktemp("fp8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "SHARD", 2e6)
+        patch.setattr(convert, "FILE_BYTES", 2e6)
         for name in ("tiny", "tiny-moe"):
             torch.manual_seed(0)
             model = LlavaOneVision(replace(PRESETS[name], num_hidden_layers=2)).init_weights()

@@ -209,7 +209,7 @@ LARGER = replace(SMALL_MOE, hidden_size=512, moe_intermediate_size=512, num_hidd
 
 def load_sharded(path: Path, flags: dict) -> dict:
     """Peak memory of loading over what was there, size of this rank's part, and a fingerprint."""
-    convert.SHARD = 20e6
+    convert.FILE_BYTES = 20e6
     ranks = join_ranks(find_ranks(**flags))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
@@ -233,7 +233,7 @@ def test_ranks_read_their_slices_alone(flags: dict, tmp_path: Path,
     """Peak under 1.5 times the shard and one tensor; several files in, the same bits out."""
     torch.manual_seed(0)
     model = LlavaOneVision(LARGER).init_weights().bfloat16()
-    monkeypatch.setattr(convert, "SHARD", 20e6)
+    monkeypatch.setattr(convert, "FILE_BYTES", 20e6)
     save_checkpoint(model, load_tokenizer(SHIPPED), tmp_path / "run")
     assert len(list((tmp_path / "run").glob("model-*.safetensors"))) > 3
     largest = max(4 * p.numel() for p in model.parameters())
