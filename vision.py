@@ -328,11 +328,14 @@ def cut_patches(image: Picture | Video, min_pixels: int = MIN_PIXELS,
             raise ValueError(f"the frames of {image.file} are not of one size")
         return torch.cat([patches for patches, _ in cut]), (len(frames), *cut[0][1][1:])
 
-    image = to_rgb(open_image(image))
+    image = open_image(image)
+    # nearly all pictures are upright and RGB: they need no copy
+    if image.mode != "RGB" or orientation(image) != 1 or "transparency" in image.info:
+        image = to_rgb(image)
     height, width = smart_resize(image.height, image.width, min_pixels, max_pixels)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     h, w = height // PATCH, width // PATCH
-    pixels = np.array(image).reshape(h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+    pixels = np.asarray(image).reshape(h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
     # From (block y, patch y, pixel y, block x, patch x, pixel x, channel)
     # to   (block y, block x, patch y, patch x, channel, pixel y, pixel x):
     patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, PATCH_NUMBERS)
