@@ -110,9 +110,11 @@ LEARNING_WORDS = set("system weight loss mask masked train trainable learn tool 
 # Other tools put <video> or <audio> in front of a turn, or at its end on a line of its own.  With a
 # source, a track or a closing tag behind it, the turn is about HTML.
 OTHER_MEDIA = re.compile(r"\A<(video|audio)>(?!\s*<(source|track|/))|\n<(video|audio)>\Z")
+OPENED = {"image": Path, "video": Video}  # what a path in a record becomes
 DRAWN = ("captions", "questions", "mixed")  # data drawn by assets/scenes.py
 CHUNK = 1000  # records that a process measures at once
-INDEX_FILES = ("index.json", "rejects.jsonl", "measured.jsonl")  # beside packed shards
+# beside packed shards
+INDEX_FILES = ("index.json", "rejects.jsonl", "measured.jsonl", "written.jsonl")
 EPOCH_NUMBERS = 2**20  # numbers for the drawn samples of an epoch
 STREAM = 2**15  # samples that are packed one after another, beside other streams
 SHARD = 4096  # samples of a shard that it writes, to the end of a row
@@ -344,9 +346,10 @@ class Row:
         return inputs
 
 
-def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
-           max_pixels: int = MAX_PIXELS, generation_prompt: bool = False) -> Sample:
-    """Tokenise a record and measure its pictures; pixel limits are on height * width.
+def encode(record: Record, tokenizer: Tokenizer,
+           pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS),
+           generation_prompt: bool = False) -> Sample:
+    """Tokenise a record and measure its pictures; pixels: least and largest height * width.
 
     Raises ValueError, with the record's name, if the record is malformed or, in training, has
     nothing to learn.
@@ -355,7 +358,7 @@ def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
     name = str(record.get("id", "?")).encode(errors="backslashreplace").decode()
     try:
         # the size of a picture is in its file's header; pixels are not read here
-        grids = [patch_grid(image, min_pixels, max_pixels) for image in record["images"]]
+        grids = [patch_grid(image, *pixels) for image in record["images"]]
         grid_thw = torch.tensor(grids, dtype=torch.int64).view(-1, 3)  # (I, 3)
         counts = visual_tokens(grid_thw).tolist()
         ids, labels = chat_tokens(record["messages"], tokenizer, counts, generation_prompt)
@@ -364,7 +367,7 @@ def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
     except ValueError as error:
         raise ValueError(f"record {name}: {error}") from error
     return Sample(torch.tensor(ids), torch.tensor(labels), record["images"], grid_thw,
-                  (min_pixels, max_pixels), name)
+                  pixels, name)
 
 
 def cut_pictures(samples: list[Sample],
@@ -471,30 +474,28 @@ def check_turn(turn: dict, origin: str, videos: bool, paths: bool) -> None:
             raise ValueError(f"{origin}: an item of a turn has {unused[0]!r}, only type and text "
                              "are supported: pictures are named in images")
         # in an answer, <video> is text
-        text = item.get("text") if role in ("user", "human") else None
-        other = OTHER_MEDIA.search(text) if isinstance(text, str) else None
+        other = role in ("user", "human") and OTHER_MEDIA.search(str(item.get("text")))
         lost_video = item.get("type") == "video" and not item.get("video")
         if (other and "audio" in other[0]) or ((other or lost_video) and not videos):
             raise ValueError(f"{origin}: there is a video or a sound in a turn, but the record "
                              "names none that is supported")
 
 
-def media_in_order(turns: list[dict], images: list[Picture], videos: list[Video],
+def media_in_order(turns: list[dict], images: Sequence[Picture], videos: Sequence[Video],
                    folder: Path | None, origin: str) -> tuple[list[dict], list[Picture | Video]]:
     """The turns with their places spelt out as items, and pictures and videos in that order.
 
     An item may name its own file: {"type": "image", "image": "a.png"}.
     """
     waiting = {"image": iter(images), "video": iter(videos)}
-    opened = {"image": Path, "video": Video}
+    place = re.compile("(<image>|<video>)" if videos else "(<image>)")
     ordered, turns_in_order = [], []
     for turn in turns:
         content = turn.get("content")
         if isinstance(content, str) and turn.get("role") == "user":
             # a split at a group keeps what it matches: text, place, text, place, ..., text
-            parts = re.split("(<image>|<video>)" if videos else "(<image>)", content)
-            content = [{"type": part[1:-1]} if part in ("<image>", "<video>") else
-                       {"type": "text", "text": part} for part in parts if part]
+            content = [{"type": part[1:-1]} if place.fullmatch(part) else
+                       {"type": "text", "text": part} for part in place.split(content) if part]
         for item in content if isinstance(content, list) else []:
             kind = item.get("type") if isinstance(item, dict) else None
             if kind not in ("image", "video"):
@@ -502,7 +503,7 @@ def media_in_order(turns: list[dict], images: list[Picture], videos: list[Video]
             path = item.pop(kind, None)
             if path and not isinstance(path, str):
                 raise ValueError(f"{origin}: {path!r} is not the path of a file")
-            media = opened[kind](folder / path) if path else next(waiting[kind], None)
+            media = OPENED[kind](folder / path) if path else next(waiting[kind], None)
             if media is None:
                 raise ValueError(f"{origin}: the text has more places for {kind}s than {kind}s")
             ordered.append(media)
@@ -513,35 +514,38 @@ def media_in_order(turns: list[dict], images: list[Picture], videos: list[Video]
     return turns_in_order, ordered
 
 
-def normalize_record(raw: dict, images: list[Picture], origin: str,
-                     videos: Sequence[Picture] = (), folder: Path | None = None) -> Record:
-    """A record from any of the field's schemas: `messages`, LLaVA's `conversations`, or `texts`.
-
-    The key `system` may hold a system prompt.  folder: where items of messages may name files;
-    those of shards may not.  Raises ValueError with the record's origin.
-    """
+def turns_of(raw: dict, origin: str, videos: bool, folder: Path | None) -> list[dict]:
+    """The turns of a record, with `role` and `content`, after a check of their keys."""
     schemas = [key for key in ("messages", "conversations", "texts") if raw.get(key)]
-    if not schemas:
-        raise ValueError(f"{origin} has neither messages nor conversations")
-    if len(schemas) > 1:
-        raise ValueError(f"{origin} has {' and '.join(schemas)}: which is meant?")
+    if len(schemas) != 1:
+        found = " and ".join(schemas) or "neither messages nor conversations"
+        raise ValueError(f"{origin} has {found}: it must have one of them")
     schema = schemas[0]
     turns = raw[schema]
     if not is_list_of(turns, dict):
         raise ValueError(f"{origin}: {schema} is not a list of turns")
     for turn in turns:
-        check_turn(turn, origin, videos=bool(videos),
-                   paths=schema == "messages" and folder is not None)
+        check_turn(turn, origin, videos, paths=schema == "messages" and folder is not None)
+    if schema != "conversations" and "from" not in turns[0]:
+        return turns
 
     # LLaVA has other names for the same keys and roles; upstream's shards have either
-    if schema == "conversations" or "from" in turns[0]:
-        roles = {"human": "user", "gpt": "assistant"}
-        try:
-            turns = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-                     for turn in turns]
-        except (KeyError, TypeError):
-            raise ValueError(f"{origin}: {schema} is not a list of from and value") from None
+    roles = {"human": "user", "gpt": "assistant"}
+    try:
+        return [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+                for turn in turns]
+    except (KeyError, TypeError):
+        raise ValueError(f"{origin}: {schema} is not a list of from and value") from None
 
+
+def normalize_record(raw: dict, origin: str, images: Sequence[Picture],
+                     videos: Sequence[Video] = (), folder: Path | None = None) -> Record:
+    """A record from any of the field's schemas: `messages`, LLaVA's `conversations`, or `texts`.
+
+    The key `system` may hold a system prompt.  folder: where items of messages may name files;
+    those of shards may not.  Raises ValueError with the record's origin.
+    """
+    turns = turns_of(raw, origin, bool(videos), folder)
     system = raw.get("system")
     if system:
         if not isinstance(system, str) or turns[0].get("role") == "system":
@@ -550,129 +554,33 @@ def normalize_record(raw: dict, images: list[Picture], origin: str,
         turns = [{"role": "system", "content": system}, *turns]
     # in the other records, pictures are in order already, and `render` finds their places
     if videos or any(isinstance(turn.get("content"), list) for turn in turns):
-        turns, images = media_in_order(turns, images, [Video(v) for v in videos], folder, origin)
+        turns, images = media_in_order(turns, images, videos, folder, origin)
     return {"id": raw.get("id", origin), "messages": turns, "images": images}
 
 
-def paths_of(raw: dict, key: str, folder: Path, origin: str) -> list[Path]:
+def paths_of(raw: dict, kind: str, folder: Path, origin: str) -> list[Path | Video]:
     """The files that a record names in `image` or `images` (or `video`, `videos`)."""
-    if raw.get(key) and raw.get(f"{key}s"):
-        raise ValueError(f"{origin} has {key} and {key}s: which is meant?")
+    if raw.get(kind) and raw.get(f"{kind}s"):
+        raise ValueError(f"{origin} has {kind} and {kind}s: which is meant?")
     # either key may hold one path or a list of paths
-    paths = raw.get(f"{key}s") or raw.get(key) or []
+    paths = raw.get(f"{kind}s") or raw.get(kind) or []
     if isinstance(paths, str):
         paths = [paths]
     if not is_list_of(paths, str):
-        raise ValueError(f"{origin}: {paths!r} is not the path of {key}s or a list of them")
+        raise ValueError(f"{origin}: {paths!r} is not the path of {kind}s or a list of them")
     if any("\0" in path for path in paths):
         raise ValueError(f"{origin}: {paths!r} cannot be a path")
-    return [folder / path for path in paths]
+    return [OPENED[kind](folder / path) for path in paths]
 
 
-def record_of_json(raw: dict, folder: Path, origin: str) -> Record:
-    """The record that an entry of a JSON file describes; paths are relative to `folder`."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{origin} is not an object")
-    refuse_unused(raw, RECORD_KEYS, origin)
-    if raw.get("texts"):
-        raise ValueError(f"{origin} has texts, which are for shards: name them messages")
-    return normalize_record(raw, paths_of(raw, "image", folder, origin), origin,
-                            paths_of(raw, "video", folder, origin), folder)
+# ------------------------------------------------------------------------------------------ readers
 
-
-def records_of_shard(fields: dict[str, FilePart], origin: str) -> list[Callable[[], Record]]:
-    """What makes the records of a shard's members with the same key, `fields` by their names.
-
-    Upstream's layouts: `texts` with the `name`s of the pictures; a list of turns, beside one
-    picture; and packed, lists of `images`, `prompts` and `captions`, an entry for each record.
-    """
-    if "json" not in fields:
-        raise ValueError(f"{origin} lacks its member 'json'")
-    try:
-        raw = json.loads(content_of(fields["json"]))
-    except BAD_JSON as error:
-        raise ValueError(f"{origin}: its json is not valid: {error}") from error
-    if isinstance(raw, list) and is_list_of(raw, dict) and raw:
-        pictures = [part for name, part in fields.items() if name != "json"]
-        return [partial(normalize_record, {"texts": raw}, pictures, origin)]
-    if not isinstance(raw, dict):
-        raise ValueError(f"{origin}: its json is not an object")
-    if "captions" in raw:
-        return packed_records(raw, fields, origin)
-
-    refuse_unused(raw, SHARD_KEYS, origin)
-    if raw.get("media") not in (None, "image", "video", "text"):
-        raise ValueError(f"{origin}: its media are {raw['media']!r}, only image, video and text "
-                         "are supported")
-    # `name` has the order of the places for pictures; the members may have another order
-    names = raw.get("name") or []
-    if not is_list_of(names, str):
-        raise ValueError(f"{origin}: name is {names!r}, not a list of members")
-    for name in names:
-        if name not in fields:
-            raise ValueError(f"{origin} lacks its member {name!r}")
-    parts = [fields[name] for name in names]
-    if raw.get("media") == "video":
-        return [partial(normalize_record, raw, [], origin, parts)]
-    return [partial(normalize_record, raw, parts, origin)]
-
-
-def packed_records(raw: dict, fields: dict[str, FilePart],
-                   origin: str) -> list[Callable[[], Record]]:
-    """What makes the records of one member of a packed shard; its lists may be nested for turns."""
-    columns = [raw.get("images"), raw.get("prompts", raw.get("prompt")), raw["captions"]]
-    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
-        raise ValueError(f"{origin}: images, prompts and captions are not lists of one length")
-    make = []
-    place = 0  # of the next picture among all of the member
-    for i, entry in enumerate(zip(*columns)):
-        # without turns, an entry is one picture, one prompt and one caption
-        names, prompts, captions = (part if isinstance(part, list) else [part] for part in entry)
-        parts = []
-        for name in names:
-            part = fields.get(name) if isinstance(name, str) else None
-            # the list may have the names before packing; then the members are numbered
-            part = part or fields.get(f"img{place}.jpg") or fields.get(f"img{place:03}.jpg")
-            if part is None:
-                raise ValueError(f"{origin} lacks its member {name!r}")
-            parts.append(part)
-            place += 1
-        if len(prompts) != len(captions) or not is_list_of(prompts, str):
-            raise ValueError(f"{origin}: its entry {i} has not a prompt for each caption")
-        if parts and not any("<image>" in prompt for prompt in prompts):
-            prompts = ["<image>" * len(parts) + prompts[0], *prompts[1:]]
-        texts = []
-        for prompt, caption in zip(prompts, captions):
-            texts.append({"role": "user", "content": prompt})
-            texts.append({"role": "assistant", "content": caption})
-        make.append(partial(normalize_record, {"texts": texts}, parts, f"{origin}[{i}]"))
-    return make
-
-
-def record_of_parquet(raw: dict, folder: Path, origin: str) -> Record:
-    """The record of a line of parquet: `conversations` or `messages`, or a `caption`."""
-    raw = {key: value for key, value in raw.items() if value is not None}
-    caption = raw.pop("caption", None)
-    pictures = raw.pop("images", None) or raw.pop("image", None) or []
-    if not isinstance(pictures, list):
-        pictures = [pictures]
-    images: list[Picture] = []
-    for picture in pictures:
-        # Hugging Face stores a picture as its bytes, or as a path, or both
-        content = picture.get("bytes") if isinstance(picture, dict) else picture
-        images.append(content or folder / str(picture["path"]))
-    if not raw.get("conversations") and not raw.get("messages"):
-        raw["messages"] = [{"role": "user", "content": "<image>"},
-                           {"role": "assistant", "content": caption}]
-    refuse_unused(raw, RECORD_KEYS, origin)
-    return normalize_record(raw, images, origin)
-
-
-# --------------------------------------------------------------------------- where records are
-
-# A place: first byte, byte behind the last, and the number of the record in the file.  In parquet
-# it is: group of lines, line of the group, number.
+# Each kind of file has two functions.  The first gives the places of its records: first byte, byte
+# behind the last, and number of the record in the file.  In parquet a place is: group of lines,
+# line of the group, number.  The second reads a place.  It gives, by their numbers, what
+# `normalize_record` makes the records from: several if a shard is packed.
 Place = tuple[int, int, int]
+Found = dict[int, tuple]  # number -> arguments of normalize_record
 
 
 def json_places(path: Path) -> Iterator[Place]:
@@ -688,34 +596,36 @@ def json_places(path: Path) -> Iterator[Place]:
         return
     content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")  # without the mark that Windows puts first
-        entries = json.loads(text)
+        entries = json.loads(content.decode("utf-8-sig"))  # without the mark of Windows
     except BAD_JSON as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(entries, list):
         raise ValueError(f"{path} is not a list of records")
-    # the list is valid: read its entries again, to see where each ends
-    place = text.index("[") + 1
-    byte = len(content) - len(text.encode()) + place  # before the list is only white space
+    # The list is valid: read its entries again, to see where each ends.  In Latin-1 each byte is
+    # a character, so places in the text are places in the file.
+    text = content.decode("latin-1")
+    end = text.index("[") + 1
     for number in range(len(entries)):
-        begin = re.compile(r"[\s,]*").match(text, place).end()
-        byte += begin - place
-        _, place = json.JSONDecoder().raw_decode(text, begin)
-        size = len(text[begin:place].encode())
-        yield byte, byte + size, number
-        byte += size
+        start = re.compile(r"[ \t\r\n,]*").match(text, end).end()
+        _, end = json.JSONDecoder().raw_decode(text, start)
+        yield start, end, number
 
 
-def json_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int, Callable]]:
+def json_records(path: Path, place: Place, folder: Path) -> Found:
+    """The record of a line or entry; its paths are relative to `folder`."""
     start, end, number = place
     origin = f"{path}[{number}]"
-    with open(path, "rb") as file:
-        file.seek(start)
-        content = file.read(end - start)
     try:
-        yield number, partial(record_of_json, json.loads(content), folder, origin)
+        raw = json.loads(content_of(FilePart(str(path), start, end - start)))
     except BAD_JSON as error:
         raise ValueError(f"{origin} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{origin} is not an object")
+    refuse_unused(raw, RECORD_KEYS, origin)
+    if raw.get("texts"):
+        raise ValueError(f"{origin} has texts, which are for shards: name them messages")
+    images = paths_of(raw, "image", folder, origin)
+    return {number: (raw, origin, images, paths_of(raw, "video", folder, origin), folder)}
 
 
 NAMES = "backslashreplace"  # how names that are not UTF-8 are read
@@ -723,26 +633,24 @@ NAMES = "backslashreplace"  # how names that are not UTF-8 are read
 BAD_SHARD = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
 
 
-def members_of(tar: tarfile.TarFile, end: int | None = None) -> Iterator[tuple[str, str, Any]]:
+def members_of(tar: tarfile.TarFile, end: int = 0) -> Iterator[tuple[str, str, Any]]:
     """(key, field, member) of the files in a shard: a/b.0_x.png has key a/b, field 0_x.png.
 
-    end: byte behind the last member that is wanted.
+    end: byte behind the last member that is wanted, if not all are.
     """
-    member = tar.next()
-    while member is not None:
+    for member in tar:
         if member.size < 0:  # tarfile would read the same member for ever
             raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
         folder, slash, file = member.name.rpartition("/")
         key, dot, name = file.partition(".")
         # not the files that systems add: macOS's ._* and .DS_Store have an empty key
-        hidden = any(part.startswith(".") and part not in (".", "..")
-                     for part in folder.split("/"))
+        hidden = re.search(r"(^|/)\.[^./]", folder)
         # links, devices and sparse files have no content of their own
         plain = member.isfile() and not member.issparse()
         if plain and key and dot and not hidden and file not in SYSTEM_FILES:
             yield folder + slash + key, name, member
-        # the first member was read when the shard was opened: ask here whether there is one more
-        member = tar.next() if end is None or tar.offset < end else None
+        if end and tar.offset >= end:  # the next header is not read
+            break
 
 
 def shard_places(path: Path) -> Iterator[Place]:
@@ -765,7 +673,12 @@ def shard_places(path: Path) -> Iterator[Place]:
         raise ValueError(f"{path} is damaged from byte {tar.offset:,} on, or cut there")
 
 
-def shard_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int, Callable]]:
+def shard_records(path: Path, place: Place, folder: Path) -> Found:
+    """The records of the neighbouring members with the same key.
+
+    Upstream's layouts: `texts` with the `name`s of the pictures; a list of turns, beside one
+    picture; and packed, lists of `images`, `prompts` and `captions`, an entry for each record.
+    """
     try:
         with open(path, "rb") as file:
             file.seek(place[0])
@@ -773,12 +686,76 @@ def shard_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int,
     except BAD_SHARD as error:
         raise ValueError(f"{path} cannot be read at byte {place[0]:,}: {error!r}") from error
     fields: dict[str, FilePart] = {}
-    key = ""
+    origin = str(path)
     for key, name, member in members:
+        origin = f"{path}:{key}"
         if name in fields:
-            raise ValueError(f"{path}:{key} has its member {name!r} twice")
+            raise ValueError(f"{origin} has its member {name!r} twice")
         fields[name] = FilePart(str(path), member.offset_data, member.size)
-    yield from enumerate(records_of_shard(fields, f"{path}:{key}"))
+
+    about = member_of(fields, origin, "json")
+    try:
+        raw = json.loads(content_of(about))
+    except BAD_JSON as error:
+        raise ValueError(f"{origin}: its json is not valid: {error}") from error
+    if raw and is_list_of(raw, dict):
+        pictures = [part for part in fields.values() if part != about]
+        return {0: ({"texts": raw}, origin, pictures)}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{origin}: its json is not an object")
+    if "captions" in raw:
+        return packed_records(raw, fields, origin)
+    return unpacked_record(raw, fields, origin)
+
+
+def member_of(fields: dict[str, FilePart], origin: str, *names: Any) -> FilePart:
+    """The first of these members that there is."""
+    for name in names:
+        if isinstance(name, str) and name in fields:
+            return fields[name]
+    raise ValueError(f"{origin} lacks its member {names[0]!r}")
+
+
+def unpacked_record(raw: dict, fields: dict[str, FilePart], origin: str) -> Found:
+    """The record of `texts`, `media` and `name`."""
+    refuse_unused(raw, SHARD_KEYS, origin)
+    if raw.get("media") not in (None, "image", "video", "text"):
+        raise ValueError(f"{origin}: its media are {raw['media']!r}, only image, video and text "
+                         "are supported")
+    # `name` has the order of the places for pictures; the members may have another order
+    names = raw.get("name") or []
+    if not is_list_of(names, str):
+        raise ValueError(f"{origin}: name is {names!r}, not a list of members")
+    parts = [member_of(fields, origin, name) for name in names]
+    if raw.get("media") == "video":
+        return {0: (raw, origin, [], [Video(part) for part in parts])}
+    return {0: (raw, origin, parts)}
+
+
+def packed_records(raw: dict, fields: dict[str, FilePart], origin: str) -> Found:
+    """The records of `images`, `prompts` and `captions`; these may be nested for turns."""
+    columns = [raw.get("images"), raw.get("prompts", raw.get("prompt")), raw["captions"]]
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        raise ValueError(f"{origin}: images, prompts and captions are not lists of one length")
+    found: Found = {}
+    place = 0  # of the next picture among all of the member
+    for i, entry in enumerate(zip(*columns)):
+        # without turns, an entry is one picture, one prompt and one caption
+        names, prompts, captions = (part if isinstance(part, list) else [part] for part in entry)
+        # the list may have the names before packing; then the members are numbered
+        pictures = [member_of(fields, origin, name, f"img{number}.jpg", f"img{number:03}.jpg")
+                    for number, name in enumerate(names, place)]
+        place += len(names)
+        if not prompts or len(prompts) != len(captions) or not is_list_of(prompts, str):
+            raise ValueError(f"{origin}: its entry {i} has not a prompt for each caption")
+        if pictures and "<image>" not in "".join(prompts):
+            prompts = ["<image>" * len(pictures) + prompts[0], *prompts[1:]]
+        texts = []
+        for prompt, caption in zip(prompts, captions):
+            texts.append({"role": "user", "content": prompt})
+            texts.append({"role": "assistant", "content": caption})
+        found[i] = ({"texts": texts}, f"{origin}[{i}]", pictures)
+    return found
 
 
 @lru_cache(maxsize=4)
@@ -807,13 +784,29 @@ def parquet_places(path: Path) -> Iterator[Place]:
             number += 1
 
 
-def parquet_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int, Callable]]:
+def parquet_records(path: Path, place: Place, folder: Path) -> Found:
+    """The record of a line: `conversations` or `messages`, or a `caption`."""
     group, line, number = place
-    raw = dict(parquet_group(path, group)[line])
-    yield number, partial(record_of_parquet, raw, folder, f"{path}[{number}]")
+    origin = f"{path}[{number}]"
+    entry = parquet_group(path, group)[line]
+    raw = {key: value for key, value in entry.items() if value is not None}
+    caption = raw.pop("caption", None)
+    pictures = raw.pop("images", None) or raw.pop("image", None) or []
+    if not isinstance(pictures, list):
+        pictures = [pictures]
+    images: list[Picture] = []
+    for picture in pictures:
+        # Hugging Face stores a picture as its bytes, or as a path, or both
+        content = picture.get("bytes") if isinstance(picture, dict) else picture
+        images.append(content or folder / str(picture["path"]))
+    if not raw.get("conversations") and not raw.get("messages"):
+        raw["messages"] = [{"role": "user", "content": "<image>"},
+                           {"role": "assistant", "content": caption}]
+    refuse_unused(raw, RECORD_KEYS, origin)
+    return {number: (raw, origin, images)}
 
 
-# file name's end -> the places of its records; (number, what makes the record) at a place
+# file name's end -> the two functions
 READERS = {".json": (json_places, json_records), ".jsonl": (json_places, json_records),
            ".tar": (shard_places, shard_records), ".parquet": (parquet_places, parquet_records)}
 
@@ -822,8 +815,8 @@ def read_records(path: Path, images: str = "") -> Iterator[Record]:
     """All records of a file, in order.  Raises ValueError at the first that cannot be read."""
     places, records = READERS[path.suffix]
     for place in places(path):
-        for _, make in records(path, place, Path(images or path.parent)):
-            yield make()
+        for found in records(path, place, Path(images or path.parent)).values():
+            yield normalize_record(*found)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -840,39 +833,30 @@ def expand_braces(pattern: str) -> list[str]:
             for name in expand_braces(pattern[:match.start()] + word + pattern[match.end():])]
 
 
-def source_files(source: str) -> list[Path]:
-    """The files of a source: a file, a directory, a glob or a list in braces."""
-    files = []
-    for name in expand_braces(source):
+def source_files(*sources: str) -> list[Path]:
+    """The files of sources, each a file, a directory, a glob or a list in braces."""
+    files: list[Path] = []
+    for name in chain.from_iterable(map(expand_braces, sources)):
         path = Path(name)
-        found = [path]
+        found = [path] if path.exists() else [*map(Path, glob.glob(name, recursive=True))]
         if path.is_dir():
             found = [file for file in path.rglob("*")
                      if file.suffix in READERS and file.name not in INDEX_FILES]
-        elif not path.exists() and glob.has_magic(name):
-            found = [Path(file) for file in glob.glob(name, recursive=True)]
         if not found:
-            raise ValueError(f"{name} holds no {', '.join(READERS)} file")
+            raise ValueError(f"there is no data file {name}")
         files += sorted(found)
     for file in files:
         if file.suffix not in READERS:
-            raise ValueError(f"{file} is neither {', '.join(READERS)} nor captions, questions, "
-                             "mixed")
-        if not file.is_file():
-            raise ValueError(f"there is no data file {file}")
+            raise ValueError(f"{file} is neither {', '.join(READERS)} nor {', '.join(DRAWN)}")
     return files
-
-
-def files_of(sources: Sequence[str]) -> list[Path]:
-    """The files of several sources."""
-    return [file for source in sources for file in source_files(source)]
 
 
 def weight_of(source: str) -> tuple[str, float]:
     """A source and its weight: a.jsonl:0.7 -> a.jsonl, 0.7; 0 without one."""
-    path, colon, weight = source.rpartition(":")
-    if not colon or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
+    match = re.fullmatch(r"(.*):(\d+\.?\d*|\.\d+)", source)
+    if match is None:
         return source, 0.0
+    path, weight = match.groups()
     if not float(weight):
         raise ValueError(f"{source}: a weight must be positive")
     return path, float(weight)
@@ -905,6 +889,23 @@ def load_of(sample: Sample) -> list[int]:
             int(frames.sum()), int(frames.square().sum()), len(sample.images)]
 
 
+def damage_of(path: Path, entry: dict, digest: bool) -> str:
+    """What is wrong with a file that an index lists, else ""; with `digest`, read its content."""
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return f"{path} has {size:,} bytes, not the {entry['size']:,} it had"
+    if digest and sha256_of(path) != entry["sha256"]:
+        return f"{path} has another sha256 than when it was written"
+    return ""
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @dataclass
 class Index:
     """Where the samples of a data set are and how long they are; nothing of their content."""
@@ -915,15 +916,19 @@ class Index:
     rejects: list[dict] = field(default_factory=list)  # "file", "part", "reason" of bad records
     damaged: list[str] = field(default_factory=list)  # a sentence for each damaged file
 
+    def column(self, name: str) -> np.ndarray:
+        """A column of the table, (samples,)."""
+        return self.table[:, COLUMNS.index(name)]
+
     def record(self, number: int) -> Record:
         """Read record `number`.  Raises ValueError if it cannot be read."""
         file, start, end, part = self.table[number, :4].tolist()
         path = Path(self.files[file]["file"])
         folder = Path(self.settings["images"] or path.parent)
-        for found, make in READERS[path.suffix][1](path, (start, end, part), folder):
-            if found == part:
-                return make()
-        raise ValueError(f"{path} has no record {part} at byte {start}: it has changed")
+        found = READERS[path.suffix][1](path, (start, end, part), folder)
+        if part not in found:
+            raise ValueError(f"{path} has no record {part} at byte {start}: it has changed")
+        return normalize_record(*found[part])
 
     def save(self, folder: Path) -> None:
         """Write index.npy, rejects.jsonl and, last, index.json."""
@@ -935,8 +940,12 @@ class Index:
         (folder / "index.json").write_text(json.dumps(head, indent=1))
 
     @classmethod
-    def load(cls, folder: Path) -> "Index":
-        """Read an index.  Raises ValueError unless its files are there, of the size they had."""
+    def load(cls, folder: Path, digests: bool = False) -> "Index":
+        """Read an index, and leave out the samples of damaged files.
+
+        digests: read the files of packed data to find the damage.  Raises ValueError unless the
+        files of the index are there.
+        """
         try:
             head = json.loads((folder / "index.json").read_text())
             table = np.load(folder / "index.npy", mmap_mode="r")
@@ -946,63 +955,77 @@ class Index:
         if table.shape != (head["samples"], len(COLUMNS)):
             raise ValueError(f"{folder}/index.npy has not the {head['samples']} lines of "
                              "index.json")
-        damaged = []
-        for entry in files:
+        damaged = {}
+        for number, entry in enumerate(files):
             path = folder / entry["file"]  # of packed data relative to the folder
-            size = path.stat().st_size if path.is_file() else None
-            if size is None:
-                damaged.append(f"{path} is missing")
-            elif size != entry["size"]:
-                damaged.append(f"{path} has {size:,} bytes, not the {entry['size']:,} it had")
             entry["file"] = str(path)
+            said = damage_of(path, entry, digests)
+            if said:
+                damaged[number] = said
         if damaged:
-            # what stands in a damaged file is not used
-            bad = [i for i, entry in enumerate(files)
-                   if any(said.startswith(f"{entry['file']} ") for said in damaged)]
-            table = table[~np.isin(table[:, 0], bad)]
-        return cls(files, table, settings, damaged=damaged)
+            table = table[~np.isin(table[:, 0], list(damaged))]
+        return cls(files, table, settings, damaged=list(damaged.values()))
 
 
-class Measured(torch.utils.data.Dataset):
-    """Chunks of places -> lines of an index and rejected records; for a DataLoader's workers."""
+def in_order(function: Callable, items: Sequence, workers: int, what: str,
+             kept: str | Path = os.devnull, title: str = "") -> Iterator[Any]:
+    """function(item) of all items, made by worker processes; with a bar that says what they are.
 
-    def __init__(self, chunks: list[tuple[int, Path, list[Place]]], images: str,
-                 encode: Callable[[Record], Sample],
-                 check: Callable[[Record, Sample], Any]) -> None:
-        self.chunks, self.images, self.encode, self.check = chunks, images, encode, check
+    kept: a file that keeps the results, so that a second run goes on where one was stopped; title:
+    a line that says what the results depend on.  Raises ValueError if the file has another title.
+    """
+    done = []
+    if Path(kept).is_file():
+        first, *lines = Path(kept).read_text().splitlines(keepends=True) or [f"{title}\n"]
+        if first != f"{title}\n":
+            raise ValueError(f"{kept} is of other data or flags: remove its directory, or choose "
+                             "another one")
+        # the last line may have been cut
+        done = [json.loads(line) for line in lines if line.endswith("\n")]
+    left = items[len(done):]
+    # a DataLoader without batches gives its collate_fn each item by itself
+    results = torch.utils.data.DataLoader(left, batch_size=None, collate_fn=function,
+                                          num_workers=max(0, min(workers, len(left) - 1)))
+    with open(kept, "w") as file:
+        print(title, file=file)
+        for number, result in enumerate(chain(done, results), 1):
+            print(json.dumps(result), file=file, flush=True)
+            show_progress(number, len(items), what)
+            yield result
 
-    def __getitem__(self, number: int) -> tuple[list[list[int]], list[dict]]:
-        file, path, places = self.chunks[number]
-        records = READERS[path.suffix][1]
-        folder = Path(self.images or path.parent)
-        lines, rejects = [], []
 
-        def reject(part: int, error: Exception) -> None:
-            rejects.append({"file": str(path), "part": part, "reason": str(error)})
+def rejected(path: Path | str, part: int, reason: Any) -> dict:
+    """An entry of rejects.jsonl."""
+    return {"file": str(path), "part": part, "reason": str(reason)}
 
-        for start, end, first in places:
+
+def measure_chunk(chunk: tuple[int, Path, list[Place]], images: str,
+                  encode_one: Callable[[Record], Sample], check: Callable[[Sample], Any] | None
+                  ) -> tuple[list[list[int]], list[dict]]:
+    """Lines of an index, and rejected records, of places in a file with this number."""
+    file, path, places = chunk
+    lines, rejects = [], []
+    for place in places:
+        start, end, number = place
+        try:
+            found = READERS[path.suffix][1](path, place, Path(images or path.parent))
+        except ValueError as error:
+            rejects.append(rejected(path, number, error))
+            continue
+        # of a packed shard, one bad record does not lose the others
+        for part, raw in found.items():
             try:
-                makers = list(records(path, (start, end, first), folder))
+                sample = encode_one(normalize_record(*raw))
+                if check is not None:
+                    check(sample)
+                lines.append([file, start, end, part, -1, *load_of(sample)])
             except ValueError as error:
-                reject(first, error)
-                continue
-            for part, make in makers:
-                try:
-                    record = make()
-                    sample = self.encode(record)
-                    self.check(record, sample)
-                    lines.append([file, start, end, part, -1, *load_of(sample)])
-                except ValueError as error:
-                    reject(part, error)
-        return lines, rejects
+                rejects.append(rejected(path, part, error))
+    return lines, rejects
 
 
-def no_check(record: Record, sample: Sample) -> None:
-    """Reject nothing."""
-
-
-def decode_all(record: Record, sample: Sample) -> None:
-    """Reject a record whose pictures cannot be decoded."""
+def decode_all(sample: Sample) -> None:
+    """Reject a sample whose pictures cannot be decoded."""
     for i in range(len(sample.images)):
         sample.patches(i)
 
@@ -1015,12 +1038,12 @@ def settings_of(tokenizer: Tokenizer, images: str, pixels: tuple[int, int]) -> d
 
 def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
             pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS), workers: int = 0,
-            check: Callable[[Record, Sample], Any] = no_check, most: int = 0,
-            resume: Path | None = None) -> Index:
+            check: Callable[[Sample], Any] | None = None, most: int | None = None,
+            kept: str | Path = os.devnull) -> Index:
     """Measure all records of files: their tokens, and their pictures by the headers alone.
 
-    check: raises ValueError for a record that is to be rejected.  most: measure only so many.
-    resume: a file that keeps what is measured, so that a second run goes on where one was stopped.
+    check: raises ValueError for a sample that is to be rejected.  most: measure only so many chunks
+    of 1,000 records.  kept: see `in_order`.
     """
     settings = settings_of(tokenizer, images, pixels)
     entries, chunks, damaged = [], [], []
@@ -1029,41 +1052,22 @@ def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
         try:
             for place in READERS[path.suffix][0](path):
                 places.append(place)
-        except ValueError as error:
+        except ValueError as error:  # the places before the damage are used
             damaged.append(str(error))
         entries.append({"file": str(path.resolve()), "size": path.stat().st_size})
         chunks += [(number, path, places[i:i + CHUNK]) for i in range(0, len(places), CHUNK)]
     if not chunks and not damaged:
         raise ValueError(f"{', '.join(map(str, files))} holds no records")
-    if most:
-        chunks = [(number, path, places[:most])
-                  for number, path, places in chunks[:max(1, most // CHUNK)]]
 
-    # a line of the file is a chunk; the first line says what was measured
-    title = json.dumps({"settings": settings, "files": entries}) + "\n"
-    done = []
-    if resume is not None and resume.is_file():
-        kept = resume.read_text().splitlines(keepends=True)
-        if kept and kept[0] == title:
-            done = [json.loads(line) for line in kept[1:] if line.endswith("\n")]
-    keep = open(resume or os.devnull, "w")
-    keep.writelines([title, *(json.dumps(chunk) + "\n" for chunk in done)])
-
-    measured = Measured(chunks, images, partial(encode, tokenizer=tokenizer, min_pixels=pixels[0],
-                                                max_pixels=pixels[1]), check)
-    loader = torch.utils.data.DataLoader(
-        measured, batch_size=None, sampler=range(len(done), len(chunks)),
-        num_workers=min(workers, len(chunks) - len(done) - 1) if len(chunks) > len(done) else 0)
-    lines, rejects = [], []
-    with keep:
-        for number, (found, bad) in enumerate(chain(done, loader), 1):
-            lines += [np.array(found, dtype=np.int64).reshape(-1, len(COLUMNS))]
-            rejects += bad
-            if number > len(done):
-                keep.write(json.dumps([found, bad]) + "\n")
-            show_progress(number, len(chunks), f"x {CHUNK:,} records measured")
-    table = np.concatenate([*lines, np.empty((0, len(COLUMNS)), dtype=np.int64)])
-    return Index(entries, table, settings, rejects, damaged)
+    one = partial(measure_chunk, images=images, check=check,
+                  encode_one=partial(encode, tokenizer=tokenizer, pixels=pixels))
+    title = json.dumps({"settings": settings, "files": entries})
+    tables, rejects = [np.empty((0, len(COLUMNS)), dtype=np.int64)], []
+    for lines, bad in in_order(one, chunks[:most], workers, f"x {CHUNK:,} records measured", kept,
+                               title):
+        tables.append(np.array(lines, dtype=np.int64).reshape(-1, len(COLUMNS)))
+        rejects += bad
+    return Index(entries, np.concatenate(tables), settings, rejects, damaged)
 
 
 def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
@@ -1083,21 +1087,21 @@ def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
                 raise ValueError(f"{path} was packed with another {name}: {index.settings[name]}, "
                                  f"not {value}; pack it again, or name its shards: {path}/*.tar")
         indexes.append(index)
+    if len(indexes) == 1:
+        return indexes[0]
 
-    tables, files = [], []
+    # the files are numbered through, those of the first source first
+    tables, files, rejects, damaged = [], [], [], []
     for index in indexes:
-        # of several sources, the tables are copied
-        table = index.table if len(indexes) == 1 else index.table.copy()
-        if files:
-            table[:, 0] += len(files)
+        table = index.table.copy()
+        table[:, 0] += len(files)
         tables.append(table)
         files += index.files
+        rejects += index.rejects
+        damaged += index.damaged
     settings = settings_of(tokenizer, images, pixels)
-    settings |= {"counts": [len(table) for table in tables], "weights": list(weights),
-                 "length": indexes[0].settings.get("length") if len(indexes) == 1 else None}
-    return Index(files, tables[0] if len(tables) == 1 else np.concatenate(tables), settings,
-                 [reject for index in indexes for reject in index.rejects],
-                 [said for index in indexes for said in index.damaged])
+    settings |= {"counts": [len(table) for table in tables], "weights": list(weights)}
+    return Index(files, np.concatenate(tables), settings, rejects, damaged)
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -1172,36 +1176,28 @@ class FileData:
 
     def __init__(self, index: Index, tokenizer: Tokenizer, seq_length: int, seed: int) -> None:
         self.index, self.seq_length, self.seed = index, seq_length, seed
-        settings = index.settings
-        self.encode = partial(encode, tokenizer=tokenizer, min_pixels=settings["pixels"][0],
-                              max_pixels=settings["pixels"][1])
-        self.weights = [weight for weight in settings.get("weights", []) if weight]
-        self.packed = settings.get("length") == seq_length and not self.weights
-        self.sources = []  # numbers of the samples of each source that fit a row
-        begin = 0
-        for count in settings.get("counts", [len(index.table)]):
-            lengths = index.table[begin:begin + count, COLUMNS.index("tokens")]
-            self.sources.append(begin + np.flatnonzero(lengths <= seq_length))
-            begin += count
-        fitting = sum(map(len, self.sources))
-        self.too_long = len(index.table) - fitting
-        if not fitting:
+        self.encode = partial(encode, tokenizer=tokenizer, pixels=index.settings["pixels"])
+        # numbers of the samples of each source that fit a row
+        numbers = np.arange(len(index.table))
+        bounds = np.cumsum(index.settings.get("counts", []))[:-1]
+        self.sources = [source[index.column("tokens")[source] <= seq_length]
+                        for source in np.split(numbers, bounds)]
+        self.total = sum(map(len, self.sources))
+        self.too_long = len(index.table) - self.total
+        self.weights = [weight for weight in index.settings.get("weights", []) if weight]
+        if not self.total:
             raise ValueError(f"none of the {len(index.table)} samples fits a row of {seq_length} "
                              "tokens: raise --seq-length or lower --max-pixels")
         if self.weights and not all(map(len, self.sources)):
             raise ValueError("a source with a weight has no sample that fits a row")
-        self.row_counts: list[int] = []  # of the epochs that were planned
 
     def samples_of(self, epoch: int) -> np.ndarray:
         """Numbers of the samples of an epoch, in random order."""
-        total = sum(map(len, self.sources))
-        shares = [len(source) / total for source in self.sources]
-        if self.weights:
-            shares = [weight / sum(self.weights) for weight in self.weights]
+        weights = self.weights or [len(source) for source in self.sources]
         chosen = []
-        for number, (source, share) in enumerate(zip(self.sources, shares)):
+        for number, (source, weight) in enumerate(zip(self.sources, weights)):
             # a source is an endless stream of shuffled passes; epochs cut it into stretches
-            size = max(1, round(share * total))
+            size = round(weight / sum(weights) * self.total)
             stretch = np.arange(epoch * size, (epoch + 1) * size)
             passes, places = np.divmod(stretch, len(source))
             for which in np.unique(passes):
@@ -1214,30 +1210,28 @@ class FileData:
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples of an epoch in the order of its rows, and where each row starts."""
         samples = self.samples_of(number)
-        if self.packed:
-            _, row_of = np.unique(self.index.table[samples, COLUMNS.index("row")],
-                                  return_inverse=True)
+        if self.index.settings.get("length") == self.seq_length:
+            packed = self.index.column("row")[samples]
+            _, row_of = np.unique(packed, return_inverse=True)
         else:
-            tokens = self.index.table[samples, COLUMNS.index("tokens")]
-            row_of = pack_rows(tokens, self.seq_length)
+            row_of = pack_rows(self.index.column("tokens")[samples], self.seq_length)
         # the rows that are not full are the last: shuffle them
         shuffled = permutation(row_of.max() + 1, self.seed, len(self.sources) + 1, number)
         order, starts = by_row(shuffled[row_of])
         return samples[order], starts
 
+    @lru_cache(maxsize=None)  # noqa: B019
     def rows_in(self, epoch: int) -> int:
         """Number of rows of an epoch; the order of the samples changes it a little."""
-        while len(self.row_counts) <= epoch:
-            self.row_counts.append(len(self.epoch(len(self.row_counts))[1]) - 1)
-        return self.row_counts[epoch]
+        return len(self.epoch(epoch)[1]) - 1
 
-    def loads(self, samples: np.ndarray) -> np.ndarray:
-        """(samples, 6) numbers of LOADS."""
+    def loads(self, samples: np.ndarray | int) -> np.ndarray:
+        """(samples, 6) numbers of LOADS; of one sample (6,)."""
         return self.index.table[samples, -len(LOADS):]
 
     def sample(self, number: int) -> Sample:
         """Read a sample.  If its record is bad by now, the sample is lost but keeps its length."""
-        loads = self.loads(np.array([number]))[0].tolist()
+        loads = self.loads(number).tolist()
         try:
             sample = self.encode(self.index.record(number))
         except ValueError as error:
@@ -1261,41 +1255,41 @@ class DrawnData:
     def __init__(self, data: str, tokenizer: Tokenizer, seq_length: int, seed: int, rows: int = 1,
                  pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS)) -> None:
         self.data, self.seed, self.seq_length = data, seed, seq_length
-        self.encode = partial(encode, tokenizer=tokenizer, min_pixels=pixels[0],
-                              max_pixels=pixels[1])
+        self.encode = partial(encode, tokenizer=tokenizer, pixels=pixels)
         self.rows = rows * -(-16 // rows)
 
-    @lru_cache(maxsize=2)  # noqa: B019
-    def window(self, epoch: int) -> tuple[dict[int, Sample], np.ndarray, np.ndarray]:
-        """The samples of an epoch by number, and what `epoch` returns."""
+    @lru_cache(maxsize=2**13)  # most of an epoch  # noqa: B019
+    def sample(self, number: int) -> Sample:
+        """Draw a sample; seed and number decide it."""
         from assets.scenes import drawn_record  # here, because scenes.py imports this file
-        drawn = {}
+        return self.encode(drawn_record(self.data, self.seed, number))
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples of an epoch in the order of its rows, and where each row starts."""
+        first = number * EPOCH_NUMBERS
+        lengths: dict[int, int] = {}
         tokens = 0
-        first = epoch * EPOCH_NUMBERS
-        for number in range(first, first + EPOCH_NUMBERS):
-            sample = self.encode(drawn_record(self.data, self.seed, number))
-            if len(sample.input_ids) <= self.seq_length:
-                drawn[number] = sample
-                tokens += len(sample.input_ids)
-            elif number - first > 1000 > len(drawn):
+        for sample in range(first, first + EPOCH_NUMBERS):
+            length = len(self.sample(sample).input_ids)
+            if length <= self.seq_length:
+                lengths[sample] = length
+                tokens += length
+            elif sample - first > 1000 > len(lengths):
                 raise ValueError(f"hardly a drawn sample fits a row of {self.seq_length} tokens: "
                                  "raise --seq-length")
             if tokens >= self.rows * self.seq_length:
                 break
-        lengths = np.array([len(sample.input_ids) for sample in drawn.values()])
+        sizes = np.array(list(lengths.values()))
         # an epoch is short, and so is its pool, for mixed rows
-        row_of = pack_rows(lengths, self.seq_length, pool=16)
+        row_of = pack_rows(sizes, self.seq_length, pool=16)
         # of one row more than wanted, the emptiest are left out
-        fullest = np.argsort(-np.bincount(row_of, lengths), kind="stable")[:self.rows]
+        fullest = np.argsort(-np.bincount(row_of, sizes), kind="stable")[:self.rows]
         order, starts = by_row(row_of)
-        chosen = fullest[permutation(len(fullest), self.seed, epoch)]
+        chosen = fullest[permutation(len(fullest), self.seed, number)]
         members = [order[starts[row]:starts[row + 1]] for row in chosen]
-        return (drawn, np.array(list(drawn))[np.concatenate(members)],
+        return (np.array(list(lengths))[np.concatenate(members)],
                 np.cumsum([0, *map(len, members)]))
-
-    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples of an epoch in the order of its rows, and where each row starts."""
-        return self.window(number)[1:]
 
     def rows_in(self, epoch: int) -> int:
         """Number of rows of an epoch."""
@@ -1304,10 +1298,6 @@ class DrawnData:
     def loads(self, samples: np.ndarray) -> np.ndarray:
         """(samples, 6) numbers of LOADS."""
         return np.array([load_of(self.sample(number)) for number in samples.tolist()])
-
-    def sample(self, number: int) -> Sample:
-        """A sample by its number."""
-        return self.window(number // EPOCH_NUMBERS)[0][number]
 
 
 def deal(costs: list[float], ranks: int) -> list[list[int]]:
@@ -1434,10 +1424,11 @@ def write_sheet(samples: list[Sample], file: str) -> None:
 
 def print_rejects(index: Index, every: bool) -> None:
     """What cannot be used, by its kind; with `every`, each record and file."""
-    kinds = Counter(reason_of(reject["reason"]) for reject in index.rejects)
-    for kind, count in kinds.most_common():
-        example = next(r["reason"] for r in index.rejects if reason_of(r["reason"]) == kind)
-        print(f"rejected: {count:,} {kind}, as in: {example}")
+    kinds: dict[str, list[str]] = {}
+    for reject in index.rejects:
+        kinds.setdefault(reason_of(reject["reason"]), []).append(reject["reason"])
+    for kind, reasons in kinds.items():
+        print(f"rejected: {len(reasons):,} {kind}, as in: {reasons[0]}")
     for said in index.damaged:
         print(f"damaged: {said}")
     for reject in index.rejects if every else []:
@@ -1467,19 +1458,6 @@ def flops_of(loads: dict[str, Any], model: str) -> Any:
     return sum(forward_flops(PRESETS[model], loads).values())
 
 
-def check_digests(folder: Path) -> list[str]:
-    """A sentence for each shard of packed data whose content is not what was written."""
-    said = []
-    for entry in json.loads((folder / "index.json").read_text())["files"]:
-        if not (folder / entry["file"]).is_file():
-            said.append(f"{folder / entry['file']} is missing")
-            continue
-        with open(folder / entry["file"], "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                said.append(f"{folder / entry['file']} has another sha256 than when it was written")
-    return said
-
-
 def inspect(flags: argparse.Namespace) -> None:
     """Print what data hold: counts, lengths, rows, what is rejected and, with --show, samples."""
     from convert import load_tokenizer  # upward, for this command alone
@@ -1489,26 +1467,25 @@ def inspect(flags: argparse.Namespace) -> None:
     if flags.sources[0] in DRAWN:
         data = DrawnData(flags.sources[0], tokenizer, flags.length, 0, 16, pixels)
         members, _ = data.epoch(0)
-        loads = data.loads(members)
         print(f"{len(members):,} of endless samples")
     else:
-        files = files_of(flags.sources)
+        files = source_files(*flags.sources)
         index = measure(files, tokenizer, flags.images, pixels, flags.workers,
-                        decode_all if flags.decode else no_check,
-                        0 if flags.all or flags.decode else 10_000)
+                        decode_all if flags.decode else None,
+                        None if flags.all or flags.decode else 10)
         if flags.all:
-            folders = {file.parent for file in files if (file.parent / "index.json").is_file()}
-            index.damaged += [said for folder in sorted(folders) for said in check_digests(folder)]
+            for folder in sorted({file.parent for file in files}):
+                if (folder / "index.json").is_file():
+                    index.damaged += Index.load(folder, digests=True).damaged
         print(f"{len(index.table):,} samples of {len(files)} files, "
               f"{len(index.rejects):,} records rejected, {len(index.damaged)} files damaged")
         print_rejects(index, flags.all)
         if not len(index.table):
             return
-        loads = index.table[:, -len(LOADS):]
         data = FileData(index, tokenizer, flags.length, 0)
         members = np.arange(len(index.table))
 
-    tokens, _, labels, patches, _, images = loads.T
+    tokens, _, labels, patches, _, images = data.loads(members).T
     print(f"{tokens.sum():,} tokens, {labels.sum() / tokens.sum():.1%} learnt; "
           f"{images.sum():,} pictures")
     print_histogram("tokens of a sample", tokens)
@@ -1529,63 +1506,52 @@ def inspect(flags: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------- data.py pack
 
 
-def check_packable(record: Record, sample: Sample) -> None:
-    """Reject a record that upstream's unpacked layout cannot hold."""
-    videos = [media for media in record["images"] if isinstance(media, Video)]
-    if videos and len(videos) < len(record["images"]):
+def check_packable(sample: Sample) -> None:
+    """Reject a sample that upstream's unpacked layout cannot hold."""
+    videos = [media.file for media in sample.images if isinstance(media, Video)]
+    if 0 < len(videos) < len(sample.images):
         raise ValueError(f"record {sample.name}: pictures and videos together cannot be packed")
-    for video in videos:
-        if isinstance(video.file, Path) and video.file.is_dir():
-            raise ValueError(f"record {sample.name}: a folder of frames cannot be packed: make it "
-                             "an animated WebP")
+    if any(isinstance(file, Path) and file.is_dir() for file in videos):
+        raise ValueError(f"record {sample.name}: a folder of frames cannot be packed: make it an "
+                         "animated WebP")
 
 
 def shard_fields(record: Record) -> dict[str, bytes]:
     """The members of a record in a shard, by name, in upstream's unpacked layout."""
-    names, fields = [], {}
-    videos = any(isinstance(media, Video) for media in record["images"])
+    fields, kind = {}, "text"
     for i, media in enumerate(record["images"]):
-        file = media.file if isinstance(media, Video) else media
-        ending = "gif"
-        if not videos:
-            ending = open_image(file, decode=False).format.lower()
+        kind = "video" if isinstance(media, Video) else "image"
+        file = media.file if kind == "video" else media
+        content = content_of(file)
+        if not isinstance(content, bytes):
+            content = Path(content).read_bytes()
+        # a video of a shard is an animation
+        ending = "webp" if content[:4] == b"RIFF" else "gif"
+        if kind == "image":
+            ending = open_image(content, decode=False).format.lower()
         elif isinstance(file, Path):
             ending = file.suffix[1:]
-        elif isinstance(file, FilePart):
-            ending = "webp" if content_of(file)[:4] == b"RIFF" else "gif"
-        names.append(f"{i}.{ending}")
-        content = content_of(file)
-        fields[names[-1]] = content if isinstance(content, bytes) else Path(content).read_bytes()
-    media = "video" if videos else "image" if names else "text"
-    about = {"id": record["id"], "texts": record["messages"], "media": media, "name": names}
+        fields[f"{i}.{ending}"] = content
+    about = {"id": record["id"], "texts": record["messages"], "media": kind, "name": list(fields)}
     # half a surrogate becomes \ud800, as JSON writes it
     text = json.dumps(about, ensure_ascii=False).encode(errors="backslashreplace")
     return {"json": text, **fields}
 
 
-class Shards(torch.utils.data.Dataset):
-    """Writes shard n of packed data, unless it is there; for a DataLoader's workers."""
-
-    def __init__(self, index: Index, shards: list[np.ndarray], out: Path) -> None:
-        self.index, self.shards, self.out = index, shards, out
-
-    def __getitem__(self, number: int) -> tuple[dict, list[Place]]:
-        path = self.out / f"shard-{number:06}.tar"
-        if not path.is_file():
-            # neighbours in the source are read one after another, and written in the order of rows
-            fields = {i: shard_fields(self.index.record(i)) for i in sorted(self.shards[number])}
-            partial_path = path.with_suffix(".partial")
-            with tarfile.open(partial_path, "w", format=tarfile.GNU_FORMAT) as tar:
-                for place, i in enumerate(self.shards[number]):
-                    for name, content in fields[i].items():
-                        member = tarfile.TarInfo(f"{number:06}-{place:06}.{name}")
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
-            partial_path.rename(path)
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        entry = {"file": path.name, "size": path.stat().st_size, "sha256": digest}
-        return entry, list(shard_places(path))
+def write_shard(item: tuple[int, np.ndarray], index: Index, out: Path) -> tuple[dict, list[Place]]:
+    """Write the shard of this number and samples.  Returns its entry in the index, and places."""
+    number, samples = item
+    path = out / f"shard-{number:06}.tar"
+    # neighbours in the source are read one after another, and written in the order of rows
+    fields = {i: shard_fields(index.record(i)) for i in sorted(samples)}
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for place, i in enumerate(samples):
+            for name, content in fields[i].items():
+                member = tarfile.TarInfo(f"{number:06}-{place:06}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    entry = {"file": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)}
+    return entry, list(shard_places(path))
 
 
 def plan_shards(row_of: np.ndarray) -> list[np.ndarray]:
@@ -1595,66 +1561,65 @@ def plan_shards(row_of: np.ndarray) -> list[np.ndarray]:
     return [shard for shard in np.split(order, np.unique(ends)) if len(shard)]
 
 
-def pack(flags: argparse.Namespace) -> None:
-    """Write the samples of all sources as shards of full rows, with an index; go on if stopped."""
+def samples_to_pack(flags: argparse.Namespace, out: Path) -> Index:
+    """Measure the sources of `pack`; samples that fit no row are among the rejected."""
     from convert import load_tokenizer  # upward, for this command alone
-    out = Path(flags.out)
-    if (out / "index.json").exists():
-        raise ValueError(f"{out} is packed already")
-    files = files_of(flags.sources)
+    files = source_files(*flags.sources)
     tokenizer = load_tokenizer(Path(flags.checkpoint))
     out.mkdir(parents=True, exist_ok=True)
     index = measure(files, tokenizer, flags.images, (flags.min_pixels, flags.max_pixels),
-                    flags.workers, check_packable, resume=out / "measured.jsonl")
+                    flags.workers, check_packable, kept=out / "measured.jsonl")
     if index.damaged and not flags.skip_bad:
         raise ValueError(f"{len(index.damaged)} files are damaged; --skip-bad packs what is whole "
                          f"of them: {'; '.join(index.damaged)}")
-
-    # samples that fit no row are rejected by name
-    tokens = index.table[:, COLUMNS.index("tokens")]
+    tokens = index.column("tokens")
     for i in np.flatnonzero(tokens > flags.length):
-        index.rejects.append({
-            "file": index.files[index.table[i, 0]]["file"], "part": int(index.table[i, 3]),
-            "reason": f"record {index.record(i)['id']} has {tokens[i]} tokens, a row "
-                      f"{flags.length}"})
+        # named, so that all records are either in a row or rejected
+        file, part = index.table[i, [0, 3]].tolist()
+        index.rejects.append(rejected(
+            index.files[file]["file"], part,
+            f"record {index.record(i)['id']} has {tokens[i]} tokens, a row {flags.length}"))
     index.table = index.table[tokens <= flags.length]
     if not len(index.table):
         raise ValueError(f"no sample fits a row of {flags.length} tokens")
-    row_of = pack_rows(index.table[:, COLUMNS.index("tokens")], flags.length)
+    return index
+
+
+def pack(flags: argparse.Namespace) -> None:
+    """Write the samples of all sources as shards of full rows, with an index; go on if stopped."""
+    out = Path(flags.out)
+    if (out / "index.json").exists():
+        raise ValueError(f"{out} is packed already")
+    index = samples_to_pack(flags, out)
+    tokens = index.column("tokens")
+    row_of = pack_rows(tokens, flags.length)
     shards = plan_shards(row_of)
     # shards of another plan must not be taken for those of this one
     plan = hashlib.sha256(json.dumps(index.files).encode() + index.table.tobytes()
                           + row_of.tobytes()).hexdigest()
-    stamp = out / "plan"
-    if any(out.glob("shard-*.tar")) and not (stamp.is_file() and stamp.read_text() == plan):
-        raise ValueError(f"{out} holds shards of other data or of rows of another length: remove "
-                         "them, or choose another --out")
-    stamp.write_text(plan)
-    loader = torch.utils.data.DataLoader(Shards(index, shards, out), batch_size=None,
-                                         sampler=range(len(shards)),
-                                         num_workers=min(flags.workers, len(shards) - 1))
-    entries, lines = [], []
-    for number, (entry, places) in enumerate(loader):
-        table = index.table[shards[number]].copy()
-        table[:, 0] = number
+    written = in_order(partial(write_shard, index=index, out=out), list(enumerate(shards)),
+                       flags.workers, "shards written", out / "written.jsonl", plan)
+    entries, tables = [], []
+    for (entry, places), samples in zip(written, shards):
+        # the lines of the samples, now with their places in the shard
+        table = index.table[samples]
+        table[:, 0] = len(entries)
         table[:, 1:3] = [place[:2] for place in places]
         table[:, 3] = 0
-        table[:, COLUMNS.index("row")] = row_of[shards[number]]
+        table[:, COLUMNS.index("row")] = row_of[samples]
         loads = dict(zip(LOADS, table[:, -len(LOADS):].sum(0).astype(float)))
-        flops = flops_of(loads, flags.model)
-        entry |= {"samples": len(table), "rows": len(np.unique(row_of[shards[number]])),
-                  "tokens": int(loads["tokens"]), "flops": flops}
-        entries.append(entry)
-        lines.append(table)
-        show_progress(number + 1, len(shards), "shards written")
+        entries.append(entry | {
+            "samples": len(samples), "rows": len(np.unique(row_of[samples])),
+            "tokens": int(loads["tokens"]), "flops": flops_of(loads, flags.model)})
+        tables.append(table)
     settings = {**index.settings, "images": "", "length": flags.length, "model": flags.model}
-    Index(entries, np.concatenate(lines), settings, index.rejects).save(out)
+    Index(entries, np.concatenate(tables), settings, index.rejects).save(out)
     (out / "measured.jsonl").unlink()
-    stamp.unlink()
+    (out / "written.jsonl").unlink()
     rows = row_of.max() + 1
     print(f"{len(row_of):,} samples in {rows:,} rows of {flags.length:,} tokens, "
-          f"{tokens[tokens <= flags.length].sum() / (rows * flags.length):.2%} full, "
-          f"{len(shards)} shards; {len(index.rejects):,} rejected, see {out / 'rejects.jsonl'}")
+          f"{tokens.sum() / (rows * flags.length):.2%} full, {len(shards)} shards; "
+          f"{len(index.rejects):,} rejected, see {out / 'rejects.jsonl'}")
 
 
 # ---------------------------------------------------------------------------------- data.py balance
@@ -1666,6 +1631,15 @@ def concepts_in(text: str, concepts: dict[str, int], longest: int) -> set[int]:
     phrases = (" ".join(words[i:i + size]) for i in range(len(words))
                for size in range(1, longest + 1))
     return {concepts[phrase] for phrase in phrases if phrase in concepts}
+
+
+def weighted_draw(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Numbers of `count` entries, drawn by weight without putting back, in order."""
+    # the largest of log(u) / weight, u uniform, are drawn so
+    uniform = (np.random.PCG64(seed).random_raw(len(weights)) + 1.0) / 2**64
+    possible = np.flatnonzero(weights)
+    keys = np.log(uniform[possible]) / weights[possible]
+    return np.sort(possible[np.argsort(-keys, kind="stable")[:count]])
 
 
 def balance(flags: argparse.Namespace) -> None:
@@ -1681,34 +1655,28 @@ def balance(flags: argparse.Namespace) -> None:
     if not concepts:
         raise ValueError(f"{flags.concepts} names no concept")
     longest = max(len(name.split()) for name in concepts)
-    places, matched = [], []
-    for path in files_of(flags.sources):
+    parts, matched = [], []
+    for path in source_files(*flags.sources):
         if path.suffix != ".jsonl":
             raise ValueError(f"{path} is not .jsonl: balance records before they are in shards")
-        for place, record in zip(json_places(path), read_records(path)):
+        for (start, end, _), record in zip(json_places(path), read_records(path)):
             answers = [str(turn["content"]) for turn in record["messages"]
                        if turn["role"] == "assistant"]
-            places.append((path, place))
+            parts.append(FilePart(str(path), start, end - start))
             matched.append(concepts_in(" ".join(answers), concepts, longest))
 
     frequency = np.bincount([c for found in matched for c in found], minlength=len(concepts))
     weights = np.array([sum(1 / frequency[c] for c in found) for found in matched])
-    # the largest of log(u) / weight, u uniform, are a weighted draw without putting back
-    uniform = (np.random.PCG64(flags.seed).random_raw(len(places)) + 1.0) / 2**64
-    named = np.flatnonzero(weights)
-    keys = np.log(uniform[named]) / weights[named]
-    chosen = np.sort(named[np.argsort(-keys, kind="stable")[:flags.keep]])
+    chosen = weighted_draw(weights, flags.keep, flags.seed)
     with open(flags.out, "xb") as out:
-        for number in chosen:
-            path, (start, end, _) = places[number]
-            out.write(content_of(FilePart(str(path), start, end - start)).strip() + b"\n")
+        out.writelines(content_of(parts[i]).strip() + b"\n" for i in chosen)
 
     after = np.bincount([c for i in chosen for c in matched[i]], minlength=len(concepts))
     for title, counts in (("before", frequency), ("after", after)):
         named = counts[counts > 0]
         print(f"{title}: {len(named):,} of {len(concepts):,} concepts are named, the most frequent "
               f"{named.max() / np.median(named):,.1f} times as often as the median")
-    print(f"{len(chosen):,} of {len(places):,} records -> {flags.out}")
+    print(f"{len(chosen):,} of {len(parts):,} records -> {flags.out}")
 
 
 # ----------------------------------------------------------------------------------- python data.py
@@ -1747,19 +1715,20 @@ def parse_command(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], 
     parser.add_argument("sources", nargs="*" if name == "inspect" else "+", default=["questions"],
                         help="files, directories, globs or lists in braces of records")
     for flag, (commands, default, text) in FLAGS.items():
-        if name in commands.split():
-            options = {"type": type(default or ""), "default": default, "required": default is None}
-            if isinstance(default, bool):
-                options = {"action": "store_true"}
-            elif isinstance(default, int):
-                options["type"] = int
-            parser.add_argument(flag, help=text, **options)
+        if name not in commands.split():
+            continue
+        if default is False:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            kind = int if isinstance(default, int) else str
+            parser.add_argument(flag, type=kind, default=default, required=default is None,
+                                help=text)
     flags = parser.parse_args(arguments[1:])
-    for flag in ("length", "keep", "min_pixels"):
-        if getattr(flags, flag, 1) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} must be positive")
-    if getattr(flags, "show", 0) < 0 or getattr(flags, "workers", 0) < 0:
-        raise ValueError("--show and --workers must not be negative")
+    # a number of these three is at least 1, any other may be 0
+    for key, value in vars(flags).items():
+        least = int(key in ("length", "keep", "min_pixels"))
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least {least}, not {value}")
     return COMMANDS[name], flags
 
 
