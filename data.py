@@ -62,7 +62,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, groupby, takewhile
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +86,12 @@ SPECIAL_TOKENS = (  # in the order of their ids in the released vocabulary, from
 # The tokens that delimit messages and pictures.  Their names inside a text always stay text.
 STRUCTURE = {name for name in SPECIAL_TOKENS if not re.search("_ref_|box_|quad_", name)}
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # Windows leaves these files in folders
-BAD_JSON = (ValueError, RecursionError)  # what json.loads raises
 
 # {"id", "messages": [{"role", "content"}], "images": [picture, path or file content], "category"}
 Record = dict
+Fields = dict[str, FilePart]  # of a sample in a shard: the members by the ends of their names
+Pixels = tuple[int, int]  # least and largest height * width of a picture
+PIXELS = (MIN_PIXELS, MAX_PIXELS)
 
 # The keys that this code uses of a record or turn in a file.  It ignores other keys, such as the
 # name of a source, unless the words of a key say that the key would change what is learnt.  Then it
@@ -113,8 +114,7 @@ OTHER_MEDIA = re.compile(r"\A<(video|audio)>(?!\s*<(source|track|/))|\n<(video|a
 OPENED = {"image": Path, "video": Video}  # what a path in a record becomes
 DRAWN = ("captions", "questions", "mixed")  # data drawn by assets/scenes.py
 CHUNK = 1000  # records that a process measures at once
-# beside packed shards
-INDEX_FILES = ("index.json", "rejects.jsonl", "measured.jsonl", "written.jsonl")
+INDEX_FILES = ("index.json", "rejects.jsonl")  # beside packed shards
 EPOCH_NUMBERS = 2**20  # numbers for the drawn samples of an epoch
 STREAM = 2**15  # samples that are packed one after another, beside other streams
 SHARD = 4096  # samples of a shard that it writes, to the end of a row
@@ -291,7 +291,7 @@ class Sample:
     labels: Tensor  # (L,) the token itself where learnt, else -100
     images: list[Picture | Video]
     grid_thw: Tensor  # (I, 3) int64, the patches that each picture will be cut into
-    pixels: tuple[int, int]  # least and largest area of a picture
+    pixels: Pixels
     name: str  # of the record, for messages
     lost: str = ""  # why nothing is learnt from it, although the plan counts on it
 
@@ -346,8 +346,7 @@ class Row:
         return inputs
 
 
-def encode(record: Record, tokenizer: Tokenizer,
-           pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS),
+def encode(record: Record, tokenizer: Tokenizer, pixels: Pixels = PIXELS,
            generation_prompt: bool = False) -> Sample:
     """Tokenise a record and measure its pictures; pixels: least and largest height * width.
 
@@ -450,72 +449,8 @@ def refuse_unused(raw: dict, used: set[str], origin: str) -> None:
                              "is learnt; remove it or the record")
 
 
-def check_turn(turn: dict, origin: str, videos: bool, paths: bool) -> None:
-    """Raise ValueError for content of a turn that training would ignore.
-
-    videos: the record has videos; paths: an item may name its own file.
-    """
-    role = turn.get("role", turn.get("from"))
-    # A flag may say what this code does anyway: answers are learnt, other turns are not.  In JSON
-    # the flag is true or 1, and in Python both are equal to True.
-    learnt = role in ("assistant", "gpt")
-    agreeing = {key for key in ("weight", "loss", "train", "trainable") if turn.get(key) == learnt}
-    refuse_unused(turn, TURN_KEYS | agreeing, origin)
-
-    items = turn.get("content", turn.get("value"))
-    if not isinstance(items, list):
-        items = [{"type": "text", "text": items}]
-    for item in items:
-        if not isinstance(item, dict):
-            continue  # check_messages will refuse it
-        known = ("type", "text", item.get("type") if paths else None)
-        unused = [key for key in item if key not in known and item[key]]
-        if unused:
-            raise ValueError(f"{origin}: an item of a turn has {unused[0]!r}, only type and text "
-                             "are supported: pictures are named in images")
-        # in an answer, <video> is text
-        other = role in ("user", "human") and OTHER_MEDIA.search(str(item.get("text")))
-        lost_video = item.get("type") == "video" and not item.get("video")
-        if (other and "audio" in other[0]) or ((other or lost_video) and not videos):
-            raise ValueError(f"{origin}: there is a video or a sound in a turn, but the record "
-                             "names none that is supported")
-
-
-def media_in_order(turns: list[dict], images: Sequence[Picture], videos: Sequence[Video],
-                   folder: Path | None, origin: str) -> tuple[list[dict], list[Picture | Video]]:
-    """The turns with their places spelt out as items, and pictures and videos in that order.
-
-    An item may name its own file: {"type": "image", "image": "a.png"}.
-    """
-    waiting = {"image": iter(images), "video": iter(videos)}
-    place = re.compile("(<image>|<video>)" if videos else "(<image>)")
-    ordered, turns_in_order = [], []
-    for turn in turns:
-        content = turn.get("content")
-        if isinstance(content, str) and turn.get("role") == "user":
-            # a split at a group keeps what it matches: text, place, text, place, ..., text
-            content = [{"type": part[1:-1]} if place.fullmatch(part) else
-                       {"type": "text", "text": part} for part in place.split(content) if part]
-        for item in content if isinstance(content, list) else []:
-            kind = item.get("type") if isinstance(item, dict) else None
-            if kind not in ("image", "video"):
-                continue
-            path = item.pop(kind, None)
-            if path and not isinstance(path, str):
-                raise ValueError(f"{origin}: {path!r} is not the path of a file")
-            media = OPENED[kind](folder / path) if path else next(waiting[kind], None)
-            if media is None:
-                raise ValueError(f"{origin}: the text has more places for {kind}s than {kind}s")
-            ordered.append(media)
-        turns_in_order.append({**turn, "content": content})
-    for kind, left in waiting.items():
-        if next(left, None) is not None:
-            raise ValueError(f"{origin}: the text has fewer places for {kind}s than {kind}s")
-    return turns_in_order, ordered
-
-
-def turns_of(raw: dict, origin: str, videos: bool, folder: Path | None) -> list[dict]:
-    """The turns of a record, with `role` and `content`, after a check of their keys."""
+def turns_of(raw: dict, origin: str, videos: bool) -> list[dict]:
+    """The turns of a record with `role` and `content`, checked; videos: the record has some."""
     schemas = [key for key in ("messages", "conversations", "texts") if raw.get(key)]
     if len(schemas) != 1:
         found = " and ".join(schemas) or "neither messages nor conversations"
@@ -525,17 +460,79 @@ def turns_of(raw: dict, origin: str, videos: bool, folder: Path | None) -> list[
     if not is_list_of(turns, dict):
         raise ValueError(f"{origin}: {schema} is not a list of turns")
     for turn in turns:
-        check_turn(turn, origin, videos, paths=schema == "messages" and folder is not None)
-    if schema != "conversations" and "from" not in turns[0]:
-        return turns
+        # A flag may say what this code does anyway: answers are learnt, other turns are not.  In
+        # JSON the flag is true or 1, and in Python both are equal to True.
+        learnt = turn.get("role", turn.get("from")) in ("assistant", "gpt")
+        flags = {key for key in ("weight", "loss", "train", "trainable") if turn.get(key) == learnt}
+        refuse_unused(turn, TURN_KEYS | flags, origin)
 
     # LLaVA has other names for the same keys and roles; upstream's shards have either
     roles = {"human": "user", "gpt": "assistant"}
     try:
-        return [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-                for turn in turns]
+        if schema == "conversations" or "from" in turns[0]:
+            turns = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+                     for turn in turns]
     except (KeyError, TypeError):
         raise ValueError(f"{origin}: {schema} is not a list of from and value") from None
+    try:
+        check_messages(turns)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+    for item in chain.from_iterable(items_of(turn) for turn in turns if turn["role"] == "user"):
+        # in an answer, <video> is text
+        other = OTHER_MEDIA.search(str(item.get("text")))
+        if other and ("audio" in other[0] or not videos):
+            raise ValueError(f"{origin}: there is a video or a sound in a turn, but the record "
+                             "names none that is supported")
+    return turns
+
+
+def items_of(turn: dict, places: str = "(?!)") -> list[dict]:
+    """The content of a turn as items; places: a pattern of <image> or <video> in a user's text."""
+    content = turn["content"]
+    if isinstance(content, list):
+        return content
+    if turn["role"] != "user":
+        return [{"type": "text", "text": content}]
+    # a split at a group keeps what it matches: text, place, text, place, ..., text
+    parts = re.split(f"({places})", content)
+    return [{"type": part[1:-1]} if i % 2 else {"type": "text", "text": part}
+            for i, part in enumerate(parts) if part]
+
+
+def media_in_order(turns: list[dict], images: Sequence[Picture], videos: Sequence[Video],
+                   folder: Path | None, origin: str) -> tuple[list[dict], list[Picture | Video]]:
+    """The turns with their places spelt out as items, and pictures and videos in that order.
+
+    An item may name its own file: {"type": "image", "image": "a.png"}.
+    """
+    waiting = {"image": iter(images), "video": iter(videos)}
+    ordered, turns_in_order = [], []
+    for turn in turns:
+        items = items_of(turn, "<image>|<video>" if videos else "<image>")
+        for item in items:
+            kind = item["type"]
+            known = ("type", "text", kind if folder else None)
+            unused = [key for key in item if key not in known and item[key]]
+            if unused:
+                raise ValueError(f"{origin}: an item of a turn has {unused[0]!r}, only type and "
+                                 "text are supported: pictures are named in images")
+            if kind == "text":
+                continue
+            path = item.pop(kind, None)
+            if path and not isinstance(path, str):
+                raise ValueError(f"{origin}: {path!r} is not the path of a file")
+            media = OPENED[kind](folder / path) if path else next(waiting[kind], None)
+            if media is None:
+                raise ValueError(f"{origin}: the text has more places for {kind}s than {kind}s")
+            ordered.append(media)
+        if turn["role"] == "user":
+            turn = {**turn, "content": items}
+        turns_in_order.append(turn)
+    for kind, left in waiting.items():
+        if next(left, None) is not None:
+            raise ValueError(f"{origin}: the text has fewer places for {kind}s than {kind}s")
+    return turns_in_order, ordered
 
 
 def normalize_record(raw: dict, origin: str, images: Sequence[Picture],
@@ -545,16 +542,18 @@ def normalize_record(raw: dict, origin: str, images: Sequence[Picture],
     The key `system` may hold a system prompt.  folder: where items of messages may name files;
     those of shards may not.  Raises ValueError with the record's origin.
     """
-    turns = turns_of(raw, origin, bool(videos), folder)
+    turns = turns_of(raw, origin, bool(videos))
     system = raw.get("system")
     if system:
-        if not isinstance(system, str) or turns[0].get("role") == "system":
+        if not isinstance(system, str) or turns[0]["role"] == "system":
             raise ValueError(f"{origin}: system is {system!r}, it must be the text of the only "
                              "system prompt")
         turns = [{"role": "system", "content": system}, *turns]
     # in the other records, pictures are in order already, and `render` finds their places
-    if videos or any(isinstance(turn.get("content"), list) for turn in turns):
-        turns, images = media_in_order(turns, images, videos, folder, origin)
+    if videos or any(isinstance(turn["content"], list) for turn in turns):
+        # only items of `messages` may name files
+        turns, images = media_in_order(turns, images, videos, raw.get("messages") and folder,
+                                       origin)
     return {"id": raw.get("id", origin), "messages": turns, "images": images}
 
 
@@ -568,8 +567,6 @@ def paths_of(raw: dict, kind: str, folder: Path, origin: str) -> list[Path | Vid
         paths = [paths]
     if not is_list_of(paths, str):
         raise ValueError(f"{origin}: {paths!r} is not the path of {kind}s or a list of them")
-    if any("\0" in path for path in paths):
-        raise ValueError(f"{origin}: {paths!r} cannot be a path")
     return [OPENED[kind](folder / path) for path in paths]
 
 
@@ -581,6 +578,14 @@ def paths_of(raw: dict, kind: str, folder: Path, origin: str) -> list[Path | Vid
 # `normalize_record` makes the records from: several if a shard is packed.
 Place = tuple[int, int, int]
 Found = dict[int, tuple]  # number -> arguments of normalize_record
+
+
+def load_json(content: bytes, origin: str | Path) -> Any:
+    """The value of a JSON text, which may begin with the mark of Windows.  Else ValueError."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin} is not valid JSON: {error}") from error
 
 
 def json_places(path: Path) -> Iterator[Place]:
@@ -595,10 +600,7 @@ def json_places(path: Path) -> Iterator[Place]:
                 start += len(line)
         return
     content = path.read_bytes()
-    try:
-        entries = json.loads(content.decode("utf-8-sig"))  # without the mark of Windows
-    except BAD_JSON as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    entries = load_json(content, path)
     if not isinstance(entries, list):
         raise ValueError(f"{path} is not a list of records")
     # The list is valid: read its entries again, to see where each ends.  In Latin-1 each byte is
@@ -615,10 +617,7 @@ def json_records(path: Path, place: Place, folder: Path) -> Found:
     """The record of a line or entry; its paths are relative to `folder`."""
     start, end, number = place
     origin = f"{path}[{number}]"
-    try:
-        raw = json.loads(content_of(FilePart(str(path), start, end - start)))
-    except BAD_JSON as error:
-        raise ValueError(f"{origin} is not valid JSON: {error}") from error
+    raw = load_json(content_of(FilePart(str(path), start, end - start)), origin)
     if not isinstance(raw, dict):
         raise ValueError(f"{origin} is not an object")
     refuse_unused(raw, RECORD_KEYS, origin)
@@ -633,44 +632,51 @@ NAMES = "backslashreplace"  # how names that are not UTF-8 are read
 BAD_SHARD = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
 
 
-def members_of(tar: tarfile.TarFile, end: int = 0) -> Iterator[tuple[str, str, Any]]:
-    """(key, field, member) of the files in a shard: a/b.0_x.png has key a/b, field 0_x.png.
+def shard_samples(path: Path, start: int = 0, end: int = 0) -> Iterator[list[tuple]]:
+    """The samples of a WebDataset shard: neighbouring members (key, field, member) of one key.
 
-    end: byte behind the last member that is wanted, if not all are.
+    A file a/b.0_x.png has the key a/b and the field 0_x.png.  start, end: bytes of the only sample
+    that is wanted.  Raises ValueError where the shard is damaged, after the samples before.
     """
-    for member in tar:
-        if member.size < 0:  # tarfile would read the same member for ever
-            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
-        folder, slash, file = member.name.rpartition("/")
-        key, dot, name = file.partition(".")
-        # not the files that systems add: macOS's ._* and .DS_Store have an empty key
-        hidden = re.search(r"(^|/)\.[^./]", folder)
-        # links, devices and sparse files have no content of their own
-        plain = member.isfile() and not member.issparse()
-        if plain and key and dot and not hidden and file not in SYSTEM_FILES:
-            yield folder + slash + key, name, member
-        if end and tar.offset >= end:  # the next header is not read
-            break
-
-
-def shard_places(path: Path) -> Iterator[Place]:
-    """Places of the samples of a WebDataset shard: neighbouring members with the same key.
-
-    Raises ValueError if the shard is damaged, after the places before the damage.
-    """
+    sample: list[tuple] = []
     try:
-        with open(path, "rb") as file, tarfile.TarFile(fileobj=file, errors=NAMES) as tar:
-            for number, (_, group) in enumerate(groupby(members_of(tar), itemgetter(0))):
-                members = [member for _, _, member in group]
-                end = members[-1].offset_data + -(-members[-1].size // 512) * 512
-                yield members[0].offset, end, number
+        with open(path, "rb") as file:
+            file.seek(start)
+            tar = tarfile.TarFile(fileobj=file, errors=NAMES)
+            for member in tar:
+                if member.size < 0:  # tarfile would read the same member for ever
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+                folder, slash, name = member.name.rpartition("/")
+                stem, dot, field_name = name.partition(".")
+                # not the files that systems add: macOS's ._* and .DS_Store have an empty stem
+                hidden = name in SYSTEM_FILES or re.search(r"(^|/)\.[^./]", folder)
+                # links, devices and sparse files have no content of their own
+                plain = member.isfile() and not member.issparse()
+                if plain and stem and dot and not hidden:
+                    key = folder + slash + stem
+                    if sample and key != sample[0][0]:
+                        yield sample
+                        sample = []
+                    sample.append((key, field_name, member))
+                if end and tar.offset >= end:  # the next header is not read
+                    break
             # tarfile takes a broken header for the end; a tar ends with zeros, 1 to 11 kB
             file.seek(tar.offset)
             rest = file.read(2**14)
     except BAD_SHARD as error:
-        raise ValueError(f"{path} is no shard of samples: {error!r}") from error
-    if any(rest) or not 1024 <= len(rest) <= 11 * 1024:
+        raise ValueError(f"{path} cannot be read as a shard: {error!r}") from error
+    if sample:
+        yield sample
+    if not end and (any(rest) or not 1024 <= len(rest) <= 11 * 1024):
         raise ValueError(f"{path} is damaged from byte {tar.offset:,} on, or cut there")
+
+
+def shard_places(path: Path) -> Iterator[Place]:
+    """Places of the samples of a shard."""
+    for number, sample in enumerate(shard_samples(path)):
+        last = sample[-1][2]
+        # a member ends with zeros to a multiple of 512 bytes
+        yield sample[0][2].offset, last.offset_data + -(-last.size // 512) * 512, number
 
 
 def shard_records(path: Path, place: Place, folder: Path) -> Found:
@@ -679,25 +685,16 @@ def shard_records(path: Path, place: Place, folder: Path) -> Found:
     Upstream's layouts: `texts` with the `name`s of the pictures; a list of turns, beside one
     picture; and packed, lists of `images`, `prompts` and `captions`, an entry for each record.
     """
-    try:
-        with open(path, "rb") as file:
-            file.seek(place[0])
-            members = list(members_of(tarfile.TarFile(fileobj=file, errors=NAMES), place[1]))
-    except BAD_SHARD as error:
-        raise ValueError(f"{path} cannot be read at byte {place[0]:,}: {error!r}") from error
-    fields: dict[str, FilePart] = {}
+    fields: Fields = {}
     origin = str(path)
-    for key, name, member in members:
+    for key, name, member in next(shard_samples(path, *place[:2]), []):
         origin = f"{path}:{key}"
         if name in fields:
             raise ValueError(f"{origin} has its member {name!r} twice")
         fields[name] = FilePart(str(path), member.offset_data, member.size)
 
     about = member_of(fields, origin, "json")
-    try:
-        raw = json.loads(content_of(about))
-    except BAD_JSON as error:
-        raise ValueError(f"{origin}: its json is not valid: {error}") from error
+    raw = load_json(content_of(about), f"{origin}: its json")
     if raw and is_list_of(raw, dict):
         pictures = [part for part in fields.values() if part != about]
         return {0: ({"texts": raw}, origin, pictures)}
@@ -708,7 +705,7 @@ def shard_records(path: Path, place: Place, folder: Path) -> Found:
     return unpacked_record(raw, fields, origin)
 
 
-def member_of(fields: dict[str, FilePart], origin: str, *names: Any) -> FilePart:
+def member_of(fields: Fields, origin: str, *names: Any) -> FilePart:
     """The first of these members that there is."""
     for name in names:
         if isinstance(name, str) and name in fields:
@@ -716,7 +713,7 @@ def member_of(fields: dict[str, FilePart], origin: str, *names: Any) -> FilePart
     raise ValueError(f"{origin} lacks its member {names[0]!r}")
 
 
-def unpacked_record(raw: dict, fields: dict[str, FilePart], origin: str) -> Found:
+def unpacked_record(raw: dict, fields: Fields, origin: str) -> Found:
     """The record of `texts`, `media` and `name`."""
     refuse_unused(raw, SHARD_KEYS, origin)
     if raw.get("media") not in (None, "image", "video", "text"):
@@ -732,7 +729,7 @@ def unpacked_record(raw: dict, fields: dict[str, FilePart], origin: str) -> Foun
     return {0: (raw, origin, parts)}
 
 
-def packed_records(raw: dict, fields: dict[str, FilePart], origin: str) -> Found:
+def packed_records(raw: dict, fields: Fields, origin: str) -> Found:
     """The records of `images`, `prompts` and `captions`; these may be nested for turns."""
     columns = [raw.get("images"), raw.get("prompts", raw.get("prompt")), raw["captions"]]
     if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
@@ -950,7 +947,7 @@ class Index:
             head = json.loads((folder / "index.json").read_text())
             table = np.load(folder / "index.npy", mmap_mode="r")
             files, settings = head["files"], head["settings"]
-        except (*BAD_JSON, KeyError, TypeError, EOFError, FileNotFoundError) as error:
+        except (ValueError, KeyError, TypeError, EOFError, FileNotFoundError) as error:
             raise ValueError(f"{folder} holds no valid index: {error}") from error
         if table.shape != (head["samples"], len(COLUMNS)):
             raise ValueError(f"{folder}/index.npy has not the {head['samples']} lines of "
@@ -1030,14 +1027,14 @@ def decode_all(sample: Sample) -> None:
         sample.patches(i)
 
 
-def settings_of(tokenizer: Tokenizer, images: str, pixels: tuple[int, int]) -> dict:
+def settings_of(tokenizer: Tokenizer, images: str, pixels: Pixels) -> dict:
     """What the lengths of samples depend on."""
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     return {"tokenizer": digest, "images": images, "pixels": list(pixels)}
 
 
 def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
-            pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS), workers: int = 0,
+            pixels: Pixels = PIXELS, workers: int = 0,
             check: Callable[[Sample], Any] | None = None, most: int | None = None,
             kept: str | Path = os.devnull) -> Index:
     """Measure all records of files: their tokens, and their pictures by the headers alone.
@@ -1071,7 +1068,7 @@ def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
 
 
 def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
-               pixels: tuple[int, int], workers: int) -> Index:
+               pixels: Pixels, workers: int) -> Index:
     """One index of several sources, each with its weight: packed ones are read, others measured."""
     paths, weights = zip(*map(weight_of, sources))
     if any(weights) and not all(weights):
@@ -1100,7 +1097,8 @@ def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
         rejects += index.rejects
         damaged += index.damaged
     settings = settings_of(tokenizer, images, pixels)
-    settings |= {"counts": [len(table) for table in tables], "weights": list(weights)}
+    settings |= {"counts": [len(table) for table in tables],
+                 "weights": weights if all(weights) else None}
     return Index(files, np.concatenate(tables), settings, rejects, damaged)
 
 
@@ -1177,23 +1175,19 @@ class FileData:
     def __init__(self, index: Index, tokenizer: Tokenizer, seq_length: int, seed: int) -> None:
         self.index, self.seq_length, self.seed = index, seq_length, seed
         self.encode = partial(encode, tokenizer=tokenizer, pixels=index.settings["pixels"])
-        # numbers of the samples of each source that fit a row
-        numbers = np.arange(len(index.table))
         bounds = np.cumsum(index.settings.get("counts", []))[:-1]
-        self.sources = [source[index.column("tokens")[source] <= seq_length]
-                        for source in np.split(numbers, bounds)]
+        self.sources = []  # numbers of the samples of each source that fit a row
+        for source in np.split(np.arange(len(index.table)), bounds):
+            self.sources.append(source[index.column("tokens")[source] <= seq_length])
+            if not len(self.sources[-1]):
+                raise ValueError(f"none of the {len(source)} samples fits a row of {seq_length} "
+                                 "tokens: raise --seq-length or lower --max-pixels")
         self.total = sum(map(len, self.sources))
         self.too_long = len(index.table) - self.total
-        self.weights = [weight for weight in index.settings.get("weights", []) if weight]
-        if not self.total:
-            raise ValueError(f"none of the {len(index.table)} samples fits a row of {seq_length} "
-                             "tokens: raise --seq-length or lower --max-pixels")
-        if self.weights and not all(map(len, self.sources)):
-            raise ValueError("a source with a weight has no sample that fits a row")
 
     def samples_of(self, epoch: int) -> np.ndarray:
         """Numbers of the samples of an epoch, in random order."""
-        weights = self.weights or [len(source) for source in self.sources]
+        weights = self.index.settings.get("weights") or [len(source) for source in self.sources]
         chosen = []
         for number, (source, weight) in enumerate(zip(self.sources, weights)):
             # a source is an endless stream of shuffled passes; epochs cut it into stretches
@@ -1253,7 +1247,7 @@ class DrawnData:
     too_long = 0
 
     def __init__(self, data: str, tokenizer: Tokenizer, seq_length: int, seed: int, rows: int = 1,
-                 pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS)) -> None:
+                 pixels: Pixels = PIXELS) -> None:
         self.data, self.seed, self.seq_length = data, seed, seq_length
         self.encode = partial(encode, tokenizer=tokenizer, pixels=pixels)
         self.rows = rows * -(-16 // rows)
@@ -1435,29 +1429,6 @@ def print_rejects(index: Index, every: bool) -> None:
         print(f"{reject['file']}[{reject['part']}]: {reject['reason']}")
 
 
-def print_rows(rows: Rows, model: str) -> None:
-    """How full the rows of an epoch are, and how well a step is balanced over 8 ranks."""
-    count, length = rows.data.rows_in(0), rows.data.seq_length
-    members, _ = rows.data.epoch(0)
-    tokens = int(rows.data.loads(members)[:, 0].sum())
-    print(f"an epoch: {len(members):,} samples in {count:,} rows of {length:,} tokens, "
-          f"{tokens / (count * length):.2%} full")
-    if rows.data.too_long:
-        print(f"left out: {rows.data.too_long:,} samples that are longer than a row")
-    if count >= rows.rows:
-        balance = rows[0].balance
-        print(f"FLOPs of {rows.rows} rows of the {model} on 8 ranks: mean {balance:.1%} of the "
-              "most")
-
-
-def flops_of(loads: dict[str, Any], model: str) -> Any:
-    """FLOPs of a forward pass of a preset."""
-    from model import PRESETS, forward_flops  # upward, for the commands alone
-    if model not in PRESETS:
-        raise ValueError(f"there is no --model {model!r}, only {', '.join(PRESETS)}")
-    return sum(forward_flops(PRESETS[model], loads).values())
-
-
 def inspect(flags: argparse.Namespace) -> None:
     """Print what data hold: counts, lengths, rows, what is rejected and, with --show, samples."""
     from convert import load_tokenizer  # upward, for this command alone
@@ -1493,9 +1464,12 @@ def inspect(flags: argparse.Namespace) -> None:
         with_images = images > 0
         sizes = patches[with_images] * PATCH**2 // images[with_images]
         print_histogram("pixels of a picture, after resizing", sizes)
-    cost = lambda loads: {"flops": flops_of(loads, flags.model)}  # noqa: E731
-    step = min(64, data.rows_in(0) // 8 * 8)
-    print_rows(Rows(data, max(8, step), ranks=8, cost=cost), flags.model)
+    rows = data.rows_in(0)
+    planned = data.loads(data.epoch(0)[0])[:, 0]
+    print(f"an epoch: {len(planned):,} samples in {rows:,} rows of {flags.length:,} tokens, "
+          f"{planned.sum() / (rows * flags.length):.2%} full")
+    if data.too_long:
+        print(f"left out: {data.too_long:,} samples that are longer than a row")
     shown = [data.sample(int(number)) for number in members[:flags.show]]
     for number, sample in enumerate(shown):
         print_sample(number, sample, tokenizer)
@@ -1506,8 +1480,10 @@ def inspect(flags: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------- data.py pack
 
 
-def check_packable(sample: Sample) -> None:
-    """Reject a sample that upstream's unpacked layout cannot hold."""
+def check_packable(sample: Sample, length: int) -> None:
+    """Reject a sample that fits no row, or that upstream's unpacked layout cannot hold."""
+    if len(sample.input_ids) > length:
+        raise ValueError(f"record {sample.name} has {len(sample.input_ids)} tokens, a row {length}")
     videos = [media.file for media in sample.images if isinstance(media, Video)]
     if 0 < len(videos) < len(sample.images):
         raise ValueError(f"record {sample.name}: pictures and videos together cannot be packed")
@@ -1561,44 +1537,37 @@ def plan_shards(row_of: np.ndarray) -> list[np.ndarray]:
     return [shard for shard in np.split(order, np.unique(ends)) if len(shard)]
 
 
-def samples_to_pack(flags: argparse.Namespace, out: Path) -> Index:
-    """Measure the sources of `pack`; samples that fit no row are among the rejected."""
-    from convert import load_tokenizer  # upward, for this command alone
-    files = source_files(*flags.sources)
-    tokenizer = load_tokenizer(Path(flags.checkpoint))
-    out.mkdir(parents=True, exist_ok=True)
-    index = measure(files, tokenizer, flags.images, (flags.min_pixels, flags.max_pixels),
-                    flags.workers, check_packable, kept=out / "measured.jsonl")
-    if index.damaged and not flags.skip_bad:
-        raise ValueError(f"{len(index.damaged)} files are damaged; --skip-bad packs what is whole "
-                         f"of them: {'; '.join(index.damaged)}")
-    tokens = index.column("tokens")
-    for i in np.flatnonzero(tokens > flags.length):
-        # named, so that all records are either in a row or rejected
-        file, part = index.table[i, [0, 3]].tolist()
-        index.rejects.append(rejected(
-            index.files[file]["file"], part,
-            f"record {index.record(i)['id']} has {tokens[i]} tokens, a row {flags.length}"))
-    index.table = index.table[tokens <= flags.length]
-    if not len(index.table):
-        raise ValueError(f"no sample fits a row of {flags.length} tokens")
-    return index
+def flops_of(loads: dict[str, float], model: str) -> float:
+    """FLOPs of a forward pass of a preset."""
+    from model import PRESETS, forward_flops  # upward, for this command alone
+    if model not in PRESETS:
+        raise ValueError(f"there is no --model {model!r}, only {', '.join(PRESETS)}")
+    return sum(forward_flops(PRESETS[model], loads).values())
 
 
 def pack(flags: argparse.Namespace) -> None:
     """Write the samples of all sources as shards of full rows, with an index; go on if stopped."""
+    from convert import load_tokenizer  # upward, for this command alone
     out = Path(flags.out)
     if (out / "index.json").exists():
         raise ValueError(f"{out} is packed already")
-    index = samples_to_pack(flags, out)
-    tokens = index.column("tokens")
-    row_of = pack_rows(tokens, flags.length)
+    files = source_files(*flags.sources)
+    tokenizer = load_tokenizer(Path(flags.checkpoint))
+    out.mkdir(parents=True, exist_ok=True)
+    index = measure(files, tokenizer, flags.images, (flags.min_pixels, flags.max_pixels),
+                    flags.workers, partial(check_packable, length=flags.length),
+                    kept=out / f"measured-{flags.length}.partial")
+    if index.damaged and not flags.skip_bad:
+        raise ValueError(f"{len(index.damaged)} files are damaged; --skip-bad packs what is whole "
+                         f"of them: {'; '.join(index.damaged)}")
+    if not len(index.table):
+        raise ValueError(f"no sample fits a row of {flags.length} tokens")
+    row_of = pack_rows(index.column("tokens"), flags.length)
     shards = plan_shards(row_of)
     # shards of another plan must not be taken for those of this one
-    plan = hashlib.sha256(json.dumps(index.files).encode() + index.table.tobytes()
-                          + row_of.tobytes()).hexdigest()
+    plan = json.dumps([flags.length, index.settings, index.files])
     written = in_order(partial(write_shard, index=index, out=out), list(enumerate(shards)),
-                       flags.workers, "shards written", out / "written.jsonl", plan)
+                       flags.workers, "shards written", out / "written.partial", plan)
     entries, tables = [], []
     for (entry, places), samples in zip(written, shards):
         # the lines of the samples, now with their places in the shard
@@ -1614,23 +1583,23 @@ def pack(flags: argparse.Namespace) -> None:
         tables.append(table)
     settings = {**index.settings, "images": "", "length": flags.length, "model": flags.model}
     Index(entries, np.concatenate(tables), settings, index.rejects).save(out)
-    (out / "measured.jsonl").unlink()
-    (out / "written.jsonl").unlink()
+    for file in out.glob("*.partial"):
+        file.unlink()
     rows = row_of.max() + 1
     print(f"{len(row_of):,} samples in {rows:,} rows of {flags.length:,} tokens, "
-          f"{tokens.sum() / (rows * flags.length):.2%} full, {len(shards)} shards; "
+          f"{index.column('tokens').sum() / (rows * flags.length):.2%} full, {len(shards)} shards; "
           f"{len(index.rejects):,} rejected, see {out / 'rejects.jsonl'}")
 
 
 # ---------------------------------------------------------------------------------- data.py balance
 
 
-def concepts_in(text: str, concepts: dict[str, int], longest: int) -> set[int]:
-    """Numbers of the concepts that a text names, as one to `longest` words."""
+def concepts_in(text: str, concepts: set[str], longest: int) -> list[str]:
+    """The concepts that a text names, as one to `longest` words, in order."""
     words = re.findall(r"\w+", text.lower())
-    phrases = (" ".join(words[i:i + size]) for i in range(len(words))
-               for size in range(1, longest + 1))
-    return {concepts[phrase] for phrase in phrases if phrase in concepts}
+    phrases = {" ".join(words[i:i + size]) for i in range(len(words))
+               for size in range(1, longest + 1)}
+    return sorted(phrases & concepts)
 
 
 def weighted_draw(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -1650,8 +1619,7 @@ def balance(flags: argparse.Namespace) -> None:
     embedding).  Records that name no concept are left out.  The lines are written as they are.
     """
     lines = Path(flags.concepts).read_text(encoding="utf-8").splitlines()
-    names = [" ".join(re.findall(r"\w+", line.lower())) for line in lines]
-    concepts = {name: i for i, name in enumerate(dict.fromkeys(filter(None, names)))}
+    concepts = {" ".join(re.findall(r"\w+", line.lower())) for line in lines} - {""}
     if not concepts:
         raise ValueError(f"{flags.concepts} names no concept")
     longest = max(len(name.split()) for name in concepts)
@@ -1665,17 +1633,19 @@ def balance(flags: argparse.Namespace) -> None:
             parts.append(FilePart(str(path), start, end - start))
             matched.append(concepts_in(" ".join(answers), concepts, longest))
 
-    frequency = np.bincount([c for found in matched for c in found], minlength=len(concepts))
-    weights = np.array([sum(1 / frequency[c] for c in found) for found in matched])
+    frequency = Counter(chain.from_iterable(matched))
+    weights = np.array([sum(1 / frequency[name] for name in found) for found in matched])
+    if not frequency:
+        raise ValueError(f"no record names a concept of {flags.concepts}")
     chosen = weighted_draw(weights, flags.keep, flags.seed)
     with open(flags.out, "xb") as out:
         out.writelines(content_of(parts[i]).strip() + b"\n" for i in chosen)
 
-    after = np.bincount([c for i in chosen for c in matched[i]], minlength=len(concepts))
+    after = Counter(chain.from_iterable(matched[i] for i in chosen))
     for title, counts in (("before", frequency), ("after", after)):
-        named = counts[counts > 0]
-        print(f"{title}: {len(named):,} of {len(concepts):,} concepts are named, the most frequent "
-              f"{named.max() / np.median(named):,.1f} times as often as the median")
+        times = sorted(counts.values())
+        print(f"{title}: {len(times):,} of {len(concepts):,} concepts are named, the most frequent "
+              f"{times[-1] / np.median(times):,.1f} times as often as the median")
     print(f"{len(chosen):,} of {len(parts):,} records -> {flags.out}")
 
 
@@ -1694,7 +1664,7 @@ FLAGS = {
     "--min-pixels": ("inspect pack", MIN_PIXELS, "least area of a picture"),
     "--max-pixels": ("inspect pack", MAX_PIXELS, "largest area of a picture"),
     "--workers": ("inspect pack", os.cpu_count() or 1, "processes that read"),
-    "--model": ("inspect pack", "4b", "preset whose FLOPs are counted"),
+    "--model": ("pack", "4b", "preset whose FLOPs are counted"),
     "--all": ("inspect", False, "read all records, not 10,000; list all that are rejected"),
     "--decode": ("inspect", False, "decode all pictures, too"),
     "--show": ("inspect", 0, "samples to print, what is learnt in brackets"),

@@ -405,7 +405,7 @@ def test_pack_is_deterministic_and_resumes(sources: list[Path], tmp_path: Path) 
         assert pack(tmp_path / f"{workers}", *sources, workers=workers) == whole
     again = tmp_path / "again"
     interrupted(again, *sources)
-    measured, shard = again / "measured.jsonl", again / "shard-000000.tar"
+    measured, shard = again / f"measured-{LENGTH}.partial", again / "shard-000000.tar"
     measured.write_bytes(measured.read_bytes()[:-50])  # in the middle of a line
     written = shard.stat().st_mtime_ns
     assert pack(again, *sources) == whole and shard.stat().st_mtime_ns == written
