@@ -63,7 +63,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, groupby, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -449,12 +449,12 @@ def refuse_unused(raw: dict, used: set[str], origin: str) -> None:
                              "is learnt; remove it or the record")
 
 
-def turns_of(raw: dict, origin: str, videos: bool) -> list[dict]:
-    """The turns of a record with `role` and `content`, checked; videos: the record has some."""
+def turns_of(raw: dict, origin: str) -> list[dict]:
+    """The turns of a record, with `role` and `content`, after a check of their keys."""
     schemas = [key for key in ("messages", "conversations", "texts") if raw.get(key)]
     if len(schemas) != 1:
         found = " and ".join(schemas) or "neither messages nor conversations"
-        raise ValueError(f"{origin} has {found}: it must have one of them")
+        raise ValueError(f"{origin} has {found}: it must have one of them (texts is for shards)")
     schema = schemas[0]
     turns = raw[schema]
     if not is_list_of(turns, dict):
@@ -474,16 +474,6 @@ def turns_of(raw: dict, origin: str, videos: bool) -> list[dict]:
                      for turn in turns]
     except (KeyError, TypeError):
         raise ValueError(f"{origin}: {schema} is not a list of from and value") from None
-    try:
-        check_messages(turns)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from error
-    for item in chain.from_iterable(items_of(turn) for turn in turns if turn["role"] == "user"):
-        # in an answer, <video> is text
-        other = OTHER_MEDIA.search(str(item.get("text")))
-        if other and ("audio" in other[0] or not videos):
-            raise ValueError(f"{origin}: there is a video or a sound in a turn, but the record "
-                             "names none that is supported")
     return turns
 
 
@@ -500,6 +490,22 @@ def items_of(turn: dict, places: str = "(?!)") -> list[dict]:
             for i, part in enumerate(parts) if part]
 
 
+def check_items(turns: list[dict], origin: str, videos: bool, folder: Path | None) -> None:
+    """Raise ValueError for content of turns that training would ignore; videos: there are some."""
+    for turn in turns:
+        for item in items_of(turn):
+            known = ("type", "text", item["type"] if folder else None)
+            unused = [key for key in item if key not in known and item[key]]
+            if unused:
+                raise ValueError(f"{origin}: an item of a turn has {unused[0]!r}, only type and "
+                                 "text are supported: pictures are named in images")
+            # in an answer, <video> is text
+            other = turn["role"] == "user" and OTHER_MEDIA.search(str(item.get("text")))
+            if other and ("audio" in other[0] or not videos):
+                raise ValueError(f"{origin}: there is a video or a sound in a turn, but the "
+                                 "record names none that is supported")
+
+
 def media_in_order(turns: list[dict], images: Sequence[Picture], videos: Sequence[Video],
                    folder: Path | None, origin: str) -> tuple[list[dict], list[Picture | Video]]:
     """The turns with their places spelt out as items, and pictures and videos in that order.
@@ -512,13 +518,9 @@ def media_in_order(turns: list[dict], images: Sequence[Picture], videos: Sequenc
         items = items_of(turn, "<image>|<video>" if videos else "<image>")
         for item in items:
             kind = item["type"]
-            known = ("type", "text", kind if folder else None)
-            unused = [key for key in item if key not in known and item[key]]
-            if unused:
-                raise ValueError(f"{origin}: an item of a turn has {unused[0]!r}, only type and "
-                                 "text are supported: pictures are named in images")
             if kind == "text":
                 continue
+            # the item's own file, else the next of the record's
             path = item.pop(kind, None)
             if path and not isinstance(path, str):
                 raise ValueError(f"{origin}: {path!r} is not the path of a file")
@@ -542,7 +544,14 @@ def normalize_record(raw: dict, origin: str, images: Sequence[Picture],
     The key `system` may hold a system prompt.  folder: where items of messages may name files;
     those of shards may not.  Raises ValueError with the record's origin.
     """
-    turns = turns_of(raw, origin, bool(videos))
+    turns = turns_of(raw, origin)
+    if not raw.get("messages"):
+        folder = None  # only items of `messages` may name files
+    try:
+        check_messages(turns)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+    check_items(turns, origin, bool(videos), folder)
     system = raw.get("system")
     if system:
         if not isinstance(system, str) or turns[0]["role"] == "system":
@@ -551,9 +560,7 @@ def normalize_record(raw: dict, origin: str, images: Sequence[Picture],
         turns = [{"role": "system", "content": system}, *turns]
     # in the other records, pictures are in order already, and `render` finds their places
     if videos or any(isinstance(turn["content"], list) for turn in turns):
-        # only items of `messages` may name files
-        turns, images = media_in_order(turns, images, videos, raw.get("messages") and folder,
-                                       origin)
+        turns, images = media_in_order(turns, images, videos, folder, origin)
     return {"id": raw.get("id", origin), "messages": turns, "images": images}
 
 
@@ -591,13 +598,12 @@ def load_json(content: bytes, origin: str | Path) -> Any:
 def json_places(path: Path) -> Iterator[Place]:
     """Places of the lines of a .jsonl file, or of the entries of a .json list."""
     if path.suffix == ".jsonl":
-        start = number = 0
+        end = 0
         with open(path, "rb") as file:
-            for line in file:
+            for number, line in enumerate(file):
+                end += len(line)
                 if line.strip():
-                    yield start, start + len(line), number
-                    number += 1
-                start += len(line)
+                    yield end - len(line), end, number
         return
     content = path.read_bytes()
     entries = load_json(content, path)
@@ -621,8 +627,6 @@ def json_records(path: Path, place: Place, folder: Path) -> Found:
     if not isinstance(raw, dict):
         raise ValueError(f"{origin} is not an object")
     refuse_unused(raw, RECORD_KEYS, origin)
-    if raw.get("texts"):
-        raise ValueError(f"{origin} has texts, which are for shards: name them messages")
     images = paths_of(raw, "image", folder, origin)
     return {number: (raw, origin, images, paths_of(raw, "video", folder, origin), folder)}
 
@@ -632,11 +636,25 @@ NAMES = "backslashreplace"  # how names that are not UTF-8 are read
 BAD_SHARD = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
 
 
+def key_of(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Key and field of a member: a/b.0_x.png has key a/b, field 0_x.png; "" of what is no data."""
+    if member.size < 0:  # tarfile would read the same member for ever
+        raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+    folder, slash, name = member.name.rpartition("/")
+    stem, _, field_name = name.partition(".")
+    # systems add files: macOS's ._* and .DS_Store have an empty stem
+    hidden = not stem or name in SYSTEM_FILES or re.search(r"(^|/)\.[^./]", folder)
+    # links, devices and sparse files have no content of their own
+    if hidden or not field_name or not member.isfile() or member.issparse():
+        return "", ""
+    return folder + slash + stem, field_name
+
+
 def shard_samples(path: Path, start: int = 0, end: int = 0) -> Iterator[list[tuple]]:
     """The samples of a WebDataset shard: neighbouring members (key, field, member) of one key.
 
-    A file a/b.0_x.png has the key a/b and the field 0_x.png.  start, end: bytes of the only sample
-    that is wanted.  Raises ValueError where the shard is damaged, after the samples before.
+    start, end: bytes of the only sample that is wanted.  Raises ValueError where the shard is
+    damaged, after the samples before.
     """
     sample: list[tuple] = []
     try:
@@ -644,19 +662,11 @@ def shard_samples(path: Path, start: int = 0, end: int = 0) -> Iterator[list[tup
             file.seek(start)
             tar = tarfile.TarFile(fileobj=file, errors=NAMES)
             for member in tar:
-                if member.size < 0:  # tarfile would read the same member for ever
-                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
-                folder, slash, name = member.name.rpartition("/")
-                stem, dot, field_name = name.partition(".")
-                # not the files that systems add: macOS's ._* and .DS_Store have an empty stem
-                hidden = name in SYSTEM_FILES or re.search(r"(^|/)\.[^./]", folder)
-                # links, devices and sparse files have no content of their own
-                plain = member.isfile() and not member.issparse()
-                if plain and stem and dot and not hidden:
-                    key = folder + slash + stem
-                    if sample and key != sample[0][0]:
-                        yield sample
-                        sample = []
+                key, field_name = key_of(member)
+                if sample and key and key != sample[0][0]:
+                    yield sample
+                    sample = []
+                if key:
                     sample.append((key, field_name, member))
                 if end and tar.offset >= end:  # the next header is not read
                     break
@@ -685,6 +695,7 @@ def shard_records(path: Path, place: Place, folder: Path) -> Found:
     Upstream's layouts: `texts` with the `name`s of the pictures; a list of turns, beside one
     picture; and packed, lists of `images`, `prompts` and `captions`, an entry for each record.
     """
+    # the picture of a member is not read here: its place in the file is kept
     fields: Fields = {}
     origin = str(path)
     for key, name, member in next(shard_samples(path, *place[:2]), []):
@@ -693,11 +704,9 @@ def shard_records(path: Path, place: Place, folder: Path) -> Found:
             raise ValueError(f"{origin} has its member {name!r} twice")
         fields[name] = FilePart(str(path), member.offset_data, member.size)
 
-    about = member_of(fields, origin, "json")
-    raw = load_json(content_of(about), f"{origin}: its json")
+    raw = load_json(content_of(member_of(fields, origin, "json")), f"{origin}: its json")
     if raw and is_list_of(raw, dict):
-        pictures = [part for part in fields.values() if part != about]
-        return {0: ({"texts": raw}, origin, pictures)}
+        raw = {"texts": raw, "name": [name for name in fields if name != "json"]}
     if not isinstance(raw, dict):
         raise ValueError(f"{origin}: its json is not an object")
     if "captions" in raw:
@@ -835,6 +844,7 @@ def source_files(*sources: str) -> list[Path]:
     files: list[Path] = []
     for name in chain.from_iterable(map(expand_braces, sources)):
         path = Path(name)
+        # a name may contain the characters of a glob
         found = [path] if path.exists() else [*map(Path, glob.glob(name, recursive=True))]
         if path.is_dir():
             found = [file for file in path.rglob("*")
@@ -975,12 +985,12 @@ def in_order(function: Callable, items: Sequence, workers: int, what: str,
     if Path(kept).is_file():
         first, *lines = Path(kept).read_text().splitlines(keepends=True) or [f"{title}\n"]
         if first != f"{title}\n":
-            raise ValueError(f"{kept} is of other data or flags: remove its directory, or choose "
-                             "another one")
+            raise ValueError(f"{kept} is of other data or flags: remove what was begun there, or "
+                             "choose another --out")
         # the last line may have been cut
         done = [json.loads(line) for line in lines if line.endswith("\n")]
     left = items[len(done):]
-    # a DataLoader without batches gives its collate_fn each item by itself
+    # with batch_size=None, a worker calls collate_fn with one item
     results = torch.utils.data.DataLoader(left, batch_size=None, collate_fn=function,
                                           num_workers=max(0, min(workers, len(left) - 1)))
     with open(kept, "w") as file:
@@ -989,11 +999,6 @@ def in_order(function: Callable, items: Sequence, workers: int, what: str,
             print(json.dumps(result), file=file, flush=True)
             show_progress(number, len(items), what)
             yield result
-
-
-def rejected(path: Path | str, part: int, reason: Any) -> dict:
-    """An entry of rejects.jsonl."""
-    return {"file": str(path), "part": part, "reason": str(reason)}
 
 
 def measure_chunk(chunk: tuple[int, Path, list[Place]], images: str,
@@ -1007,7 +1012,7 @@ def measure_chunk(chunk: tuple[int, Path, list[Place]], images: str,
         try:
             found = READERS[path.suffix][1](path, place, Path(images or path.parent))
         except ValueError as error:
-            rejects.append(rejected(path, number, error))
+            rejects.append((number, error))
             continue
         # of a packed shard, one bad record does not lose the others
         for part, raw in found.items():
@@ -1017,8 +1022,9 @@ def measure_chunk(chunk: tuple[int, Path, list[Place]], images: str,
                     check(sample)
                 lines.append([file, start, end, part, -1, *load_of(sample)])
             except ValueError as error:
-                rejects.append(rejected(path, part, error))
-    return lines, rejects
+                rejects.append((part, error))
+    return lines, [{"file": str(path), "part": part, "reason": str(error)}
+                   for part, error in rejects]
 
 
 def decode_all(sample: Sample) -> None:
@@ -1047,8 +1053,7 @@ def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
     for number, path in enumerate(files):
         places = []
         try:
-            for place in READERS[path.suffix][0](path):
-                places.append(place)
+            places.extend(READERS[path.suffix][0](path))
         except ValueError as error:  # the places before the damage are used
             damaged.append(str(error))
         entries.append({"file": str(path.resolve()), "size": path.stat().st_size})
@@ -1313,18 +1318,12 @@ def deal(costs: list[float], ranks: int) -> list[list[int]]:
     return dealt
 
 
-@dataclass
-class RowOfStep:
+class RowOfStep(NamedTuple):
     """A row of this rank, and what all ranks do in the same step."""
 
     row: Any  # Row, or RowShare if ranks share a row
     sums: dict[str, float]  # over all rows of the step: samples, LOADS, costs
     balance: float  # mean cost over largest cost, of rows that ranks compute at the same time
-
-    def pin_memory(self) -> "RowOfStep":
-        """For the DataLoader, see Row.pin_memory."""
-        self.row.pin_memory()
-        return self
 
 
 class Rows(torch.utils.data.Dataset):
@@ -1411,8 +1410,8 @@ def write_sheet(samples: list[Sample], file: str) -> None:
                 for sample in samples for image in sample.images]
     sheet = Image.new("RGB", (8 * 168, -(-len(pictures) // 8) * 168), "white")
     for i, picture in enumerate(pictures):
-        thumbnail = ImageOps.contain(to_rgb(picture), (160, 160))
-        sheet.paste(thumbnail, (i % 8 * 168 + 4, i // 8 * 168 + 4))
+        square = ImageOps.pad(to_rgb(picture), (160, 160), color="white")
+        sheet.paste(square, (i % 8 * 168, i // 8 * 168))
     sheet.save(file)
 
 
@@ -1594,9 +1593,13 @@ def pack(flags: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------- data.py balance
 
 
+def plain_words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
 def concepts_in(text: str, concepts: set[str], longest: int) -> list[str]:
     """The concepts that a text names, as one to `longest` words, in order."""
-    words = re.findall(r"\w+", text.lower())
+    words = plain_words(text)
     phrases = {" ".join(words[i:i + size]) for i in range(len(words))
                for size in range(1, longest + 1)}
     return sorted(phrases & concepts)
@@ -1619,7 +1622,7 @@ def balance(flags: argparse.Namespace) -> None:
     embedding).  Records that name no concept are left out.  The lines are written as they are.
     """
     lines = Path(flags.concepts).read_text(encoding="utf-8").splitlines()
-    concepts = {" ".join(re.findall(r"\w+", line.lower())) for line in lines} - {""}
+    concepts = {" ".join(plain_words(line)) for line in lines} - {""}
     if not concepts:
         raise ValueError(f"{flags.concepts} names no concept")
     longest = max(len(name.split()) for name in concepts)
@@ -1637,6 +1640,7 @@ def balance(flags: argparse.Namespace) -> None:
     weights = np.array([sum(1 / frequency[name] for name in found) for found in matched])
     if not frequency:
         raise ValueError(f"no record names a concept of {flags.concepts}")
+    # written as they are, in their order in the sources
     chosen = weighted_draw(weights, flags.keep, flags.seed)
     with open(flags.out, "xb") as out:
         out.writelines(content_of(parts[i]).strip() + b"\n" for i in chosen)
@@ -1684,6 +1688,7 @@ def parse_command(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], 
     parser.prog = f"data.py {name}"
     parser.add_argument("sources", nargs="*" if name == "inspect" else "+", default=["questions"],
                         help="files, directories, globs or lists in braces of records")
+    # a flag of another command is unknown, and so refused
     for flag, (commands, default, text) in FLAGS.items():
         if name not in commands.split():
             continue
@@ -1694,11 +1699,9 @@ def parse_command(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], 
             parser.add_argument(flag, type=kind, default=default, required=default is None,
                                 help=text)
     flags = parser.parse_args(arguments[1:])
-    # a number of these three is at least 1, any other may be 0
-    for key, value in vars(flags).items():
-        least = int(key in ("length", "keep", "min_pixels"))
-        if isinstance(value, int) and value < least:
-            raise ValueError(f"--{key.replace('_', '-')} must be at least {least}, not {value}")
+    for key in ("length", "keep", "min_pixels"):
+        if getattr(flags, key, 1) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} must be positive")
     return COMMANDS[name], flags
 
 
