@@ -62,9 +62,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, groupby, takewhile
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -87,11 +86,12 @@ SPECIAL_TOKENS = (  # in the order of their ids in the released vocabulary, from
 # The tokens that delimit messages and pictures.  Their names inside a text always stay text.
 STRUCTURE = {name for name in SPECIAL_TOKENS if not re.search("_ref_|box_|quad_", name)}
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # Windows leaves these files in folders
-BAD_JSON = (ValueError, RecursionError)  # what json.loads raises
-BAD_RECORD = (*UNREADABLE, ArithmeticError, MemoryError)  # what readers and decoders raise
 
 # {"id", "messages": [{"role", "content"}], "images": [picture, path or file content], "category"}
 Record = dict
+Fields = dict[str, FilePart]  # of a sample in a shard: the members by the ends of their names
+Pixels = tuple[int, int]  # least and largest height * width of a picture
+PIXELS = (MIN_PIXELS, MAX_PIXELS)
 
 # The keys that this code uses of a record or turn in a file.  It ignores other keys, such as the
 # name of a source, unless the words of a key say that the key would change what is learnt.  Then it
@@ -111,9 +111,11 @@ LEARNING_WORDS = set("system weight loss mask masked train trainable learn tool 
 # Other tools put <video> or <audio> in front of a turn, or at its end on a line of its own.  With a
 # source, a track or a closing tag behind it, the turn is about HTML.
 OTHER_MEDIA = re.compile(r"\A<(video|audio)>(?!\s*<(source|track|/))|\n<(video|audio)>\Z")
+OPENED = {"image": Path, "video": Video}  # what a path in a record becomes
+BAD_RECORD = (*UNREADABLE, ArithmeticError, MemoryError)  # what readers and decoders raise
 DRAWN = ("captions", "questions", "mixed")  # data drawn by assets/scenes.py
 CHUNK = 1000  # records that a process measures at once
-INDEX_FILES = ("index.json", "rejects.jsonl", "measured.jsonl")  # beside packed shards
+INDEX_FILES = ("index.json", "rejects.jsonl")  # beside packed shards
 EPOCH_NUMBERS = 2**20  # numbers for the drawn samples of an epoch
 STREAM = 2**15  # samples that are packed one after another, beside other streams
 SHARD = 4096  # samples of a shard that it writes, to the end of a row
@@ -290,7 +292,7 @@ class Sample:
     labels: Tensor  # (L,) the token itself where learnt, else -100
     images: list[Picture | Video]
     grid_thw: Tensor  # (I, 3) int64, the patches that each picture will be cut into
-    pixels: tuple[int, int]  # least and largest area of a picture
+    pixels: Pixels
     name: str  # of the record, for messages
     lost: str = ""  # why nothing is learnt from it, although the plan counts on it
     number: int = 0  # in the data; names need not be unique
@@ -347,9 +349,9 @@ class Row:
         return inputs
 
 
-def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
-           max_pixels: int = MAX_PIXELS, generation_prompt: bool = False) -> Sample:
-    """Tokenise a record and measure its pictures; pixel limits are on height * width.
+def encode(record: Record, tokenizer: Tokenizer, pixels: Pixels = PIXELS,
+           generation_prompt: bool = False) -> Sample:
+    """Tokenise a record and measure its pictures; pixels: least and largest height * width.
 
     Raises ValueError, with the record's name, if the record is malformed or, in training, has
     nothing to learn.
@@ -358,7 +360,7 @@ def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
     name = str(record.get("id", "?")).encode(errors="backslashreplace").decode()
     try:
         # the size of a picture is in its file's header; pixels are not read here
-        grids = [patch_grid(image, min_pixels, max_pixels) for image in record["images"]]
+        grids = [patch_grid(image, *pixels) for image in record["images"]]
         grid_thw = torch.tensor(grids, dtype=torch.int64).view(-1, 3)  # (I, 3)
         counts = visual_tokens(grid_thw).tolist()
         ids, labels = chat_tokens(record["messages"], tokenizer, counts, generation_prompt)
@@ -368,7 +370,7 @@ def encode(record: Record, tokenizer: Tokenizer, min_pixels: int = MIN_PIXELS,
         raise ValueError(f"record {name}: {error}") from error
     # NumPy reads a list several times as fast as PyTorch
     input_ids, labels = torch.from_numpy(np.array([ids, labels], dtype=np.int64))  # (L,) each
-    return Sample(input_ids, labels, record["images"], grid_thw, (min_pixels, max_pixels), name)
+    return Sample(input_ids, labels, record["images"], grid_thw, pixels, name)
 
 
 def cut_pictures(samples: list[Sample],
@@ -452,160 +454,282 @@ def refuse_unused(raw: dict, used: set[str], origin: str) -> None:
                              "is learnt; remove it or the record")
 
 
-def check_turn(turn: dict, origin: str, videos: bool, paths: bool) -> None:
-    """Raise ValueError for content of a turn that training would ignore.
+def turns_of(raw: dict, origin: str) -> list[dict]:
+    """The turns of a record, with `role` and `content`, after a check of their keys."""
+    schemas = [key for key in ("messages", "conversations", "texts") if raw.get(key)]
+    if len(schemas) != 1:
+        found = " and ".join(schemas) or "neither messages nor conversations"
+        raise ValueError(f"{origin} has {found}: it must have one of them (texts is for shards)")
+    schema = schemas[0]
+    turns = raw[schema]
+    if not is_list_of(turns, dict):
+        raise ValueError(f"{origin}: {schema} is not a list of turns")
+    for turn in turns:
+        # A flag may say what this code does anyway: answers are learnt, other turns are not.  In
+        # JSON the flag is true or 1, and in Python both are equal to True.
+        learnt = turn.get("role", turn.get("from")) in ("assistant", "gpt")
+        flags = {key for key in ("weight", "loss", "train", "trainable") if turn.get(key) == learnt}
+        refuse_unused(turn, TURN_KEYS | flags, origin)
 
-    videos: the record has videos; paths: an item may name its own file.
-    """
-    role = turn.get("role", turn.get("from"))
-    # A flag may say what this code does anyway: answers are learnt, other turns are not.  In JSON
-    # the flag is true or 1, and in Python both are equal to True.
-    learnt = role in ("assistant", "gpt")
-    agreeing = {key for key in ("weight", "loss", "train", "trainable") if turn.get(key) == learnt}
-    refuse_unused(turn, TURN_KEYS | agreeing, origin)
-
-    items = turn.get("content", turn.get("value"))
-    if not isinstance(items, list):
-        items = [{"type": "text", "text": items}]
-    for item in items:
-        if not isinstance(item, dict):
-            continue  # check_messages will refuse it
-        known = ("type", "text", item.get("type") if paths else None)
-        unused = [key for key in item if key not in known and item[key]]
-        if unused:
-            raise ValueError(f"{origin}: an item of a turn has {unused[0]!r}, only type and text "
-                             "are supported: pictures are named in images")
-        # in an answer, <video> is text
-        text = item.get("text") if role in ("user", "human") else None
-        other = OTHER_MEDIA.search(text) if isinstance(text, str) else None
-        lost_video = item.get("type") == "video" and not item.get("video")
-        if (other and "audio" in other[0]) or ((other or lost_video) and not videos):
-            raise ValueError(f"{origin}: there is a video or a sound in a turn, but the record "
-                             "names none that is supported")
+    # LLaVA has other names for the same keys and roles; upstream's shards have either
+    roles = {"human": "user", "gpt": "assistant"}
+    try:
+        if schema == "conversations" or "from" in turns[0]:
+            turns = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+                     for turn in turns]
+    except (KeyError, TypeError):
+        raise ValueError(f"{origin}: {schema} is not a list of from and value") from None
+    return turns
 
 
-def media_in_order(turns: list[dict], images: list[Picture], videos: list[Video],
+def items_of(turn: dict, places: str = "(?!)") -> list[dict]:
+    """The content of a turn as items; places: a pattern of <image> or <video> in a user's text."""
+    content = turn["content"]
+    if isinstance(content, list):
+        return content
+    if turn["role"] != "user":
+        return [{"type": "text", "text": content}]
+    # a split at a group keeps what it matches: text, place, text, place, ..., text
+    parts = re.split(f"({places})", content)
+    return [{"type": part[1:-1]} if i % 2 else {"type": "text", "text": part}
+            for i, part in enumerate(parts) if part]
+
+
+def check_items(turns: list[dict], origin: str, videos: bool, folder: Path | None) -> None:
+    """Raise ValueError for content of turns that training would ignore; videos: there are some."""
+    for turn in turns:
+        for item in items_of(turn):
+            known = ("type", "text", item["type"] if folder else None)
+            unused = [key for key in item if key not in known and item[key]]
+            if unused:
+                raise ValueError(f"{origin}: an item of a turn has {unused[0]!r}, only type and "
+                                 "text are supported: pictures are named in images")
+            # in an answer, <video> is text
+            other = turn["role"] == "user" and OTHER_MEDIA.search(str(item.get("text")))
+            if other and ("audio" in other[0] or not videos):
+                raise ValueError(f"{origin}: there is a video or a sound in a turn, but the "
+                                 "record names none that is supported")
+
+
+def media_in_order(turns: list[dict], images: Sequence[Picture], videos: Sequence[Video],
                    folder: Path | None, origin: str) -> tuple[list[dict], list[Picture | Video]]:
     """The turns with their places spelt out as items, and pictures and videos in that order.
 
     An item may name its own file: {"type": "image", "image": "a.png"}.
     """
     waiting = {"image": iter(images), "video": iter(videos)}
-    opened = {"image": Path, "video": Video}
     ordered, turns_in_order = [], []
     for turn in turns:
-        content = turn.get("content")
-        if isinstance(content, str) and turn.get("role") == "user":
-            # a split at a group keeps what it matches: text, place, text, place, ..., text
-            parts = re.split("(<image>|<video>)" if videos else "(<image>)", content)
-            content = [{"type": part[1:-1]} if part in ("<image>", "<video>") else
-                       {"type": "text", "text": part} for part in parts if part]
-        for item in content if isinstance(content, list) else []:
-            kind = item.get("type") if isinstance(item, dict) else None
-            if kind not in ("image", "video"):
+        items = items_of(turn, "<image>|<video>" if videos else "<image>")
+        for item in items:
+            kind = item["type"]
+            if kind == "text":
                 continue
+            # the item's own file, else the next of the record's
             path = item.pop(kind, None)
             if path and not isinstance(path, str):
                 raise ValueError(f"{origin}: {path!r} is not the path of a file")
-            media = opened[kind](folder / path) if path else next(waiting[kind], None)
+            media = OPENED[kind](folder / path) if path else next(waiting[kind], None)
             if media is None:
                 raise ValueError(f"{origin}: the text has more places for {kind}s than {kind}s")
             ordered.append(media)
-        turns_in_order.append({**turn, "content": content})
+        if turn["role"] == "user":
+            turn = {**turn, "content": items}
+        turns_in_order.append(turn)
     for kind, left in waiting.items():
         if next(left, None) is not None:
             raise ValueError(f"{origin}: the text has fewer places for {kind}s than {kind}s")
     return turns_in_order, ordered
 
 
-def normalize_record(raw: dict, images: list[Picture], origin: str,
-                     videos: Sequence[Picture] = (), folder: Path | None = None) -> Record:
+def normalize_record(raw: dict, origin: str, images: Sequence[Picture],
+                     videos: Sequence[Video] = (), folder: Path | None = None) -> Record:
     """A record from any of the field's schemas: `messages`, LLaVA's `conversations`, or `texts`.
 
     The key `system` may hold a system prompt.  folder: where items of messages may name files;
     those of shards may not.  Raises ValueError with the record's origin.
     """
-    schemas = [key for key in ("messages", "conversations", "texts") if raw.get(key)]
-    if not schemas:
-        raise ValueError(f"{origin} has neither messages nor conversations")
-    if len(schemas) > 1:
-        raise ValueError(f"{origin} has {' and '.join(schemas)}: which is meant?")
-    schema = schemas[0]
-    turns = raw[schema]
-    if not is_list_of(turns, dict):
-        raise ValueError(f"{origin}: {schema} is not a list of turns")
-    for turn in turns:
-        check_turn(turn, origin, videos=bool(videos),
-                   paths=schema == "messages" and folder is not None)
-
-    # LLaVA has other names for the same keys and roles; upstream's shards have either
-    if schema == "conversations" or "from" in turns[0]:
-        roles = {"human": "user", "gpt": "assistant"}
-        try:
-            turns = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-                     for turn in turns]
-        except (KeyError, TypeError):
-            raise ValueError(f"{origin}: {schema} is not a list of from and value") from None
-
+    turns = turns_of(raw, origin)
+    if not raw.get("messages"):
+        folder = None  # only items of `messages` may name files
+    try:
+        check_messages(turns)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+    check_items(turns, origin, bool(videos), folder)
     system = raw.get("system")
     if system:
-        if not isinstance(system, str) or turns[0].get("role") == "system":
+        if not isinstance(system, str) or turns[0]["role"] == "system":
             raise ValueError(f"{origin}: system is {system!r}, it must be the text of the only "
                              "system prompt")
         turns = [{"role": "system", "content": system}, *turns]
     # in the other records, pictures are in order already, and `render` finds their places
-    if videos or any(isinstance(turn.get("content"), list) for turn in turns):
-        turns, images = media_in_order(turns, images, [Video(v) for v in videos], folder, origin)
+    if videos or any(isinstance(turn["content"], list) for turn in turns):
+        turns, images = media_in_order(turns, images, videos, folder, origin)
     name = raw.get("id")
     return {"id": origin if name is None else name, "messages": turns, "images": images}
 
 
-def paths_of(raw: dict, key: str, folder: Path, origin: str) -> list[Path]:
+def paths_of(raw: dict, kind: str, folder: Path, origin: str) -> list[Path | Video]:
     """The files that a record names in `image` or `images` (or `video`, `videos`)."""
-    if raw.get(key) and raw.get(f"{key}s"):
-        raise ValueError(f"{origin} has {key} and {key}s: which is meant?")
+    if raw.get(kind) and raw.get(f"{kind}s"):
+        raise ValueError(f"{origin} has {kind} and {kind}s: which is meant?")
     # either key may hold one path or a list of paths
-    paths = raw.get(f"{key}s") or raw.get(key) or []
+    paths = raw.get(f"{kind}s") or raw.get(kind) or []
     if isinstance(paths, str):
         paths = [paths]
     if not is_list_of(paths, str):
-        raise ValueError(f"{origin}: {paths!r} is not the path of {key}s or a list of them")
-    if any("\0" in path for path in paths):
-        raise ValueError(f"{origin}: {paths!r} cannot be a path")
-    return [folder / path for path in paths]
+        raise ValueError(f"{origin}: {paths!r} is not the path of {kind}s or a list of them")
+    return [OPENED[kind](folder / path) for path in paths]
 
 
-def record_of_json(raw: dict, folder: Path, origin: str) -> Record:
-    """The record that an entry of a JSON file describes; paths are relative to `folder`."""
+# ------------------------------------------------------------------------------------------ readers
+
+# Each kind of file has two functions.  The first gives the places of its records: first byte, byte
+# behind the last, and number of the record in the file.  In parquet a place is: group of lines,
+# line of the group, number.  The second reads a place.  It gives, by their numbers, what
+# `normalize_record` makes the records from: several if a shard is packed.
+Place = tuple[int, int, int]
+Found = dict[int, tuple]  # number -> arguments of normalize_record
+
+
+def load_json(content: bytes, origin: str | Path) -> Any:
+    """The value of a JSON text, which may begin with the mark of Windows.  Else ValueError."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin} is not valid JSON: {error}") from error
+
+
+def json_places(path: Path) -> Iterator[Place]:
+    """Places of the lines of a .jsonl file, or of the entries of a .json list."""
+    if path.suffix == ".jsonl":
+        end = 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file):
+                end += len(line)
+                if line.strip():
+                    yield end - len(line), end, number
+        return
+    content = path.read_bytes()
+    entries = load_json(content, path)
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} is not a list of records")
+    # The list is valid: read its entries again, to see where each ends.  In Latin-1 each byte is
+    # a character, so places in the text are places in the file.
+    text = content.decode("latin-1")
+    end = text.index("[") + 1
+    for number in range(len(entries)):
+        start = re.compile(r"[ \t\r\n,]*").match(text, end).end()
+        _, end = json.JSONDecoder().raw_decode(text, start)
+        yield start, end, number
+
+
+def json_records(path: Path, place: Place, folder: Path) -> Found:
+    """The record of a line or entry; its paths are relative to `folder`."""
+    start, end, number = place
+    origin = f"{path}[{number}]"
+    raw = load_json(content_of(FilePart(str(path), start, end - start)), origin)
     if not isinstance(raw, dict):
         raise ValueError(f"{origin} is not an object")
     refuse_unused(raw, RECORD_KEYS, origin)
-    if raw.get("texts"):
-        raise ValueError(f"{origin} has texts, which are for shards: name them messages")
-    return normalize_record(raw, paths_of(raw, "image", folder, origin), origin,
-                            paths_of(raw, "video", folder, origin), folder)
+    images = paths_of(raw, "image", folder, origin)
+    return {number: (raw, origin, images, paths_of(raw, "video", folder, origin), folder)}
 
 
-def records_of_shard(fields: dict[str, FilePart], origin: str) -> list[Callable[[], Record]]:
-    """What makes the records of a shard's members with the same key, `fields` by their names.
+NAMES = "backslashreplace"  # how names that are not UTF-8 are read
+# what tarfile raises for a damaged header, such as one that claims a size of 1 TB
+BAD_SHARD = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
+
+
+def key_of(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Key and field of a member: a/b.0_x.png has key a/b, field 0_x.png; "" of what is no data."""
+    if member.size < 0:  # tarfile would read the same member for ever
+        raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+    folder, slash, name = member.name.rpartition("/")
+    stem, _, field_name = name.partition(".")
+    # systems add files: macOS's ._* and .DS_Store have an empty stem
+    hidden = not stem or name in SYSTEM_FILES or re.search(r"(^|/)\.[^./]", folder)
+    # links, devices and sparse files have no content of their own
+    if hidden or not field_name or not member.isfile() or member.issparse():
+        return "", ""
+    return folder + slash + stem, field_name
+
+
+def shard_samples(path: Path, start: int = 0, end: int = 0) -> Iterator[list[tuple]]:
+    """The samples of a WebDataset shard: neighbouring members (key, field, member) of one key.
+
+    start, end: bytes of the only sample that is wanted.  Raises ValueError where the shard is
+    damaged, after the samples before.
+    """
+    sample: list[tuple] = []
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            tar = tarfile.TarFile(fileobj=file, errors=NAMES)
+            for member in tar:
+                key, field_name = key_of(member)
+                if sample and key and key != sample[0][0]:
+                    yield sample
+                    sample = []
+                if key:
+                    sample.append((key, field_name, member))
+                if end and tar.offset >= end:  # the next header is not read
+                    break
+            # tarfile takes a broken header for the end; a tar ends with zeros, 1 to 11 kB
+            file.seek(tar.offset)
+            rest = file.read(2**14)
+    except BAD_SHARD as error:
+        raise ValueError(f"{path} cannot be read as a shard: {error!r}") from error
+    if sample:
+        yield sample
+    if not end and (any(rest) or not 1024 <= len(rest) <= 11 * 1024):
+        raise ValueError(f"{path} is damaged from byte {tar.offset:,} on, or cut there")
+
+
+def shard_places(path: Path) -> Iterator[Place]:
+    """Places of the samples of a shard."""
+    for number, sample in enumerate(shard_samples(path)):
+        last = sample[-1][2]
+        # a member ends with zeros to a multiple of 512 bytes
+        yield sample[0][2].offset, last.offset_data + -(-last.size // 512) * 512, number
+
+
+def shard_records(path: Path, place: Place, folder: Path) -> Found:
+    """The records of the neighbouring members with the same key.
 
     Upstream's layouts: `texts` with the `name`s of the pictures; a list of turns, beside one
     picture; and packed, lists of `images`, `prompts` and `captions`, an entry for each record.
     """
-    if "json" not in fields:
-        raise ValueError(f"{origin} lacks its member 'json'")
-    try:
-        raw = json.loads(content_of(fields["json"]))
-    except BAD_JSON as error:
-        raise ValueError(f"{origin}: its json is not valid: {error}") from error
-    if isinstance(raw, list) and is_list_of(raw, dict) and raw:
-        pictures = [part for name, part in fields.items() if name != "json"]
-        return [partial(normalize_record, {"texts": raw}, pictures, origin)]
+    # the picture of a member is not read here: its place in the file is kept
+    fields: Fields = {}
+    origin = str(path)
+    for key, name, member in next(shard_samples(path, *place[:2]), []):
+        origin = f"{path}:{key}"
+        if name in fields:
+            raise ValueError(f"{origin} has its member {name!r} twice")
+        fields[name] = FilePart(str(path), member.offset_data, member.size)
+
+    raw = load_json(content_of(member_of(fields, origin, "json")), f"{origin}: its json")
+    if raw and is_list_of(raw, dict):
+        raw = {"texts": raw, "name": [name for name in fields if name != "json"]}
     if not isinstance(raw, dict):
         raise ValueError(f"{origin}: its json is not an object")
     if "captions" in raw:
         return packed_records(raw, fields, origin)
+    return unpacked_record(raw, fields, origin)
 
+
+def member_of(fields: Fields, origin: str, *names: Any) -> FilePart:
+    """The first of these members that there is."""
+    for name in names:
+        if isinstance(name, str) and name in fields:
+            return fields[name]
+    raise ValueError(f"{origin} lacks its member {names[0]!r}")
+
+
+def unpacked_record(raw: dict, fields: Fields, origin: str) -> Found:
+    """The record of `texts`, `media` and `name`."""
     refuse_unused(raw, SHARD_KEYS, origin)
     if raw.get("media") not in (None, "image", "video", "text"):
         raise ValueError(f"{origin}: its media are {raw['media']!r}, only image, video and text "
@@ -614,180 +738,36 @@ def records_of_shard(fields: dict[str, FilePart], origin: str) -> list[Callable[
     names = raw.get("name") or []
     if not is_list_of(names, str):
         raise ValueError(f"{origin}: name is {names!r}, not a list of members")
-    for name in names:
-        if name not in fields:
-            raise ValueError(f"{origin} lacks its member {name!r}")
-    parts = [fields[name] for name in names]
+    parts = [member_of(fields, origin, name) for name in names]
     if raw.get("media") == "video":
-        return [partial(normalize_record, raw, [], origin, parts)]
-    return [partial(normalize_record, raw, parts, origin)]
+        return {0: (raw, origin, [], [Video(part) for part in parts])}
+    return {0: (raw, origin, parts)}
 
 
-def packed_records(raw: dict, fields: dict[str, FilePart],
-                   origin: str) -> list[Callable[[], Record]]:
-    """What makes the records of one member of a packed shard; its lists may be nested for turns."""
+def packed_records(raw: dict, fields: Fields, origin: str) -> Found:
+    """The records of `images`, `prompts` and `captions`; these may be nested for turns."""
     columns = [raw.get("images"), raw.get("prompts", raw.get("prompt")), raw["captions"]]
     if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
         raise ValueError(f"{origin}: images, prompts and captions are not lists of one length")
-    make = []
+    found: Found = {}
     place = 0  # of the next picture among all of the member
     for i, entry in enumerate(zip(*columns)):
         # without turns, an entry is one picture, one prompt and one caption
         names, prompts, captions = (part if isinstance(part, list) else [part] for part in entry)
-        parts = []
-        for name in names:
-            part = fields.get(name) if isinstance(name, str) else None
-            # the list may have the names before packing; then the members are numbered
-            part = part or fields.get(f"img{place}.jpg") or fields.get(f"img{place:03}.jpg")
-            if part is None:
-                raise ValueError(f"{origin} lacks its member {name!r}")
-            parts.append(part)
-            place += 1
-        if len(prompts) != len(captions) or not is_list_of(prompts, str):
+        # the list may have the names before packing; then the members are numbered
+        pictures = [member_of(fields, origin, name, f"img{number}.jpg", f"img{number:03}.jpg")
+                    for number, name in enumerate(names, place)]
+        place += len(names)
+        if not prompts or len(prompts) != len(captions) or not is_list_of(prompts, str):
             raise ValueError(f"{origin}: its entry {i} has not a prompt for each caption")
-        if parts and not any("<image>" in prompt for prompt in prompts):
-            prompts = ["<image>" * len(parts) + prompts[0], *prompts[1:]]
+        if pictures and "<image>" not in "".join(prompts):
+            prompts = ["<image>" * len(pictures) + prompts[0], *prompts[1:]]
         texts = []
         for prompt, caption in zip(prompts, captions):
             texts.append({"role": "user", "content": prompt})
             texts.append({"role": "assistant", "content": caption})
-        make.append(partial(normalize_record, {"texts": texts}, parts, f"{origin}[{i}]"))
-    return make
-
-
-def record_of_parquet(raw: dict, folder: Path, origin: str) -> Record:
-    """The record of a line of parquet: `conversations` or `messages`, or a `caption`."""
-    raw = {key: value for key, value in raw.items() if value is not None}
-    caption = raw.pop("caption", None)
-    pictures = raw.pop("images", None) or raw.pop("image", None) or []
-    if not isinstance(pictures, list):
-        pictures = [pictures]
-    images: list[Picture] = []
-    for picture in pictures:
-        # Hugging Face stores a picture as its bytes, or as a path, or both
-        if not isinstance(picture, dict):
-            picture = {"bytes": picture} if isinstance(picture, bytes) else {"path": picture}
-        if not picture.get("bytes") and not isinstance(picture.get("path"), str):
-            raise ValueError(f"{origin} has a picture without bytes or path")
-        images.append(picture.get("bytes") or folder / picture["path"])
-    if not raw.get("conversations") and not raw.get("messages"):
-        raw["messages"] = [{"role": "user", "content": "<image>"},
-                           {"role": "assistant", "content": caption}]
-    refuse_unused(raw, RECORD_KEYS, origin)
-    return normalize_record(raw, images, origin)
-
-
-# --------------------------------------------------------------------------- where records are
-
-# A place: first byte, byte behind the last, and the number of the record in the file.  In parquet
-# it is: group of lines, line of the group, number.
-Place = tuple[int, int, int]
-
-
-def json_places(path: Path) -> Iterator[Place]:
-    """Places of the lines of a .jsonl file, or of the entries of a .json list."""
-    if path.suffix == ".jsonl":
-        start = number = 0
-        with open(path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    yield start, start + len(line), number
-                    number += 1
-                start += len(line)
-        return
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")  # without the mark that Windows puts first
-        entries = json.loads(text)
-    except BAD_JSON as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} is not a list of records")
-    # the list is valid: read its entries again, to see where each ends
-    place = text.index("[") + 1
-    byte = len(content) - len(text.encode()) + place  # before the list is only white space
-    for number in range(len(entries)):
-        begin = re.compile(r"[\s,]*").match(text, place).end()
-        byte += begin - place
-        _, place = json.JSONDecoder().raw_decode(text, begin)
-        size = len(text[begin:place].encode())
-        yield byte, byte + size, number
-        byte += size
-
-
-def json_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int, Callable]]:
-    start, end, number = place
-    origin = f"{path}[{number}]"
-    with open(path, "rb") as file:
-        file.seek(start)
-        content = file.read(end - start)
-    try:
-        yield number, partial(record_of_json, json.loads(content), folder, origin)
-    except BAD_JSON as error:
-        raise ValueError(f"{origin} is not valid JSON: {error}") from error
-
-
-NAMES = "backslashreplace"  # how names that are not UTF-8 are read
-# what tarfile raises for a damaged header, such as one that claims a size of 1 TB
-BAD_SHARD = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
-
-
-def members_of(tar: tarfile.TarFile, end: int | None = None) -> Iterator[tuple[str, str, Any]]:
-    """(key, field, member) of the files in a shard: a/b.0_x.png has key a/b, field 0_x.png.
-
-    end: byte behind the last member that is wanted.
-    """
-    member = tar.next()
-    while member is not None:
-        if member.size < 0:  # tarfile would read the same member for ever
-            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
-        folder, slash, file = member.name.rpartition("/")
-        key, dot, name = file.partition(".")
-        # not the files that systems add: macOS's ._* and .DS_Store have an empty key
-        hidden = any(part.startswith(".") and part not in (".", "..")
-                     for part in folder.split("/"))
-        # links, devices and sparse files have no content of their own
-        plain = member.isfile() and not member.issparse()
-        if plain and key and dot and not hidden and file not in SYSTEM_FILES:
-            yield folder + slash + key, name, member
-        # the first member was read when the shard was opened: ask here whether there is one more
-        member = tar.next() if end is None or tar.offset < end else None
-
-
-def shard_places(path: Path) -> Iterator[Place]:
-    """Places of the samples of a WebDataset shard: neighbouring members with the same key.
-
-    Raises ValueError if the shard is damaged, after the places before the damage.
-    """
-    try:
-        with open(path, "rb") as file, tarfile.TarFile(fileobj=file, errors=NAMES) as tar:
-            for number, (_, group) in enumerate(groupby(members_of(tar), itemgetter(0))):
-                members = [member for _, _, member in group]
-                end = members[-1].offset_data + -(-members[-1].size // 512) * 512
-                yield members[0].offset, end, number
-            # tarfile takes a broken header for the end; a tar ends with zeros, 1 to 11 kB
-            file.seek(tar.offset)
-            rest = file.read(2**14)
-    except BAD_SHARD as error:
-        raise ValueError(f"{path} is no shard of samples: {error!r}") from error
-    if any(rest) or not 1024 <= len(rest) <= 11 * 1024:
-        raise ValueError(f"{path} is damaged from byte {tar.offset:,} on, or cut there")
-
-
-def shard_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int, Callable]]:
-    try:
-        with open(path, "rb") as file:
-            file.seek(place[0])
-            members = list(members_of(tarfile.TarFile(fileobj=file, errors=NAMES), place[1]))
-    except BAD_SHARD as error:
-        raise ValueError(f"{path} cannot be read at byte {place[0]:,}: {error!r}") from error
-    fields: dict[str, FilePart] = {}
-    key = ""
-    for key, name, member in members:
-        if name in fields:
-            raise ValueError(f"{path}:{key} has its member {name!r} twice")
-        fields[name] = FilePart(str(path), member.offset_data, member.size)
-    yield from enumerate(records_of_shard(fields, f"{path}:{key}"))
+        found[i] = ({"texts": texts}, f"{origin}[{i}]", pictures)
+    return found
 
 
 @lru_cache(maxsize=4)
@@ -816,13 +796,32 @@ def parquet_places(path: Path) -> Iterator[Place]:
             number += 1
 
 
-def parquet_records(path: Path, place: Place, folder: Path) -> Iterator[tuple[int, Callable]]:
+def parquet_records(path: Path, place: Place, folder: Path) -> Found:
+    """The record of a line: `conversations` or `messages`, or a `caption`."""
     group, line, number = place
-    raw = dict(parquet_group(path, group)[line])
-    yield number, partial(record_of_parquet, raw, folder, f"{path}[{number}]")
+    origin = f"{path}[{number}]"
+    entry = parquet_group(path, group)[line]
+    raw = {key: value for key, value in entry.items() if value is not None}
+    caption = raw.pop("caption", None)
+    pictures = raw.pop("images", None) or raw.pop("image", None) or []
+    if not isinstance(pictures, list):
+        pictures = [pictures]
+    images: list[Picture] = []
+    for picture in pictures:
+        # Hugging Face stores a picture as its bytes, or as a path, or both
+        if not isinstance(picture, dict):
+            picture = {"bytes": picture} if isinstance(picture, bytes) else {"path": picture}
+        if not picture.get("bytes") and not isinstance(picture.get("path"), str):
+            raise ValueError(f"{origin} has a picture without bytes or path")
+        images.append(picture.get("bytes") or folder / picture["path"])
+    if not raw.get("conversations") and not raw.get("messages"):
+        raw["messages"] = [{"role": "user", "content": "<image>"},
+                           {"role": "assistant", "content": caption}]
+    refuse_unused(raw, RECORD_KEYS, origin)
+    return {number: (raw, origin, images)}
 
 
-# file name's end -> the places of its records; (number, what makes the record) at a place
+# file name's end -> the two functions
 READERS = {".json": (json_places, json_records), ".jsonl": (json_places, json_records),
            ".tar": (shard_places, shard_records), ".parquet": (parquet_places, parquet_records)}
 
@@ -831,8 +830,8 @@ def read_records(path: Path, images: str = "") -> Iterator[Record]:
     """All records of a file, in order.  Raises ValueError at the first that cannot be read."""
     places, records = READERS[path.suffix]
     for place in places(path):
-        for _, make in records(path, place, Path(images or path.parent)):
-            yield make()
+        for found in records(path, place, Path(images or path.parent)).values():
+            yield normalize_record(*found)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -849,40 +848,32 @@ def expand_braces(pattern: str) -> list[str]:
             for name in expand_braces(pattern[:match.start()] + word + pattern[match.end():])]
 
 
-def source_files(source: str) -> list[Path]:
-    """The files of a source: a file, a directory, a glob or a list in braces."""
-    files = []
-    for name in expand_braces(source):
+def source_files(*sources: str) -> list[Path]:
+    """The files of sources, each a file, a directory, a glob or a list in braces."""
+    files: list[Path] = []
+    for name in chain.from_iterable(map(expand_braces, sources)):
         path = Path(name)
-        found = [path]
+        # a name may contain the characters of a glob
+        found = [path] if path.exists() else [*map(Path, glob.glob(name, recursive=True))]
         if path.is_dir():
             found = [file for file in path.rglob("*")
                      if file.suffix in READERS and not (
                          file.name in INDEX_FILES and (file.parent / "index.npy").is_file())]
-        elif not path.exists() and glob.has_magic(name):
-            found = [Path(file) for file in glob.glob(name, recursive=True)]
         if not found:
-            raise ValueError(f"{name} holds no {', '.join(READERS)} file")
+            raise ValueError(f"there is no data file {name}")
         files += sorted(found)
     for file in files:
         if file.suffix not in READERS:
-            raise ValueError(f"{file} is neither {', '.join(READERS)} nor captions, questions, "
-                             "mixed")
-        if not file.is_file():
-            raise ValueError(f"there is no data file {file}")
+            raise ValueError(f"{file} is neither {', '.join(READERS)} nor {', '.join(DRAWN)}")
     return files
-
-
-def files_of(sources: Sequence[str]) -> list[Path]:
-    """The files of several sources."""
-    return [file for source in sources for file in source_files(source)]
 
 
 def weight_of(source: str) -> tuple[str, float]:
     """A source and its weight: a.jsonl:0.7 -> a.jsonl, 0.7; 0 without one."""
-    path, colon, weight = source.rpartition(":")
-    if not colon or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
+    match = re.fullmatch(r"(.*):(\d+\.?\d*|\.\d+)", source)
+    if match is None:
         return source, 0.0
+    path, weight = match.groups()
     if not float(weight):
         raise ValueError(f"{source}: a weight must be positive")
     return path, float(weight)
@@ -915,6 +906,23 @@ def load_of(sample: Sample) -> list[int]:
             sum(t * (h * w)**2 for t, h, w in grids), len(grids)]
 
 
+def damage_of(path: Path, entry: dict, digest: bool) -> str:
+    """What is wrong with a file that an index lists, else ""; with `digest`, read its content."""
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return f"{path} has {size:,} bytes, not the {entry['size']:,} it had"
+    if digest and sha256_of(path) != entry["sha256"]:
+        return f"{path} has another sha256 than when it was written"
+    return ""
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @dataclass
 class Index:
     """Where the samples of a data set are and how long they are; nothing of their content."""
@@ -925,15 +933,19 @@ class Index:
     rejects: list[dict] = field(default_factory=list)  # "file", "part", "reason" of bad records
     damaged: list[str] = field(default_factory=list)  # a sentence for each damaged file
 
+    def column(self, name: str) -> np.ndarray:
+        """A column of the table, (samples,)."""
+        return self.table[:, COLUMNS.index(name)]
+
     def record(self, number: int) -> Record:
         """Read record `number`.  Raises ValueError if it cannot be read."""
         file, start, end, part = self.table[number, :4].tolist()
         path = Path(self.files[file]["file"])
         folder = Path(self.settings["images"] or path.parent)
-        for found, make in READERS[path.suffix][1](path, (start, end, part), folder):
-            if found == part:
-                return make()
-        raise ValueError(f"{path} has no record {part} at byte {start}: it has changed")
+        found = READERS[path.suffix][1](path, (start, end, part), folder)
+        if part not in found:
+            raise ValueError(f"{path} has no record {part} at byte {start}: it has changed")
+        return normalize_record(*found[part])
 
     def save(self, folder: Path) -> None:
         """Write index.npy, rejects.jsonl and, last, index.json."""
@@ -952,142 +964,131 @@ class Index:
             table = np.load(folder / "index.npy", mmap_mode="r")
             rejects = (folder / "rejects.jsonl").read_text().splitlines()
             files, settings = head["files"], head["settings"]
-            whole = table.shape == (head["samples"], len(COLUMNS))
-            if not whole or head["columns"] != list(COLUMNS):
+            if table.shape != (head["samples"], len(COLUMNS)) or head["columns"] != list(COLUMNS):
                 raise ValueError("index.npy is not what index.json says")
             for entry in files:
                 # of packed data relative to the folder
                 entry["file"] = os.path.abspath(folder / entry["file"])
-        except (*BAD_JSON, KeyError, TypeError, EOFError, FileNotFoundError) as error:
+        except (ValueError, KeyError, TypeError, EOFError, FileNotFoundError) as error:
             raise ValueError(f"{folder} holds no valid index: {error}") from error
         return cls(files, table, settings, list(map(json.loads, rejects)))
 
-    def leave_out_damaged(self) -> None:
-        """Note files that are missing or not of the size they had, and leave out their samples."""
-        bad = []
+    def leave_out_damaged(self, digests: bool = False) -> None:
+        """Note files that are missing or not as they were, and leave out their samples.
+
+        digests: read the files of packed data, and do not only compare their sizes.
+        """
+        damaged = {}
         for number, entry in enumerate(self.files):
-            path = Path(entry["file"])
-            size = path.stat().st_size if path.is_file() else None
-            if size is None:
-                self.damaged.append(f"{path} is missing")
-            elif size != entry["size"]:
-                self.damaged.append(f"{path} has {size:,} bytes, not the {entry['size']:,} it had")
-            if size != entry["size"]:
-                bad.append(number)
-        if bad:
-            self.table = self.table[~np.isin(self.table[:, 0], bad)]
+            said = damage_of(Path(entry["file"]), entry, digests)
+            if said:
+                damaged[number] = said
+        if damaged:
+            self.table = self.table[~np.isin(self.table[:, 0], list(damaged))]
+        self.damaged += damaged.values()
 
 
-class Measured(torch.utils.data.Dataset):
-    """Chunks of places -> lines of an index and rejected records; for a DataLoader's workers."""
+def in_order(function: Callable, items: Sequence, workers: int, what: str,
+             kept: str | Path = os.devnull, title: str = "") -> Iterator[Any]:
+    """function(item) of all items, made by worker processes; with a bar that says what they are.
 
-    def __init__(self, chunks: list[tuple[int, Path, list[Place]]], images: str,
-                 encode: Callable[[Record], Sample],
-                 check: Callable[[Record, Sample], Any]) -> None:
-        self.chunks, self.images, self.encode, self.check = chunks, images, encode, check
+    kept: a file that keeps the results, so that a second run goes on where one was stopped; title:
+    a line that says what the results depend on.  Raises ValueError if the file has another title.
+    """
+    done = []
+    if Path(kept).is_file():
+        first, *lines = Path(kept).read_text().splitlines(keepends=True) or [f"{title}\n"]
+        if first != f"{title}\n":
+            raise ValueError(f"{kept} is of other data or flags: remove what was begun there, or "
+                             "choose another --out")
+        # the last line may have been cut
+        done = [json.loads(line) for line in lines if line.endswith("\n")]
+    left = items[len(done):]
+    # with batch_size=None, a worker calls collate_fn with one item
+    results = torch.utils.data.DataLoader(left, batch_size=None, collate_fn=function,
+                                          num_workers=max(0, min(workers, len(left) - 1)))
+    with open(kept, "w") as file:
+        print(title, file=file)
+        for number, result in enumerate(chain(done, results), 1):
+            print(json.dumps(result), file=file, flush=True)
+            show_progress(number, len(items), what)
+            yield result
 
-    def __getitem__(self, number: int) -> tuple[list[list[int]], list[dict]]:
-        file, path, places = self.chunks[number]
-        records = READERS[path.suffix][1]
-        folder = Path(self.images or path.parent)
-        lines, rejects = [], []
 
-        def reject(part: int, error: Exception) -> None:
-            rejects.append({"file": str(path), "part": part, "reason": str(error)})
-
-        for start, end, first in places:
+def measure_chunk(chunk: tuple[int, Path, list[Place]], images: str,
+                  encode_one: Callable[[Record], Sample], check: Callable[[Sample], Any] | None
+                  ) -> tuple[list[list[int]], list[dict]]:
+    """Lines of an index, and rejected records, of places in a file with this number."""
+    file, path, places = chunk
+    lines, rejects = [], []
+    for place in places:
+        start, end, number = place
+        try:
+            found = READERS[path.suffix][1](path, place, Path(images or path.parent))
+        except BAD_RECORD as error:
+            rejects.append((number, error))
+            continue
+        # of a packed shard, one bad record does not lose the others
+        for part, raw in found.items():
             try:
-                makers = list(records(path, (start, end, first), folder))
+                sample = encode_one(normalize_record(*raw))
+                if check is not None:
+                    check(sample)
+                lines.append([file, start, end, part, -1, *load_of(sample)])
             except BAD_RECORD as error:
-                reject(first, error)
-                continue
-            for part, make in makers:
-                try:
-                    record = make()
-                    sample = self.encode(record)
-                    self.check(record, sample)
-                    lines.append([file, start, end, part, -1, *load_of(sample)])
-                except BAD_RECORD as error:
-                    reject(part, error)
-        return lines, rejects
+                rejects.append((part, error))
+    return lines, [{"file": str(path), "part": part, "reason": str(error)}
+                   for part, error in rejects]
 
 
-def no_check(record: Record, sample: Sample) -> None:
-    """Reject nothing."""
-
-
-def decode_all(record: Record, sample: Sample) -> None:
-    """Reject a record whose pictures cannot be decoded."""
+def decode_all(sample: Sample) -> None:
+    """Reject a sample whose pictures cannot be decoded."""
     for i in range(len(sample.images)):
         sample.patches(i)
 
 
-def settings_of(tokenizer: Tokenizer, images: str, pixels: tuple[int, int]) -> dict:
+def settings_of(tokenizer: Tokenizer, images: str, pixels: Pixels) -> dict:
     """What the lengths of samples depend on."""
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     return {"tokenizer": digest, "images": images, "pixels": list(pixels)}
 
 
 def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
-            pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS), workers: int = 0,
-            check: Callable[[Record, Sample], Any] = no_check, most: int = 0,
-            resume: Path | None = None) -> Index:
+            pixels: Pixels = PIXELS, workers: int = 0,
+            check: Callable[[Sample], Any] | None = None, most: int | None = None,
+            kept: str | Path = os.devnull) -> Index:
     """Measure all records of files: their tokens, and their pictures by the headers alone.
 
-    check: raises ValueError for a record that is to be rejected.  most: measure only so many.
-    resume: a file that keeps what is measured, so that a second run goes on where one was stopped.
+    check: raises ValueError for a sample that is to be rejected.  most: measure only so many chunks
+    of 1,000 records.  kept: see `in_order`.
     """
     settings = settings_of(tokenizer, images, pixels)
     entries, chunks, damaged = [], [], []
     for number, path in enumerate(files):
         places = []
         try:
-            for place in READERS[path.suffix][0](path):
-                places.append(place)
-        except ValueError as error:
+            places.extend(READERS[path.suffix][0](path))
+        except ValueError as error:  # the places before the damage are used
             damaged.append(str(error))
         # absolute, but links stay: their names and folders count
         entries.append({"file": os.path.abspath(path), "size": path.stat().st_size})
         chunks += [(number, path, places[i:i + CHUNK]) for i in range(0, len(places), CHUNK)]
     if not chunks and not damaged:
         raise ValueError(f"{', '.join(map(str, files))} holds no records")
-    if most:
-        chunks = [(number, path, places[:most])
-                  for number, path, places in chunks[:max(1, most // CHUNK)]]
 
-    # a line of the file is a chunk; the first line says what was measured
-    title = json.dumps({"settings": settings, "files": entries}) + "\n"
-    done = []
-    if resume is not None and resume.is_file():
-        kept = resume.read_text().splitlines(keepends=True)
-        if kept and kept[0] == title:
-            done = [json.loads(line) for line in kept[1:] if line.endswith("\n")]
-    if resume is not None:
-        # a line that was cut goes; all others stay if this run is stopped as well
-        begun = resume.with_suffix(".partial")
-        begun.write_text(title + "".join(json.dumps(chunk) + "\n" for chunk in done))
-        begun.replace(resume)
-    keep = open(resume or os.devnull, "a")
-
-    measured = Measured(chunks, images, partial(encode, tokenizer=tokenizer, min_pixels=pixels[0],
-                                                max_pixels=pixels[1]), check)
-    loader = torch.utils.data.DataLoader(
-        measured, batch_size=None, sampler=range(len(done), len(chunks)),
-        num_workers=min(workers, len(chunks) - len(done) - 1) if len(chunks) > len(done) else 0)
-    lines, rejects = [], []
-    with keep:
-        for number, (found, bad) in enumerate(chain(done, loader), 1):
-            lines += [np.array(found, dtype=np.int64).reshape(-1, len(COLUMNS))]
-            rejects += bad
-            if number > len(done):
-                keep.write(json.dumps([found, bad]) + "\n")
-            show_progress(number, len(chunks), f"x {CHUNK:,} records measured")
-    table = np.concatenate([*lines, np.empty((0, len(COLUMNS)), dtype=np.int64)])
-    return Index(entries, table, settings, rejects, damaged)
+    one = partial(measure_chunk, images=images, check=check,
+                  encode_one=partial(encode, tokenizer=tokenizer, pixels=pixels))
+    title = json.dumps({"settings": settings, "files": entries})
+    tables, rejects = [np.empty((0, len(COLUMNS)), dtype=np.int64)], []
+    for lines, bad in in_order(one, chunks[:most], workers, f"x {CHUNK:,} records measured", kept,
+                               title):
+        tables.append(np.array(lines, dtype=np.int64).reshape(-1, len(COLUMNS)))
+        rejects += bad
+    return Index(entries, np.concatenate(tables), settings, rejects, damaged)
 
 
 def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
-               pixels: tuple[int, int], workers: int) -> Index:
+               pixels: Pixels, workers: int) -> Index:
     """One index of several sources, each with its weight: packed ones are read, others measured."""
     paths, weights = zip(*map(weight_of, sources))
     if any(weights) and not all(weights):
@@ -1107,21 +1108,22 @@ def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
             raise ValueError(f"{path} was packed with the tokenizer of another checkpoint: pack it "
                              f"again, or name its shards, {path}/*.tar, to measure them anew")
         indexes.append(index)
+    if len(indexes) == 1:
+        return indexes[0]
 
-    tables, files = [], []
+    # the files are numbered through, those of the first source first
+    tables, files, rejects, damaged = [], [], [], []
     for index in indexes:
-        # of several sources, the tables are copied
-        table = index.table if len(indexes) == 1 else index.table.copy()
-        if files:
-            table[:, 0] += len(files)
+        table = index.table.copy()
+        table[:, 0] += len(files)
         tables.append(table)
         files += index.files
+        rejects += index.rejects
+        damaged += index.damaged
     settings = settings_of(tokenizer, images, pixels)
-    settings |= {"counts": [len(table) for table in tables], "weights": list(weights),
-                 "length": indexes[0].settings.get("length") if len(indexes) == 1 else None}
-    return Index(files, tables[0] if len(tables) == 1 else np.concatenate(tables), settings,
-                 [reject for index in indexes for reject in index.rejects],
-                 [said for index in indexes for said in index.damaged])
+    settings |= {"counts": [len(table) for table in tables],
+                 "weights": weights if all(weights) else None}
+    return Index(files, np.concatenate(tables), settings, rejects, damaged)
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -1198,36 +1200,25 @@ class FileData:
 
     def __init__(self, index: Index, tokenizer: Tokenizer, seq_length: int, seed: int) -> None:
         self.index, self.seq_length, self.seed = index, seq_length, seed
-        settings = index.settings
-        self.encode = partial(encode, tokenizer=tokenizer, min_pixels=settings["pixels"][0],
-                              max_pixels=settings["pixels"][1])
-        self.weights = [weight for weight in settings.get("weights", []) if weight]
-        self.packed = settings.get("length") == seq_length and not self.weights
+        self.encode = partial(encode, tokenizer=tokenizer, pixels=index.settings["pixels"])
+        bounds = np.cumsum(index.settings.get("counts", []))[:-1]
         self.sources = []  # numbers of the samples of each source that fit a row
-        begin = 0
-        for count in settings.get("counts", [len(index.table)]):
-            lengths = index.table[begin:begin + count, COLUMNS.index("tokens")]
-            self.sources.append(begin + np.flatnonzero(lengths <= seq_length))
-            begin += count
-        fitting = sum(map(len, self.sources))
-        self.too_long = len(index.table) - fitting
-        if not fitting:
-            raise ValueError(f"none of the {len(index.table)} samples fits a row of {seq_length} "
-                             "tokens: raise --seq-length or lower --max-pixels")
-        if self.weights and not all(map(len, self.sources)):
-            raise ValueError("a source with a weight has no sample that fits a row")
-        self.row_counts: list[int] = []  # of the epochs that were planned
+        for source in np.split(np.arange(len(index.table)), bounds):
+            self.sources.append(source[index.column("tokens")[source] <= seq_length])
+            if not len(self.sources[-1]):
+                raise ValueError(f"none of the {len(source)} samples fits a row of {seq_length} "
+                                 "tokens: raise --seq-length or lower --max-pixels")
+        self.packed = index.settings.get("length") == seq_length  # then the rows are kept
+        self.total = sum(map(len, self.sources))
+        self.too_long = len(index.table) - self.total
 
     def samples_of(self, epoch: int) -> np.ndarray:
         """Numbers of the samples of an epoch, in random order."""
-        total = sum(map(len, self.sources))
-        shares = [len(source) / total for source in self.sources]
-        if self.weights:
-            shares = [weight / sum(self.weights) for weight in self.weights]
+        weights = self.index.settings.get("weights") or [len(source) for source in self.sources]
         chosen = []
-        for number, (source, share) in enumerate(zip(self.sources, shares)):
+        for number, (source, weight) in enumerate(zip(self.sources, weights)):
             # a source is an endless stream of shuffled passes; epochs cut it into stretches
-            size = max(1, round(share * total))
+            size = round(weight / sum(weights) * self.total)
             stretch = np.arange(epoch * size, (epoch + 1) * size)
             passes, places = np.divmod(stretch, len(source))
             # a source smaller than its share is passed through several times
@@ -1243,29 +1234,27 @@ class FileData:
         """Samples of an epoch in the order of its rows, and where each row starts."""
         samples = self.samples_of(number)
         if self.packed:
-            _, row_of = np.unique(self.index.table[samples, COLUMNS.index("row")],
-                                  return_inverse=True)
+            packed = self.index.column("row")[samples]
+            _, row_of = np.unique(packed, return_inverse=True)
         else:
-            tokens = self.index.table[samples, COLUMNS.index("tokens")]
-            row_of = pack_rows(tokens, self.seq_length)
+            row_of = pack_rows(self.index.column("tokens")[samples], self.seq_length)
         # the rows that are not full are the last: shuffle them
         shuffled = permutation(row_of.max() + 1, self.seed, len(self.sources) + 1, number)
         order, starts = by_row(shuffled[row_of])
         return samples[order], starts
 
+    @lru_cache(maxsize=None)  # noqa: B019
     def rows_in(self, epoch: int) -> int:
         """Number of rows of an epoch; the order of the samples changes it a little."""
-        while len(self.row_counts) <= epoch:
-            self.row_counts.append(len(self.epoch(len(self.row_counts))[1]) - 1)
-        return self.row_counts[epoch]
+        return len(self.epoch(epoch)[1]) - 1
 
-    def loads(self, samples: np.ndarray) -> np.ndarray:
-        """(samples, 6) numbers of LOADS."""
+    def loads(self, samples: np.ndarray | int) -> np.ndarray:
+        """(samples, 6) numbers of LOADS; of one sample (6,)."""
         return self.index.table[samples, -len(LOADS):]
 
     def sample(self, number: int) -> Sample:
         """Read a sample.  If its record is bad by now, the sample is lost but keeps its length."""
-        loads = self.loads(np.array([number]))[0].tolist()
+        loads = self.loads(number).tolist()
         try:
             sample = self.encode(self.index.record(number))
         except BAD_RECORD as error:
@@ -1289,43 +1278,43 @@ class DrawnData:
     too_long = 0
 
     def __init__(self, data: str, tokenizer: Tokenizer, seq_length: int, seed: int, rows: int = 1,
-                 pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS)) -> None:
+                 pixels: Pixels = PIXELS) -> None:
         self.data, self.seed, self.seq_length = data, seed, seq_length
-        self.encode = partial(encode, tokenizer=tokenizer, min_pixels=pixels[0],
-                              max_pixels=pixels[1])
+        self.encode = partial(encode, tokenizer=tokenizer, pixels=pixels)
         self.rows = rows * -(-16 // rows)
 
-    @lru_cache(maxsize=2)  # noqa: B019
-    def window(self, epoch: int) -> tuple[dict[int, Sample], np.ndarray, np.ndarray]:
-        """The samples of an epoch by number, and what `epoch` returns."""
+    @lru_cache(maxsize=2**13)  # most of an epoch  # noqa: B019
+    def sample(self, number: int) -> Sample:
+        """Draw a sample; seed and number decide it."""
         from assets.scenes import drawn_record  # here, because scenes.py imports this file
-        drawn = {}
+        return self.encode(drawn_record(self.data, self.seed, number))
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples of an epoch in the order of its rows, and where each row starts."""
+        first = number * EPOCH_NUMBERS
+        lengths: dict[int, int] = {}
         tokens = 0
-        first = epoch * EPOCH_NUMBERS
-        for number in range(first, first + EPOCH_NUMBERS):
-            sample = self.encode(drawn_record(self.data, self.seed, number))
-            if len(sample.input_ids) <= self.seq_length:
-                drawn[number] = sample
-                tokens += len(sample.input_ids)
-            elif number - first > 1000 > len(drawn):
+        for sample in range(first, first + EPOCH_NUMBERS):
+            length = len(self.sample(sample).input_ids)
+            if length <= self.seq_length:
+                lengths[sample] = length
+                tokens += length
+            elif sample - first > 1000 > len(lengths):
                 raise ValueError(f"hardly a drawn sample fits a row of {self.seq_length} tokens: "
                                  "raise --seq-length")
             if tokens >= self.rows * self.seq_length:
                 break
-        lengths = np.array([len(sample.input_ids) for sample in drawn.values()])
+        sizes = np.array(list(lengths.values()))
         # an epoch is short, and so is its pool, for mixed rows
-        row_of = pack_rows(lengths, self.seq_length, pool=16)
+        row_of = pack_rows(sizes, self.seq_length, pool=16)
         # of one row more than wanted, the emptiest are left out
-        fullest = np.argsort(-np.bincount(row_of, lengths), kind="stable")[:self.rows]
+        fullest = np.argsort(-np.bincount(row_of, sizes), kind="stable")[:self.rows]
         order, starts = by_row(row_of)
-        chosen = fullest[permutation(len(fullest), self.seed, epoch)]
+        chosen = fullest[permutation(len(fullest), self.seed, number)]
         members = [order[starts[row]:starts[row + 1]] for row in chosen]
-        return (drawn, np.array(list(drawn))[np.concatenate(members)],
+        return (np.array(list(lengths))[np.concatenate(members)],
                 np.cumsum([0, *map(len, members)]))
-
-    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples of an epoch in the order of its rows, and where each row starts."""
-        return self.window(number)[1:]
 
     def rows_in(self, epoch: int) -> int:
         """Number of rows of an epoch."""
@@ -1334,10 +1323,6 @@ class DrawnData:
     def loads(self, samples: np.ndarray) -> np.ndarray:
         """(samples, 6) numbers of LOADS."""
         return np.array([load_of(self.sample(number)) for number in samples.tolist()])
-
-    def sample(self, number: int) -> Sample:
-        """A sample by its number."""
-        return self.window(number // EPOCH_NUMBERS)[0][number]
 
 
 def deal(costs: list[float], ranks: int) -> list[list[int]]:
@@ -1359,18 +1344,12 @@ def deal(costs: list[float], ranks: int) -> list[list[int]]:
     return dealt
 
 
-@dataclass
-class RowOfStep:
+class RowOfStep(NamedTuple):
     """A row of this rank, and what all ranks do in the same step."""
 
     row: Any  # Row, or RowShare if ranks share a row
     sums: dict[str, float]  # over all rows of the step: samples, LOADS, costs
     balance: float  # mean cost over largest cost, of rows that ranks compute at the same time
-
-    def pin_memory(self) -> "RowOfStep":
-        """For the DataLoader, see Row.pin_memory."""
-        self.row.pin_memory()
-        return self
 
 
 class Rows(torch.utils.data.Dataset):
@@ -1457,36 +1436,22 @@ def write_sheet(samples: list[Sample], file: str) -> None:
                 for sample in samples for image in sample.images]
     sheet = Image.new("RGB", (8 * 168, -(-len(pictures) // 8) * 168), "white")
     for i, picture in enumerate(pictures):
-        thumbnail = ImageOps.contain(to_rgb(picture), (160, 160))
-        sheet.paste(thumbnail, (i % 8 * 168 + 4, i // 8 * 168 + 4))
+        square = ImageOps.pad(to_rgb(picture), (160, 160), color="white")
+        sheet.paste(square, (i % 8 * 168, i // 8 * 168))
     sheet.save(file)
 
 
 def print_rejects(index: Index, every: bool) -> None:
     """What cannot be used, by its kind; with `every`, each record and file."""
-    kinds = Counter(reason_of(reject["reason"]) for reject in index.rejects)
-    for kind, count in kinds.most_common():
-        example = next(r["reason"] for r in index.rejects if reason_of(r["reason"]) == kind)
-        print(f"rejected: {count:,} {kind}, as in: {example}")
+    kinds: dict[str, list[str]] = {}
+    for reject in index.rejects:
+        kinds.setdefault(reason_of(reject["reason"]), []).append(reject["reason"])
+    for kind, reasons in kinds.items():
+        print(f"rejected: {len(reasons):,} {kind}, as in: {reasons[0]}")
     for said in index.damaged:
         print(f"damaged: {said}")
     for reject in index.rejects if every else []:
         print(f"{reject['file']}[{reject['part']}]: {reject['reason']}")
-
-
-def print_rows(rows: Rows, model: str) -> None:
-    """How full the rows of an epoch are, and how well a step is balanced over 8 ranks."""
-    count, length = rows.data.rows_in(0), rows.data.seq_length
-    members, _ = rows.data.epoch(0)
-    tokens = int(rows.data.loads(members)[:, 0].sum())
-    print(f"an epoch: {len(members):,} samples in {count:,} rows of {length:,} tokens, "
-          f"{tokens / (count * length):.2%} full")
-    if rows.data.too_long:
-        print(f"left out: {rows.data.too_long:,} samples that are longer than a row")
-    if count >= rows.rows:
-        balance = rows[0].balance
-        print(f"FLOPs of {rows.rows} rows of the {model} on 8 ranks: mean {balance:.1%} of the "
-              "most")
 
 
 def flops_of(loads: dict[str, Any], model: str) -> Any:
@@ -1495,19 +1460,6 @@ def flops_of(loads: dict[str, Any], model: str) -> Any:
     if model not in PRESETS:
         raise ValueError(f"there is no --model {model!r}, only {', '.join(PRESETS)}")
     return sum(forward_flops(PRESETS[model], loads).values())
-
-
-def check_digests(folder: Path) -> list[str]:
-    """A sentence for each shard of packed data whose content is not what was written."""
-    said = []
-    for entry in json.loads((folder / "index.json").read_text())["files"]:
-        if not (folder / entry["file"]).is_file():
-            said.append(f"{folder / entry['file']} is missing")
-            continue
-        with open(folder / entry["file"], "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                said.append(f"{folder / entry['file']} has another sha256 than when it was written")
-    return said
 
 
 def inspect(flags: argparse.Namespace) -> None:
@@ -1519,26 +1471,27 @@ def inspect(flags: argparse.Namespace) -> None:
     if flags.sources[0] in DRAWN:
         data = DrawnData(flags.sources[0], tokenizer, flags.length, 0, 16, pixels)
         members, _ = data.epoch(0)
-        loads = data.loads(members)
         print(f"{len(members):,} of endless samples")
     else:
-        files = files_of(flags.sources)
+        files = source_files(*flags.sources)
         index = measure(files, tokenizer, flags.images, pixels, flags.workers,
-                        decode_all if flags.decode else no_check,
-                        0 if flags.all or flags.decode else 10_000)
+                        decode_all if flags.decode else None,
+                        None if flags.all or flags.decode else 10)
         if flags.all:
-            folders = {file.parent for file in files if (file.parent / "index.json").is_file()}
-            index.damaged += [said for folder in sorted(folders) for said in check_digests(folder)]
+            for folder in sorted({file.parent for file in files}):
+                if (folder / "index.json").is_file():
+                    packed = Index.load(folder)
+                    packed.leave_out_damaged(digests=True)
+                    index.damaged += packed.damaged
         print(f"{len(index.table):,} samples of {len(files)} files, "
               f"{len(index.rejects):,} records rejected, {len(index.damaged)} files damaged")
         print_rejects(index, flags.all)
         if not len(index.table):
             return
-        loads = index.table[:, -len(LOADS):]
         data = FileData(index, tokenizer, flags.length, 0)
         members = np.arange(len(index.table))
 
-    tokens, _, labels, patches, _, images = loads.T
+    tokens, _, labels, patches, _, images = data.loads(members).T
     print(f"{tokens.sum():,} tokens, {labels.sum() / tokens.sum():.1%} learnt; "
           f"{images.sum():,} pictures")
     print_histogram("tokens of a sample", tokens)
@@ -1546,9 +1499,16 @@ def inspect(flags: argparse.Namespace) -> None:
         with_images = images > 0
         sizes = patches[with_images] * PATCH**2 // images[with_images]
         print_histogram("pixels of a picture, after resizing", sizes)
-    cost = lambda loads: {"flops": flops_of(loads, flags.model)}  # noqa: E731
-    step = min(64, data.rows_in(0) // 8 * 8)
-    print_rows(Rows(data, max(8, step), ranks=8, cost=cost), flags.model)
+    count = data.rows_in(0)
+    planned = data.loads(data.epoch(0)[0])[:, 0]
+    print(f"an epoch: {len(planned):,} samples in {count:,} rows of {flags.length:,} tokens, "
+          f"{planned.sum() / (count * flags.length):.2%} full")
+    rows = Rows(data, min(64, max(1, count // 8) * 8), ranks=8,
+                cost=lambda loads: {"flops": flops_of(loads, flags.model)})
+    print(f"FLOPs of a step of {rows.rows} rows of the {flags.model} on 8 ranks: the mean rank has "
+          f"{rows[0].balance:.1%} of the slowest")
+    if data.too_long:
+        print(f"left out: {data.too_long:,} samples that are longer than a row")
     shown = [data.sample(int(number)) for number in members[:flags.show]]
     for number, sample in enumerate(shown):
         print_sample(number, sample, tokenizer)
@@ -1559,61 +1519,52 @@ def inspect(flags: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------- data.py pack
 
 
-def check_packable(record: Record, sample: Sample) -> None:
-    """Reject a record that upstream's unpacked layout cannot hold."""
-    videos = [media for media in record["images"] if isinstance(media, Video)]
-    if videos and len(videos) < len(record["images"]):
+def check_packable(sample: Sample, length: int) -> None:
+    """Reject a sample that fits no row, or that upstream's unpacked layout cannot hold."""
+    if len(sample.input_ids) > length:
+        raise ValueError(f"record {sample.name} has {len(sample.input_ids)} tokens, a row {length}")
+    videos = [media.file for media in sample.images if isinstance(media, Video)]
+    if 0 < len(videos) < len(sample.images):
         raise ValueError(f"record {sample.name}: pictures and videos together cannot be packed")
-    for video in videos:
-        if isinstance(video.file, Path) and video.file.is_dir():
-            raise ValueError(f"record {sample.name}: a folder of frames cannot be packed: make it "
-                             "an animated WebP")
+    if any(isinstance(file, Path) and file.is_dir() for file in videos):
+        raise ValueError(f"record {sample.name}: a folder of frames cannot be packed: make it an "
+                         "animated WebP")
 
 
 def shard_fields(record: Record) -> dict[str, bytes]:
     """The members of a record in a shard, by name, in upstream's unpacked layout."""
-    names, fields = [], {}
-    videos = any(isinstance(media, Video) for media in record["images"])
+    fields, kind = {}, "text"
     for i, media in enumerate(record["images"]):
-        file = media.file if isinstance(media, Video) else media
-        ending = "gif"
-        if not videos:
-            ending = open_image(file, decode=False).format.lower()
+        kind = "video" if isinstance(media, Video) else "image"
+        file = media.file if kind == "video" else media
+        content = content_of(file)
+        if not isinstance(content, bytes):
+            content = Path(content).read_bytes()
+        # a video of a shard is an animation
+        ending = "webp" if content[:4] == b"RIFF" else "gif"
+        if kind == "image":
+            ending = open_image(content, decode=False).format.lower()
         elif isinstance(file, Path):
             ending = file.suffix[1:]
-        elif isinstance(file, FilePart):
-            ending = "webp" if content_of(file)[:4] == b"RIFF" else "gif"
-        names.append(f"{i}.{ending}")
-        content = content_of(file)
-        fields[names[-1]] = content if isinstance(content, bytes) else Path(content).read_bytes()
-    media = "video" if videos else "image" if names else "text"
-    about = {"id": record["id"], "texts": record["messages"], "media": media, "name": names}
+        fields[f"{i}.{ending}"] = content
+    about = {"id": record["id"], "texts": record["messages"], "media": kind, "name": list(fields)}
     # half a surrogate becomes \ud800, as JSON writes it
     text = json.dumps(about, ensure_ascii=False).encode(errors="backslashreplace")
     return {"json": text, **fields}
 
 
-class Shards(torch.utils.data.Dataset):
-    """Writes shard n of packed data, unless it is there; for a DataLoader's workers."""
-
-    def __init__(self, index: Index, shards: list[np.ndarray], out: Path) -> None:
-        self.index, self.shards, self.out = index, shards, out
-
-    def __getitem__(self, number: int) -> tuple[dict, list[Place]]:
-        path = self.out / f"shard-{number:06}.tar"
-        if not path.is_file():
-            partial_path = path.with_suffix(".partial")
-            with tarfile.open(partial_path, "w", format=tarfile.GNU_FORMAT) as tar:
-                for place, i in enumerate(self.shards[number]):
-                    for name, content in shard_fields(self.index.record(i)).items():
-                        member = tarfile.TarInfo(f"{number:06}-{place:06}.{name}")
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
-            partial_path.rename(path)
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        entry = {"file": path.name, "size": path.stat().st_size, "sha256": digest}
-        return entry, list(shard_places(path))
+def write_shard(item: tuple[int, np.ndarray], index: Index, out: Path) -> tuple[dict, list[Place]]:
+    """Write the shard of this number and samples.  Returns its entry in the index, and places."""
+    number, samples = item
+    path = out / f"shard-{number:06}.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for place, i in enumerate(samples):
+            for name, content in shard_fields(index.record(i)).items():
+                member = tarfile.TarInfo(f"{number:06}-{place:06}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    entry = {"file": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)}
+    return entry, list(shard_places(path))
 
 
 def plan_shards(row_of: np.ndarray) -> list[np.ndarray]:
@@ -1629,71 +1580,69 @@ def pack(flags: argparse.Namespace) -> None:
     out = Path(flags.out)
     if (out / "index.json").exists():
         raise ValueError(f"{out} is packed already")
-    files = files_of(flags.sources)
+    files = source_files(*flags.sources)
+    flops_of(dict.fromkeys(LOADS, 0.0), flags.model)  # refuses a preset that there is not
     tokenizer = load_tokenizer(Path(flags.checkpoint))
     out.mkdir(parents=True, exist_ok=True)
     index = measure(files, tokenizer, flags.images, (flags.min_pixels, flags.max_pixels),
-                    flags.workers, check_packable, resume=out / "measured.jsonl")
+                    flags.workers, partial(check_packable, length=flags.length),
+                    kept=out / f"measured-{flags.length}.partial")
     if index.damaged and not flags.skip_bad:
         raise ValueError(f"{len(index.damaged)} files are damaged; --skip-bad packs what is whole "
                          f"of them: {'; '.join(index.damaged)}")
-
-    # samples that fit no row are rejected by name
-    tokens = index.table[:, COLUMNS.index("tokens")]
-    for i in np.flatnonzero(tokens > flags.length):
-        index.rejects.append({
-            "file": index.files[index.table[i, 0]]["file"], "part": int(index.table[i, 3]),
-            "reason": f"record {index.record(i)['id']} has {tokens[i]} tokens, a row "
-                      f"{flags.length}"})
-    index.table = index.table[tokens <= flags.length]
     if not len(index.table):
         raise ValueError(f"no sample fits a row of {flags.length} tokens")
-    row_of = pack_rows(index.table[:, COLUMNS.index("tokens")], flags.length)
+    row_of = pack_rows(index.column("tokens"), flags.length)
     shards = plan_shards(row_of)
     # shards of another plan must not be taken for those of this one
-    plan = hashlib.sha256(json.dumps(index.files).encode() + index.table.tobytes()
-                          + row_of.tobytes()).hexdigest()
-    stamp = out / "plan"
-    if any(out.glob("shard-*.tar")) and not (stamp.is_file() and stamp.read_text() == plan):
-        raise ValueError(f"{out} holds shards of other data or of rows of another length: remove "
-                         "them, or choose another --out")
-    stamp.write_text(plan)
-    loader = torch.utils.data.DataLoader(Shards(index, shards, out), batch_size=None,
-                                         sampler=range(len(shards)),
-                                         num_workers=min(flags.workers, len(shards) - 1))
-    entries, lines = [], []
-    for number, (entry, places) in enumerate(loader):
-        table = index.table[shards[number]].copy()
-        table[:, 0] = number
+    plan = json.dumps([flags.length, index.settings, index.files])
+    written = in_order(partial(write_shard, index=index, out=out), list(enumerate(shards)),
+                       flags.workers, "shards written", out / "written.partial", plan)
+    entries, tables = [], []
+    for (entry, places), samples in zip(written, shards):
+        # the lines of the samples, now with their places in the shard
+        table = index.table[samples]
+        table[:, 0] = len(entries)
         table[:, 1:3] = [place[:2] for place in places]
         table[:, 3] = 0
-        table[:, COLUMNS.index("row")] = row_of[shards[number]]
+        table[:, COLUMNS.index("row")] = row_of[samples]
         loads = dict(zip(LOADS, table[:, -len(LOADS):].sum(0).astype(float)))
-        flops = flops_of(loads, flags.model)
-        entry |= {"samples": len(table), "rows": len(np.unique(row_of[shards[number]])),
-                  "tokens": int(loads["tokens"]), "flops": flops}
-        entries.append(entry)
-        lines.append(table)
-        show_progress(number + 1, len(shards), "shards written")
+        entries.append(entry | {
+            "samples": len(samples), "rows": len(np.unique(row_of[samples])),
+            "tokens": int(loads["tokens"]), "flops": flops_of(loads, flags.model)})
+        tables.append(table)
     settings = {**index.settings, "images": "", "length": flags.length, "model": flags.model}
-    Index(entries, np.concatenate(lines), settings, index.rejects).save(out)
-    (out / "measured.jsonl").unlink()
-    stamp.unlink()
+    Index(entries, np.concatenate(tables), settings, index.rejects).save(out)
+    for file in out.glob("*.partial"):
+        file.unlink()
     rows = row_of.max() + 1
     print(f"{len(row_of):,} samples in {rows:,} rows of {flags.length:,} tokens, "
-          f"{tokens[tokens <= flags.length].sum() / (rows * flags.length):.2%} full, "
-          f"{len(shards)} shards; {len(index.rejects):,} rejected, see {out / 'rejects.jsonl'}")
+          f"{index.column('tokens').sum() / (rows * flags.length):.2%} full, {len(shards)} shards; "
+          f"{len(index.rejects):,} rejected, see {out / 'rejects.jsonl'}")
 
 
 # ---------------------------------------------------------------------------------- data.py balance
 
 
-def concepts_in(text: str, concepts: dict[str, int], longest: int) -> set[int]:
-    """Numbers of the concepts that a text names, as one to `longest` words."""
-    words = re.findall(r"\w+", text.lower())
-    phrases = (" ".join(words[i:i + size]) for i in range(len(words))
-               for size in range(1, longest + 1))
-    return {concepts[phrase] for phrase in phrases if phrase in concepts}
+def plain_words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def concepts_in(text: str, concepts: set[str], longest: int) -> list[str]:
+    """The concepts that a text names, as one to `longest` words, in order."""
+    words = plain_words(text)
+    phrases = {" ".join(words[i:i + size]) for i in range(len(words))
+               for size in range(1, longest + 1)}
+    return sorted(phrases & concepts)
+
+
+def weighted_draw(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Numbers of `count` entries, drawn by weight without putting back, in order."""
+    # the largest of log(u) / weight, u uniform, are drawn so
+    uniform = (np.random.PCG64(seed).random_raw(len(weights)) + 1.0) / 2**64
+    possible = np.flatnonzero(weights)
+    keys = np.log(uniform[possible]) / weights[possible]
+    return np.sort(possible[np.argsort(-keys, kind="stable")[:count]])
 
 
 def balance(flags: argparse.Namespace) -> None:
@@ -1704,39 +1653,35 @@ def balance(flags: argparse.Namespace) -> None:
     embedding).  Records that name no concept are left out.  The lines are written as they are.
     """
     lines = Path(flags.concepts).read_text(encoding="utf-8").splitlines()
-    names = [" ".join(re.findall(r"\w+", line.lower())) for line in lines]
-    concepts = {name: i for i, name in enumerate(dict.fromkeys(filter(None, names)))}
+    concepts = {" ".join(plain_words(line)) for line in lines} - {""}
     if not concepts:
         raise ValueError(f"{flags.concepts} names no concept")
     longest = max(len(name.split()) for name in concepts)
-    places, matched = [], []
-    for path in files_of(flags.sources):
+    parts, matched = [], []
+    for path in source_files(*flags.sources):
         if path.suffix != ".jsonl":
             raise ValueError(f"{path} is not .jsonl: balance records before they are in shards")
-        for place, record in zip(json_places(path), read_records(path)):
+        for (start, end, _), record in zip(json_places(path), read_records(path)):
             answers = [str(turn["content"]) for turn in record["messages"]
                        if turn["role"] == "assistant"]
-            places.append((path, place))
+            parts.append(FilePart(str(path), start, end - start))
             matched.append(concepts_in(" ".join(answers), concepts, longest))
 
-    frequency = np.bincount([c for found in matched for c in found], minlength=len(concepts))
-    weights = np.array([sum(1 / frequency[c] for c in found) for found in matched])
-    # the largest of log(u) / weight, u uniform, are a weighted draw without putting back
-    uniform = (np.random.PCG64(flags.seed).random_raw(len(places)) + 1.0) / 2**64
-    named = np.flatnonzero(weights)
-    keys = np.log(uniform[named]) / weights[named]
-    chosen = np.sort(named[np.argsort(-keys, kind="stable")[:flags.keep]])
+    frequency = Counter(chain.from_iterable(matched))
+    weights = np.array([sum(1 / frequency[name] for name in found) for found in matched])
+    if not frequency:
+        raise ValueError(f"no record names a concept of {flags.concepts}")
+    # written as they are, in their order in the sources
+    chosen = weighted_draw(weights, flags.keep, flags.seed)
     with open(flags.out, "xb") as out:
-        for number in chosen:
-            path, (start, end, _) = places[number]
-            out.write(content_of(FilePart(str(path), start, end - start)).strip() + b"\n")
+        out.writelines(content_of(parts[i]).strip() + b"\n" for i in chosen)
 
-    after = np.bincount([c for i in chosen for c in matched[i]], minlength=len(concepts))
+    after = Counter(chain.from_iterable(matched[i] for i in chosen))
     for title, counts in (("before", frequency), ("after", after)):
-        named = counts[counts > 0]
-        print(f"{title}: {len(named):,} of {len(concepts):,} concepts are named, the most frequent "
-              f"{named.max() / np.median(named):,.1f} times as often as the median")
-    print(f"{len(chosen):,} of {len(places):,} records -> {flags.out}")
+        times = sorted(counts.values())
+        print(f"{title}: {len(times):,} of {len(concepts):,} concepts are named, the most frequent "
+              f"{times[-1] / np.median(times):,.1f} times as often as the median")
+    print(f"{len(chosen):,} of {len(parts):,} records -> {flags.out}")
 
 
 # ----------------------------------------------------------------------------------- python data.py
@@ -1774,20 +1719,21 @@ def parse_command(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], 
     parser.prog = f"data.py {name}"
     parser.add_argument("sources", nargs="*" if name == "inspect" else "+", default=["questions"],
                         help="files, directories, globs or lists in braces of records")
+    # a flag of another command is unknown, and so refused
     for flag, (commands, default, text) in FLAGS.items():
-        if name in commands.split():
-            options = {"type": type(default or ""), "default": default, "required": default is None}
-            if isinstance(default, bool):
-                options = {"action": "store_true"}
-            elif isinstance(default, int):
-                options["type"] = int
-            parser.add_argument(flag, help=text, **options)
+        if name not in commands.split():
+            continue
+        if default is False:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            kind = int if isinstance(default, int) else str
+            parser.add_argument(flag, type=kind, default=default, required=default is None,
+                                help=text)
     flags = parser.parse_args(arguments[1:])
-    for flag in ("length", "keep", "min_pixels"):
-        if getattr(flags, flag, 1) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} must be positive")
-    if getattr(flags, "show", 0) < 0 or getattr(flags, "workers", 0) < 0:
-        raise ValueError("--show and --workers must not be negative")
+    for key, value in vars(flags).items():
+        least = 1 if key in ("length", "keep", "min_pixels") else 0
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least {least}")
     return COMMANDS[name], flags
 
 

@@ -45,7 +45,7 @@ def build_prompt(images: list[Image.Image], prompt: str, tokenizer: Tokenizer,
     content = [{"type": "image"}] * len(images)
     content.append({"type": "text", "text": prompt})
     record = {"messages": [{"role": "user", "content": content}], "images": images, "id": "prompt"}
-    sample = encode(record, tokenizer, MIN_PIXELS, max_pixels, generation_prompt=True)
+    sample = encode(record, tokenizer, (MIN_PIXELS, max_pixels), generation_prompt=True)
     row = lay_out([sample])
     if row.lost:
         raise ValueError(row.lost[0])

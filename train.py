@@ -88,8 +88,8 @@ from torch.utils.data import DataLoader
 
 from assets.scenes import drawn_texts, held_out_questions, train_tokenizer
 from convert import check_tokenizer, load_model, load_tokenizer, read_config, save_checkpoint
-from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, encode, files_of,
-                  flag_parser, lay_out, open_index, reason_of, weight_of)
+from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, encode, flag_parser,
+                  lay_out, open_index, reason_of, source_files, weight_of)
 from fp8_kernel import check_device, convert_to_fp8
 from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
                    parameters_by_part, part_of)
@@ -973,7 +973,7 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
             raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
         if recipe.data[0] not in DRAWN:
-            files_of([weight_of(source)[0] for source in recipe.data])  # they must be there
+            source_files(*(weight_of(source)[0] for source in recipe.data))  # they must be there
         # the memory is estimated: print it, but let the device itself refuse
         memory = memory_by_part(sizes, recipe, shards, ranks.context, ranks.experts, config.fp8)
         needed, present = sum(memory.values()) / 2**30, memory_of_rank(ranks.device) / 2**30

@@ -372,7 +372,7 @@ def test_shipped_checkpoint_answers(tmp_path: Path) -> None:
     (["train.py", "--data", "unseen.json"], "there is no picture"),
     (["train.py", "--data", "text.png"], "neither .json"),
     (["data.py", "inspect", "empty.json"], "empty.json holds no records"),
-    (["data.py", "balance", "a", "--concepts", "b", "--keep", "0", "--out", "x"], "--keep must"),
+    (["data.py", "balance", "a", "--concepts", "b", "--keep", "0", "--out", "x"], "--keep must be"),
     (["vision.py", "nowhere.png"], "there is no picture nowhere.png"),
     (["convert.py", "verify", "nowhere"], "nowhere"),
     (["convert.py", "melt"], "'melt'"),
