@@ -28,12 +28,12 @@ is a number, a row is a list of numbers, and a step is a list of rows:
 
     samples      0   1   2   3   4   5   6   7          a random order for each epoch
     tokens     300 620 180 700 400 310 610 190
-    row        [3 5]  [1 0]  [6 4]  [7 2]               best fit, longest first; rows of 1,024
-    step       0: rows 0 and 1    1: rows 2 and 3       dealt to the ranks by their FLOPs
+    rows       0 3 | 1 4 | 2 6 7 | 5                    of 1,024 tokens: see `pack_rows`
+    steps      rows 0 and 1, then rows 2 and 3          dealt to the ranks by their FLOPs
 
-Data, seed and epoch alone decide the plan.  So the position of a run is the number of its step, and
-a rank reads only the records of its own rows.  Drawn data have no index: an epoch is drawn, and its
-rows are chosen, when it is needed.
+Data, seed and the length of rows decide the plan; ranks and workers do not.  So the position of a
+run is the number of its step, and a rank reads only the records of its own rows.  Drawn data have
+no index: an epoch is drawn, and its rows are chosen, when it is needed.
 
 A bad record (a missing picture, no answer) is rejected while the index is made.  A picture that
 cannot be decoded is found only in training: its sample stays in the row, but is not learnt.

@@ -39,8 +39,9 @@ A mixture of experts adds the mean balance of its layers and rows (model.Mixture
 Ranks.  FSDP2 shards parameters, gradients and AdamW's moments over all ranks, or with `--replicas`
 over groups of ranks that hold a copy each.  Masters and reductions are in fp32, products in
 `--dtype`.  With `--context-parallel C`, C neighbours share each row; with `--expert-parallel E`, E
-neighbours hold different experts: see `parallel.py`.  Every rank reads all records
-(data.PackedRows), so it knows the sums over all ranks.  All machines must see the same files.
+neighbours hold different experts: see `parallel.py`.  A rank reads only the records of its own
+rows, but all ranks know the plan (data.Rows), and so the sums over all ranks.  All machines must
+see the same files.
 
 Accounting.  FLOPs of a row's forward pass, where N counts the weights of a part's matrices that a
 token passes (K of X experts):

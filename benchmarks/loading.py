@@ -32,9 +32,9 @@ from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, PATCH, PATCH_NUM
 PUBLISHED = ((36, 1024, 4_127_403), (1024, 2048, 1_085_218), (2048, 8188, 308_112))
 SAMPLES = 10_000_000  # to pack
 RUNS = 3
-ROW = 8192  # tokens of a row of the full recipe
+ROWS = (8192, 32768)  # tokens of a row of the recipes full and quick
 LOADED = 2048  # tokens of a row that is loaded here: of many short ones, all workers get as many
-WORKERS, PREFETCH = 4, 4  # processes of a rank, and rows that each prepares ahead
+WORKERS = 4  # processes of a rank; together they prepare four rows ahead, as train.row_loader says
 WORDS = "a the in of on and with picture person street blue small two stands near table".split()
 
 
@@ -120,7 +120,8 @@ def load_rows(index: Index, tokenizer: Tokenizer, workers: int) -> tuple[int, in
     """An epoch through a DataLoader like `train.row_loader`'s: tokens and patches."""
     data = FileData(index, tokenizer, LOADED, seed=0)
     loader = DataLoader(Rows(data), batch_size=None, sampler=range(data.rows_in(0)),
-                        num_workers=workers, prefetch_factor=PREFETCH if workers else None)
+                        num_workers=workers,
+                        prefetch_factor=max(1, 4 // workers) if workers else None)
     tokens = count = 0
     for step in loader:
         tokens, count = tokens + len(step.row.input_ids), count + len(step.row.patches)
@@ -179,12 +180,13 @@ def main() -> None:
           "it.\n")
     measuring_and_loading(tokenizer, 200, 640, 480, MAX_PIXELS)
     measuring_and_loading(tokenizer, 40, 2000, 1500, 200_704)
-    row = ROW * (4 * PATCH_NUMBERS + 2 * 8)
-    print("Bytes in flight of a rank of the full recipe, if all tokens of its rows are visual")
-    print_table(["what", "how", "MB"], [
-        ["a row", f"{ROW:,} tokens * (4 patches * {PATCH_NUMBERS} + id 8 + target 8)", row / 1e6],
-        ["in flight", f"({WORKERS} workers * prefetch_factor {PREFETCH} + 1) * a row",
-         (WORKERS * PREFETCH + 1) * row / 1e6]])
+    print(f"Bytes in flight of a rank with {WORKERS} workers, if all tokens are visual: a token has 4 "
+          f"patches of {PATCH_NUMBERS}\nbytes, an id and a target; {WORKERS} rows are ahead, and one "
+          "is trained on")
+    sizes = [tokens * (4 * PATCH_NUMBERS + 2 * 8) / 1e6 for tokens in ROWS]
+    print_table(["tokens of a row", "MB of a row", "MB in flight"],
+                [[f"{tokens:,}", f"{size:.1f}", f"{(WORKERS + 1) * size:.0f}"]
+                 for tokens, size in zip(ROWS, sizes)])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import random
+import re
 import tarfile
 from collections import Counter
 from functools import partial
@@ -169,6 +170,15 @@ def test_packing_is_what_it_says(seed: int) -> None:
     lengths = rng.sample(range(1, rng.choice((9000, 3000))), 400)
     found = data.pack_rows(np.array(lengths), room, pool)
     assert found.tolist() == rows_by_definition(lengths, room, pool)
+
+
+def test_the_plan_in_the_docstring() -> None:
+    """Its rows are those of its lengths."""
+    tokens = re.search(r"^ +tokens +([\d ]+)$", data.__doc__, re.M)[1]
+    rows = re.search(r"^ +rows +([\d |]+?)  ", data.__doc__, re.M)[1]
+    found = data.pack_rows(np.array([int(word) for word in tokens.split()]), 1024)
+    assert [np.flatnonzero(found == row).tolist() for row in range(found.max() + 1)] == [
+        [int(word) for word in row.split()] for row in rows.split("|")]
 
 
 def test_streams_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
