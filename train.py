@@ -748,7 +748,7 @@ def note_lost(step: Step, lost: set[int], data: FileData | DrawnData, config: Tr
     Raises ValueError if more than --max-bad of all samples are lost; one may always be.
     """
     new = {number: found for number, found in step.lost.items() if number not in lost}
-    lost |= new.keys()
+    lost.update(new)
     if ranks.rank == 0:
         with open(out / "rejects.jsonl", "a") as file:
             file.writelines(json.dumps({"sample": number, "record": name, "reason": reason}) + "\n"
@@ -973,8 +973,6 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
         if recipe.rows % ranks.data_ranks:
             raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
-        if recipe.data[0] not in DRAWN:
-            source_files(*(weight_of(source)[0] for source in recipe.data))  # they must be there
         # the memory is estimated: print it, but let the device itself refuse
         memory = memory_by_part(sizes, recipe, shards, ranks.context, ranks.experts, config.fp8)
         needed, present = sum(memory.values()) / 2**30, memory_of_rank(ranks.device) / 2**30
@@ -983,6 +981,8 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
                   f"--context-parallel {ranks.context} and {shards} shards of the model need about "
                   f"{needed:,.0f} GiB of a rank, most of it for {max(memory, key=memory.get)}, and "
                   f"it has {present:,.0f}", file=sys.stderr)
+        if recipe.data[0] not in DRAWN:
+            source_files(*(weight_of(source)[0] for source in recipe.data))  # they must be there
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
 

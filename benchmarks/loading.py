@@ -180,9 +180,9 @@ def main() -> None:
           "it.\n")
     measuring_and_loading(tokenizer, 200, 640, 480, MAX_PIXELS)
     measuring_and_loading(tokenizer, 40, 2000, 1500, 200_704)
-    print(f"Bytes in flight of a rank with {WORKERS} workers, if all tokens are visual.  A token has "
-          f"4 patches\nof {PATCH_NUMBERS} bytes, an id and a target; {WORKERS} rows are ahead, one "
-          "is trained on.")
+    print(f"Bytes in flight of a rank with {WORKERS} workers, if all tokens are visual.  A token\n"
+          f"has 4 patches of {PATCH_NUMBERS} bytes, an id and a target; {WORKERS} rows are ahead, "
+          "one is trained on.")
     sizes = [tokens * (4 * PATCH_NUMBERS + 2 * 8) / 1e6 for tokens in ROWS]
     print_table(["tokens of a row", "MB of a row", "MB in flight"],
                 [[f"{tokens:,}", f"{size:.1f}", f"{(WORKERS + 1) * size:.0f}"]

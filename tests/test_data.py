@@ -862,3 +862,55 @@ def test_nested_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="deep.json is not valid JSON"):
         next(read_records(tmp_path / "deep.json"))
+
+
+# -------------------------------------------------------------------------- commands of data.py
+
+
+def run_data(*arguments: object) -> None:
+    command, flags = data.parse_command(list(map(str, arguments)))
+    command(flags)
+
+
+def test_balance_makes_rare_concepts_frequent(tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 1,000 captions 10 name an axolotl: all are kept among 100, as their lines stand."""
+    lines = [json.dumps(conversation_of("<image>", "A cat." if i % 100 else "An Axolotl, red!",
+                                        image="a.png", id=i)) for i in range(1000)]
+    lines[7] = json.dumps(conversation_of("<image>", "Nothing known.", image="a.png", id=7))
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    (tmp_path / "concepts.txt").write_text("cat\naxolotl\n axolotl red \nzebra\n")
+    arguments = ("balance", tmp_path / "captions.jsonl", "--concepts", tmp_path / "concepts.txt",
+                 "--keep", 100, "--out")
+    run_data(*arguments, tmp_path / "chosen.jsonl")
+    chosen = (tmp_path / "chosen.jsonl").read_text().splitlines()
+    assert len(chosen) == 100 and set(chosen) <= set(lines) and lines[7] not in chosen
+    assert sum("Axolotl" in line for line in chosen) >= 9
+    assert [lines.index(line) for line in chosen] == sorted(lines.index(line) for line in chosen)
+    run_data(*arguments, tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_text().splitlines() == chosen
+    assert "3 of 4 concepts" in capsys.readouterr().out
+    with pytest.raises(OSError, match="chosen.jsonl"):  # nothing is overwritten
+        run_data(*arguments, tmp_path / "chosen.jsonl")
+
+
+def test_inspect_names_what_is_rejected(tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """By kind and one by one, with pictures decoded on request; and the contact sheet."""
+    write_records(tmp_path, 20)
+    records = json.loads((tmp_path / "records.json").read_text())
+    whole = next(record for record in records if record["images"])
+    cut = tmp_path / whole["images"][0]
+    cut.write_bytes(cut.read_bytes()[:-30])
+    records.append({"conversations": [{"from": "human", "value": "Hi"}]})
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    run_data("inspect", tmp_path / "records.json", "--all", "--decode", "--show", 2, "--workers", 0,
+             "--length", 600, "--sheet", tmp_path / "sheet.png")
+    said = capsys.readouterr().out
+    assert "19 samples of 1 files, 2 records rejected, 0 files damaged" in said
+    assert "rejected: 1 no answer to learn" in said and f"{cut} cannot be read" in said
+    assert re.search(r"an epoch: 19 samples in \d+ rows of 600 tokens, \d\d\.\d\d% full", said)
+    assert re.search(r"FLOPs of a step of 8 rows of the 4b on 8 ranks: .* \d+\.\d% of", said)
+    assert said.count("<|im_start|>assistant\n[yes") == 2
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width == 8 * 168
