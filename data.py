@@ -1258,6 +1258,7 @@ class FileData:
         try:
             sample = self.encode(self.index.record(number))
         except BAD_RECORD as error:
+            # other ranks count on its tokens, so its place is kept, without holes and labels
             blank = torch.zeros(loads[0], dtype=torch.int64)
             return Sample(blank, torch.full_like(blank, IGNORE), [],
                           torch.empty(0, 3, dtype=torch.int64), (0, 0), "unknown", str(error),

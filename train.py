@@ -226,6 +226,10 @@ class TrainConfig:
                 raise ValueError(f"{flag} must be positive")
         if self.expert_parallel > 1 and self.recompute == "selective":
             raise ValueError("--expert-parallel goes with --recompute none or layer, not selective")
+        self.check_data()
+
+    def check_data(self) -> None:
+        """Raise ValueError for flags about data that do not go together."""
         if self.steps and self.epochs:
             raise ValueError("--steps and --epochs are given: which is meant?")
         if self.epochs and not set(self.data) - set(DRAWN):
@@ -362,6 +366,7 @@ def steps_of(loader: Iterable[RowOfStep], count: int) -> Iterator[Step]:
     """Steps of `count` rows; a step reads its rows from the loader while they are trained on."""
     stream = iter(loader)
 
+    # a generator: `backward` asks for the next row when it is done with one
     def read(first: RowOfStep) -> Iterator[Row | RowShare]:
         yield first.row
         for _ in range(1, count):
@@ -747,6 +752,7 @@ def note_lost(step: Step, lost: set[int], data: FileData | DrawnData, config: Tr
 
     Raises ValueError if more than --max-bad of all samples are lost; one may always be.
     """
+    # a later epoch meets the same samples again
     new = {number: found for number, found in step.lost.items() if number not in lost}
     lost.update(new)
     if ranks.rank == 0:

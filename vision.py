@@ -425,6 +425,7 @@ def film_frames(path: Path) -> list[Image.Image]:
             stream = film.streams.video[0]
             total = stream.frames or sum(1 for _ in film.decode(stream))
             chosen = set(sampled_frames(total, float(stream.average_rate)))
+            # frames are decoded one after another, and only those chosen are kept
             film.seek(0)
             decoded = enumerate(film.decode(stream))
             frames = [frame.to_image() for i, frame in decoded if i in chosen]
