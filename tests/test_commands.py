@@ -282,7 +282,7 @@ def run_readme_commands() -> tuple[list[tuple[str, subprocess.CompletedProcess[s
             write_records(here, name)
         records = json.loads((here / "captions.json").read_text())
         (here / "captions.jsonl").write_text("\n".join(map(json.dumps, records)))
-        (here / "concepts.txt").write_text("red\nblue\n")
+        (here / "CONCEPTS").write_text("red\nblue\n")
         finished = []
         for line in sorted(readme_commands(), key=lambda line: "convert.py merge" not in line):
             if "pytest" in line:
