@@ -1284,11 +1284,16 @@ class DrawnData:
         self.encode = partial(encode, tokenizer=tokenizer, pixels=pixels)
         self.rows = rows * -(-16 // rows)
 
-    @lru_cache(maxsize=2**13)  # most of an epoch  # noqa: B019
+    @lru_cache(maxsize=2**11)  # 50 MB, several epochs of the default run  # noqa: B019
     def sample(self, number: int) -> Sample:
         """Draw a sample; seed and number decide it."""
         from assets.scenes import drawn_record  # here, because scenes.py imports this file
         return self.encode(drawn_record(self.data, self.seed, number))
+
+    @lru_cache(maxsize=2**17)  # of an epoch whose samples are too many to keep  # noqa: B019
+    def load(self, number: int) -> list[int]:
+        """The numbers of LOADS of a sample."""
+        return load_of(self.sample(number))
 
     @lru_cache(maxsize=2)  # noqa: B019
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1297,7 +1302,7 @@ class DrawnData:
         lengths: dict[int, int] = {}
         tokens = 0
         for sample in range(first, first + EPOCH_NUMBERS):
-            length = len(self.sample(sample).input_ids)
+            length = self.load(sample)[0]
             if length <= self.seq_length:
                 lengths[sample] = length
                 tokens += length
@@ -1323,7 +1328,7 @@ class DrawnData:
 
     def loads(self, samples: np.ndarray) -> np.ndarray:
         """(samples, 6) numbers of LOADS."""
-        return np.array([load_of(self.sample(number)) for number in samples.tolist()])
+        return np.array([self.load(number) for number in samples.tolist()])
 
 
 def deal(costs: list[float], ranks: int) -> list[list[int]]:
