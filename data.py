@@ -124,29 +124,23 @@ SHARD = 4096  # samples of a shard that it writes, to the end of a row
 # ------------------------------------------------------------------------------------ chat template
 
 
-def split_content(message: dict, pictures: bool) -> list[dict]:
+def split_content(message: dict, places: str = "") -> list[dict]:
     """A message's content as items {"type": "text"|"image"|"video", ...}.
 
-    pictures: `<image>` in a user's text is the place of a picture.
+    places: a pattern of what is the place of a picture or video in a user's text; "": nothing is.
 
-    >>> split_content({"role": "user", "content": "<image>\\nWhat is this?"}, True)
+    >>> split_content({"role": "user", "content": "<image>\\nWhat is this?"}, "<image>")
     [{'type': 'image'}, {'type': 'text', 'text': '\\nWhat is this?'}]
     """
     content = message["content"]
     if isinstance(content, list):
         return content
-    texts = [content]
-    if pictures and message["role"] == "user":
-        texts = content.split("<image>")
-
-    # the place of a picture between two texts; a text may be empty
-    items = []
-    for i, text in enumerate(texts):
-        if i > 0:
-            items.append({"type": "image"})
-        if text:
-            items.append({"type": "text", "text": text})
-    return items
+    parts = [content]
+    if places and message["role"] == "user":
+        # a split at a group keeps what it matches: text, place, text, place, ..., text
+        parts = re.split(f"({places})", content)
+    return [{"type": part[1:-1]} if i % 2 else {"type": "text", "text": part}
+            for i, part in enumerate(parts) if part]
 
 
 def check_messages(messages: list[dict]) -> None:
@@ -202,7 +196,7 @@ def render(messages: list[dict], visual_counts: list[int],
         yield f"{message['role']}\n", 0, False
         learnt = message["role"] == "assistant"
 
-        for item in split_content(message, pictures=bool(visual_counts)):
+        for item in split_content(message, "<image>" if visual_counts else ""):
             if item["type"] == "text":
                 yield item["text"], 0, learnt
                 continue
@@ -482,23 +476,10 @@ def turns_of(raw: dict, origin: str) -> list[dict]:
     return turns
 
 
-def items_of(turn: dict, places: str = "(?!)") -> list[dict]:
-    """The content of a turn as items; places: a pattern of <image> or <video> in a user's text."""
-    content = turn["content"]
-    if isinstance(content, list):
-        return content
-    if turn["role"] != "user":
-        return [{"type": "text", "text": content}]
-    # a split at a group keeps what it matches: text, place, text, place, ..., text
-    parts = re.split(f"({places})", content)
-    return [{"type": part[1:-1]} if i % 2 else {"type": "text", "text": part}
-            for i, part in enumerate(parts) if part]
-
-
 def check_items(turns: list[dict], origin: str, videos: bool, folder: Path | None) -> None:
     """Raise ValueError for content of turns that training would ignore; videos: there are some."""
     for turn in turns:
-        for item in items_of(turn):
+        for item in split_content(turn):
             known = ("type", "text", item["type"] if folder else None)
             unused = [key for key in item if key not in known and item[key]]
             if unused:
@@ -520,7 +501,7 @@ def media_in_order(turns: list[dict], images: Sequence[Picture], videos: Sequenc
     waiting = {"image": iter(images), "video": iter(videos)}
     ordered, turns_in_order = [], []
     for turn in turns:
-        items = items_of(turn, "<image>|<video>" if videos else "<image>")
+        items = split_content(turn, "<image>|<video>" if videos else "<image>")
         for item in items:
             kind = item["type"]
             if kind == "text":
@@ -618,10 +599,11 @@ def json_places(path: Path) -> Iterator[Place]:
     # The list is valid: read its entries again, to see where each ends.  In Latin-1 each byte is
     # a character, so places in the text are places in the file.
     text = content.decode("latin-1")
+    separator, decoder = re.compile(r"[ \t\r\n,]*"), json.JSONDecoder()
     end = text.index("[") + 1
     for number in range(len(entries)):
-        start = re.compile(r"[ \t\r\n,]*").match(text, end).end()
-        _, end = json.JSONDecoder().raw_decode(text, start)
+        start = separator.match(text, end).end()
+        _, end = decoder.raw_decode(text, start)
         yield start, end, number
 
 
@@ -1093,6 +1075,7 @@ def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
     paths, weights = zip(*map(weight_of, sources))
     if any(weights) and not all(weights):
         raise ValueError(f"{' '.join(sources)}: either all sources have a weight or none")
+    settings = settings_of(tokenizer, images, pixels)
     indexes = []
     for path in paths:
         if not Path(path, "index.json").is_file():
@@ -1100,11 +1083,11 @@ def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
             continue
         index = Index.load(Path(path))
         index.leave_out_damaged()
-        if index.settings["pixels"] != list(pixels):
+        if index.settings["pixels"] != settings["pixels"]:
             least, most = index.settings["pixels"]
             raise ValueError(f"{path} was packed for --min-pixels {least} --max-pixels {most}: "
                              f"give these, or name its shards, {path}/*.tar, to measure them anew")
-        if index.settings["tokenizer"] != settings_of(tokenizer, "", pixels)["tokenizer"]:
+        if index.settings["tokenizer"] != settings["tokenizer"]:
             raise ValueError(f"{path} was packed with the tokenizer of another checkpoint: pack it "
                              f"again, or name its shards, {path}/*.tar, to measure them anew")
         indexes.append(index)
@@ -1120,7 +1103,6 @@ def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
         files += index.files
         rejects += index.rejects
         damaged += index.damaged
-    settings = settings_of(tokenizer, images, pixels)
     settings |= {"counts": [len(table) for table in tables],
                  "weights": weights if all(weights) else None}
     return Index(files, np.concatenate(tables), settings, rejects, damaged)
@@ -1386,10 +1368,10 @@ class Rows(torch.utils.data.Dataset):
         members, starts = self.data.epoch(epoch)
         return members[starts[number]:starts[number + 1]]
 
-    def __getitem__(self, number: int) -> RowOfStep:
-        """Row `number` of this rank."""
-        step, own = divmod(number, self.rows // self.ranks)
-        rows = [self.row(i) for i in range(step * self.rows, (step + 1) * self.rows)]
+    @lru_cache(maxsize=1)  # a rank asks for its rows of a step one after another  # noqa: B019
+    def step(self, number: int) -> tuple[list[np.ndarray], dict[str, float], float]:
+        """The samples of this rank's rows in a step, the sums over all rows, and the balance."""
+        rows = [self.row(i) for i in range(number * self.rows, (number + 1) * self.rows)]
         # (rows, 6); a row's load is the sum over its samples
         loads = np.array([self.data.loads(row).sum(0) for row in rows], dtype=np.float64)
         by_name = dict(zip(LOADS, loads.T))
@@ -1403,7 +1385,13 @@ class Rows(torch.utils.data.Dataset):
         # Each time they wait for the slowest rank.
         slowest = [max(first[i] for i in together) for together in zip(*dealt)]
         balance = sum(first) / self.ranks / sum(slowest)
-        samples = [self.data.sample(i) for i in rows[dealt[self.rank][own]].tolist()]
+        return [rows[i] for i in dealt[self.rank]], sums, balance
+
+    def __getitem__(self, number: int) -> RowOfStep:
+        """Row `number` of this rank."""
+        step, own = divmod(number, self.rows // self.ranks)
+        rows, sums, balance = self.step(step)
+        samples = [self.data.sample(i) for i in rows[own].tolist()]
         return RowOfStep(self.cut(samples), sums, balance)
 
 
@@ -1563,14 +1551,17 @@ def write_shard(item: tuple[int, np.ndarray], index: Index, out: Path) -> tuple[
     """Write the shard of this number and samples.  Returns its entry in the index, and places."""
     number, samples = item
     path = out / f"shard-{number:06}.tar"
+    places = []
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for place, i in enumerate(samples):
+            start = tar.offset
             for name, content in shard_fields(index.record(i)).items():
                 member = tarfile.TarInfo(f"{number:06}-{place:06}.{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
+            places.append((start, tar.offset, place))
     entry = {"file": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)}
-    return entry, list(shard_places(path))
+    return entry, places
 
 
 def plan_shards(row_of: np.ndarray) -> list[np.ndarray]:

@@ -65,7 +65,6 @@ CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 
-
 class FilePart(NamedTuple):
     """A picture inside a larger file, such as a shard; it is read when it is opened."""
 

@@ -324,9 +324,7 @@ def test_rows_do_not_depend_on_ranks_and_workers(kind: str, tokenizer: Tokenizer
     if kind == "weighted":
         index.settings |= {"counts": [30, 90], "weights": [0.7, 0.3]}
     if kind == "packed":
-        command, flags = data.parse_command(["pack", str(path), "--out", str(tmp_path / "packed"),
-                                             "--length", "600", "--workers", "0"])
-        command(flags)
+        run_data("pack", path, "--out", tmp_path / "packed", "--length", 600, "--workers", 0)
         index = data.open_index([str(tmp_path / "packed")], load_tokenizer(SHIPPED), "",
                                 (MIN_PIXELS, MAX_PIXELS), 0)
         tokenizer = load_tokenizer(SHIPPED)
@@ -405,8 +403,7 @@ def test_an_index_can_be_read_elsewhere(tokenizer: Tokenizer, tmp_path: Path,
     write_records(tmp_path, 30).rename(tmp_path / "real" / "blob")
     (tmp_path / "link.json").symlink_to(tmp_path / "real" / "blob")
     monkeypatch.chdir(tmp_path)
-    command, flags = data.parse_command(["pack", "link.json", "--out", "packed", "--workers", "0"])
-    command(flags)
+    run_data("pack", "link.json", "--out", "packed", "--workers", 0)
     packed = data.open_index(["packed"], load_tokenizer(SHIPPED), "", (MIN_PIXELS, MAX_PIXELS), 0)
     measured = data.measure([Path("link.json")], tokenizer)
     for index in (packed, measured):
