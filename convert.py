@@ -36,9 +36,12 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +52,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from data import STRUCTURE, flag_parser, refuse_in_one_sentence
@@ -59,6 +64,8 @@ from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, Merger, VisionCo
 FILE_BYTES = 5e9  # in one file of weights, at most
 WEIGHTS = "model.safetensors"  # a checkpoint in one file
 INDEX = f"{WEIGHTS}.index.json"  # of a checkpoint in several files: the file of each tensor
+MANIFEST = "manifest.json"  # of a run's state: size and sha256 of its other files
+KEPT = 2  # states of a stage that stay on the disk
 SCALES = "_scale_inv"  # suffix: the scales of an FP8 weight have its name and this behind it
 PUBLISHED = "lmms-lab/LLaVA-OneVision-1.5-8B-Instruct"  # the modelling code config.json points at
 FRACTIONS = ("rms_norm_eps", "layer_norm_eps", "initializer_range", "rope_theta")  # not whole
@@ -103,6 +110,9 @@ class Stored(NamedTuple):
     key: str  # the tensor's name in the file
     scales: "Stored | None" = None  # of an FP8 matrix: one for each square of 128 x 128
 
+
+# torch.distributed.checkpoint remarks on it that one process saves alone
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 Layout = dict[str, list[str]]  # parameter -> the names of its tensors
 Pieces = dict[str, list[Stored]]  # parameter -> where these tensors are
@@ -592,6 +602,33 @@ def write_files(folder: Path, tensors: Tensors, contents: dict[str, object]) -> 
         (folder / name).write_text(content, encoding="utf-8")
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of a directory's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file, or replace it: after a power cut, too, it is the old or the new one."""
+    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished.write_text(text, encoding="utf-8")
+    sync(unfinished)
+    unfinished.rename(path)
+    sync(path.parent)
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Rename a complete directory to `path`, which is whole or absent even after a power cut."""
+    for file in unfinished.iterdir():
+        sync(file)
+    sync(unfinished)
+    unfinished.rename(path)
+    sync(path.parent)
+
+
 def write_directory(path: Path, tensors: Tensors, contents: dict[str, object]) -> None:
     """Write weights and other files to the directory `path`, which must be new.
     contents: of the other files, by name; a text as it is, anything else as JSON.
@@ -600,14 +637,14 @@ def write_directory(path: Path, tensors: Tensors, contents: dict[str, object]) -
         raise ValueError(f"{path} is there already")
     if not path.parent.is_dir():
         raise ValueError(f"there is no directory {path.parent}")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.mkdir()
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    unfinished.mkdir()
     # renaming is one step for the file system: `path` is complete or does not exist
     try:
-        write_files(partial, tensors, contents)
-        partial.rename(path)
+        write_files(unfinished, tensors, contents)
+        publish(unfinished, path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def pieces_of(tensor: Tensor, names: list[str]) -> Tensors:
@@ -672,6 +709,194 @@ def newest_checkpoint() -> tuple[Path, str]:
     if not configs:
         return Path(__file__).parent / "assets" / "tiny", "shipped with the project"
     return max(configs, key=lambda file: file.stat().st_mtime).parent, "your newest run"
+
+
+# ------------------------------------------------------------------------------ the state of a run
+
+
+def on_all_ranks(function: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list:
+    """Call a function on each rank; returns the results of all ranks.
+
+    If it fails on one of them, all raise OSError, which names that rank.
+    """
+    outcome = (None, "")
+    try:
+        outcome = (function(), "")
+    except (OSError, ValueError) as error:
+        outcome = (None, str(error) or type(error).__name__)
+    if not dist.is_initialized():
+        outcomes = [outcome]
+    else:
+        outcomes = [(None, "")] * dist.get_world_size(group)
+        dist.all_gather_object(outcomes, outcome, group)
+    for rank, (_, error) in enumerate(outcomes):
+        if error:
+            raise OSError(f"rank {rank}: {error}" if len(outcomes) > 1 else error)
+    return [result for result, _ in outcomes]
+
+
+def digests(files: Iterable[Path]) -> dict[str, list]:
+    """Size and sha256 of files, by their names."""
+    found = {}
+    for file in files:
+        with open(file, "rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        found[file.name] = [file.stat().st_size, digest]
+    return found
+
+
+def write_state(path: Path, tensors: dict[str, Tensor], about: dict,
+                group: dist.ProcessGroup | None) -> None:
+    """Write the state of a run to the directory `path`.  All ranks call this together.
+
+        step-00000500.partial/   shard-00001-....safetensors   what rank 0 holds of the tensors
+                                 shard-00002-....safetensors   ... rank 1
+                                 state.json                    `about`
+                                 manifest.json                 size and sha256 of each other file
+
+    When all ranks have written, the first one renames it to step-00000500.  If a rank fails, all
+    raise OSError, and nothing is left.
+    """
+    rank = dist.get_rank(group) if dist.is_initialized() else 0
+    unfinished = path.with_name(f"{path.name}.partial")
+
+    def begin() -> None:
+        if rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            unfinished.mkdir()
+            (unfinished / "state.json").write_text(json.dumps(about))
+
+    def digests_of_rank() -> dict[str, list]:
+        own = [*unfinished.glob(f"shard-{rank + 1:05}-*")]
+        return digests([*own, unfinished / "state.json"] if rank == 0 else own)
+
+    def commit() -> None:
+        if rank == 0:
+            manifest = {name: entry for part in found for name, entry in part.items()}
+            (unfinished / MANIFEST).write_text(json.dumps(manifest))
+            publish(unfinished, path)
+
+    try:
+        on_all_ranks(begin, group)
+        try:
+            checkpoint.save(tensors, process_group=group, storage_writer=(
+                checkpoint.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)))
+        except checkpoint.api.CheckpointException as error:
+            raise OSError(first_failure(error)) from error
+        found = on_all_ranks(digests_of_rank, group)
+        on_all_ranks(commit, group)
+    finally:
+        if rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def first_failure(error: checkpoint.api.CheckpointException) -> str:
+    """What went wrong on which rank, when all ranks raise because one has failed."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {cause}"
+
+
+def states_in(folder: Path) -> list[Path]:
+    """The states of a run's stage, the oldest first; nothing says that they are whole."""
+    return sorted(folder.glob("step-" + "[0-9]" * 8))
+
+
+def damage_of_state(path: Path, part: int = 0, parts: int = 1) -> str:
+    """What is wrong with a state, in a sentence; empty if its manifest holds.
+
+    Of the files, only every `parts`-th is read, from number `part` on.
+    """
+    try:
+        manifest = read_json_object(path / MANIFEST)
+        present = {file.name for file in path.iterdir()} - {MANIFEST}
+        # a file too many would be read as well
+        if present != {*manifest}:
+            names = ", ".join(sorted(present ^ {*manifest}))
+            return f"{path}: {MANIFEST} has not the files that are there, they differ in {names}"
+        names = sorted(manifest)[part::parts]
+        for name, entry in digests(path / name for name in names).items():
+            if entry != manifest[name]:
+                return f"{path / name} has another size or sha256 than {MANIFEST} says"
+    except (OSError, ValueError) as error:
+        return f"{path} is damaged: {error}"
+    return ""
+
+
+def newest_state(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole state of a run's stage, and what is wrong with those that are newer.
+
+    All ranks call this together: they share the reading.  Damaged ones are renamed, since the run
+    will come to the same step again.  Raises OSError if there are states, but none is whole.
+    """
+    rank, count = 0, 1
+    if dist.is_initialized():
+        rank, count = dist.get_rank(), dist.get_world_size()
+    damaged, said = [], []
+
+    def set_aside() -> None:
+        for path in damaged if rank == 0 else ():
+            aside = path.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+    # all ranks go by what the first one sees
+    for path in reversed(on_all_ranks(partial(states_in, folder))[0]):
+        damage = max(on_all_ranks(partial(damage_of_state, path, rank, count)))
+        if not damage:
+            on_all_ranks(set_aside)
+            return path, said
+        damaged.append(path)
+        said.append(damage)
+    if said:
+        raise OSError(f"no state in {folder} is whole ({'; '.join(said)}): remove it to begin the "
+                      "stage again")
+    return None, []
+
+
+def read_state(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Read a state into these tensors, in place, whatever number of ranks has written it."""
+    try:
+        checkpoint.load(tensors, storage_reader=checkpoint.HuggingFaceStorageReader(str(path)))
+    except checkpoint.api.CheckpointException as error:
+        raise ValueError(f"{path} cannot be read: {first_failure(error)}") from error
+
+
+class StateWriter:
+    """Writes the states of a stage while the training goes on, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        # its messages must not mix with those of the training
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.stager = DefaultStager(StagingOptions(
+            use_pinned_memory=torch.cuda.is_available(), use_shared_memory=False,
+            use_async_staging=False, use_non_blocking_copy=torch.cuda.is_available()))
+        self.thread = ThreadPoolExecutor(1)
+        self.writing: Future | None = None
+
+    def write(self, step: int, tensors: dict[str, Tensor], about: dict) -> None:
+        """Copy the state and begin to write it; first wait for the state before."""
+        self.wait()
+        copies = self.stager.stage(tensors)
+        self.writing = self.thread.submit(self.write_and_tidy, self.folder / f"step-{step:08}",
+                                          copies, about)
+
+    def write_and_tidy(self, path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+        """Write a state; only then remove the oldest ones."""
+        write_state(path, tensors, about, self.group)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            for old in states_in(self.folder)[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def failed(self) -> bool:
+        """Has the last state failed to be written?"""
+        return self.writing is not None and self.writing.done() and bool(self.writing.exception())
+
+    def wait(self) -> None:
+        """Wait until the last state is on the disk.  Raises OSError if it could not be written."""
+        if self.writing is not None:
+            self.writing.result()
 
 
 # ---------------------------------------------------------------------------- from layout to layout

@@ -1270,7 +1270,9 @@ class DrawnData:
     def sample(self, number: int) -> Sample:
         """Draw a sample; seed and number decide it."""
         from assets.scenes import drawn_record  # here, because scenes.py imports this file
-        return self.encode(drawn_record(self.data, self.seed, number))
+        sample = self.encode(drawn_record(self.data, self.seed, number))
+        sample.number = number
+        return sample
 
     @lru_cache(maxsize=2**17)  # of an epoch whose samples are too many to keep  # noqa: B019
     def load(self, number: int) -> list[int]:

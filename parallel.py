@@ -226,23 +226,32 @@ def wrap_layer(layer: nn.Module, recompute: str, compiled: bool) -> None:
         layer.forward = torch.compile(layer.forward)
 
 
-def clip_gradients(parameters: list[nn.Parameter], clip: float) -> Tensor:
-    """Scale all gradients so that their common norm is at most `clip`.  Returns the norm before."""
-    # experts have a mesh of their own, and tensors of different meshes cannot be stacked
-    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+def by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters with a gradient, in groups of one mesh: PyTorch stacks no tensors of two."""
+    # with expert parallelism, experts have a mesh of their own
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
-        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    norms = []
-    for group in by_mesh.values():
-        gradients = [p.grad for p in group if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        if parameter.grad is not None:
+            groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(groups.values())
+
+
+def gradient_norm(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
+    """The norm of all gradients together, float32, over the shards of all ranks."""
+    norms = [torch.zeros((), device=device)]
+    for group in by_mesh(parameters):
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in group])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()  # of the gradients of all ranks, not of this one's shards
         norms.append(norm)
-    total = torch.stack(norms).norm()
-    for group in by_mesh.values():
+    return torch.stack(norms).norm()
+
+
+def clip_gradients(parameters: list[nn.Parameter], clip: float, norm: float) -> None:
+    """Scale all gradients, whose common norm is `norm`, so that it becomes `clip` at most."""
+    for group in by_mesh(parameters):
+        total = torch.tensor(norm, dtype=torch.float32, device=group[0].grad.device)
         torch.nn.utils.clip_grads_with_norm_(group, clip, total)
-    return total
 
 
 # ------------------------------------------------------------------------------------- a shared row

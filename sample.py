@@ -32,6 +32,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from assets.scenes import held_out_questions
 from convert import load_checkpoint, newest_checkpoint
 from data import (Row, choose_device, choose_dtype, encode, flag_parser, lay_out,
                   refuse_in_one_sentence)
@@ -105,6 +106,32 @@ def trace(model: LlavaOneVision, row: Row) -> None:
     station(attention, "model.py", "first layer: attention, after o_proj")
     station(decoder.norm, "model.py", f"after {len(decoder.layers)} layers")
     station(model.lm_head, "model.py", "logits of the first word")
+
+
+def evaluate(model: LlavaOneVision, tokenizer: Tokenizer, per_category: int,
+             at_once: int = 50) -> dict[str, float]:
+    """Percentage of held-out questions that greedy answers match exactly, by category."""
+    device = model.lm_head.weight.device
+    stop = tokenizer.token_to_id("<|im_end|>")
+    scores = {}
+    for category, questions in held_out_questions(per_category).items():
+        right = 0
+        for start in range(0, len(questions), at_once):
+            asked = questions[start:start + at_once]
+            # the prompt is the conversation without its last message, the answer
+            prompts = [{**record, "messages": record["messages"][:-1]} for record in asked]
+            samples = [encode(prompt, tokenizer, generation_prompt=True) for prompt in prompts]
+            inputs = lay_out(samples).inputs(device)
+            steps = list(model.generate(**inputs, max_new_tokens=24, stop_ids=(stop,)))
+            # the tokens of each step become the tokens of each answer, which ends at the first stop
+            for record, ids in zip(asked, torch.stack(steps, dim=1).tolist()):
+                if stop in ids:
+                    ids = ids[:ids.index(stop)]
+                answer = tokenizer.decode(ids, skip_special_tokens=False)
+                if answer == record["messages"][-1]["content"][0]["text"]:
+                    right += 1
+        scores[category] = 100 * right / len(questions)
+    return scores
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:

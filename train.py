@@ -63,21 +63,28 @@ minutes on two CPU cores, and prints its accuracies.  A checkpoint of any size:
 all flags; `python -m benchmarks.plan` computes what a run needs.
 """
 
+import argparse
 import gc
+import hashlib
 import inspect
 import json
 import math
 import os
 import re
 import resource
+import shutil
+import signal
+import socket
 import sys
 import time
 import timeit
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -87,16 +94,84 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from assets.scenes import drawn_texts, held_out_questions, train_tokenizer
-from convert import check_tokenizer, load_model, load_tokenizer, read_config, save_checkpoint
-from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, encode, flag_parser,
-                  lay_out, open_index, reason_of, source_files, weight_of)
+from assets.scenes import drawn_texts, train_tokenizer
+from convert import (StateWriter, check_tokenizer, load_model, load_tokenizer, newest_state,
+                     on_all_ranks, read_config, read_json_object, read_state, save_checkpoint,
+                     sync, write_file)
+from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, flag_parser, lay_out,
+                  open_index, reason_of, source_files, weight_of)
 from fp8_kernel import check_device, convert_to_fp8
-from model import (LOSS_CHUNK, PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
+from model import (PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
                    parameters_by_part, part_of)
-from parallel import (Ranks, RowShare, clip_gradients, find_ranks, forget_lost, join_ranks,
-                      loss_arguments, mixtures, shard, share_row)
+from parallel import (Ranks, RowShare, clip_gradients, find_ranks, forget_lost, gradient_norm,
+                      join_ranks, loss_arguments, mixtures, shard, share_row)
+from sample import evaluate
 from vision import MAX_PIXELS, MIN_PIXELS
+
+
+EXIT_CODES = {"stopped": 10, "configuration": 20, "data": 30, "numerics": 40, "storage": 50}
+PATIENCE = 3  # steps in a row that are not finite end a run
+
+
+class RunError(Exception):
+    """Why a run ends before its time.
+
+    reason: one of EXIT_CODES; common: all ranks raise it, so one of them will say it.
+    """
+
+    def __init__(self, reason: str, sentence: str, common: bool = False) -> None:
+        super().__init__(sentence)
+        self.code = EXIT_CODES[reason]
+        self.common = common
+
+
+@contextmanager
+def blamed_on(reason: str, common: bool = False) -> Iterator[None]:
+    """Turn a ValueError or OSError into a RunError with this reason."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        # an error of a worker process comes with its traceback; the last line says what is wrong
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunError(reason, lines[-1].removeprefix("ValueError: "), common) from error
+
+
+class StopSignals:
+    """SIGTERM, SIGUSR1 and Ctrl-C stop a run: after a step is done and saved, elsewhere at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.deferring = False
+
+    def install(self) -> None:
+        """Handle the signals in this process from now on."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame: object) -> None:
+        """The handler of the signals."""
+        self.asked = True
+        if not self.deferring:
+            raise RunError("stopped", f"stopped by {signal.Signals(number).name}; the same command "
+                           "goes on with what is saved")
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """In here the signals are noted in `asked`, and nothing else."""
+        self.deferring = True
+        try:
+            yield
+        finally:
+            self.deferring = False
+
+    @staticmethod
+    def ignore(worker: int) -> None:
+        """For a worker process of the DataLoader, which ends when its parent does."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
+STOP = StopSignals()
 
 
 @dataclass(frozen=True)
@@ -165,7 +240,6 @@ FROM_SCRATCH = ("tiny", "tiny-moe")  # presets that may start from random weight
 SMALL = 100e6  # models of fewer parameters use the recipe tiny by default
 GPUS = {"A100": (312e12, 80e9), "A800": (312e12, 80e9), "H100": (989e12, 80e9),  # dense bf16
         "H800": (989e12, 80e9), "H200": (989e12, 141e9), "B200": (2250e12, 180e9)}  # FLOP/s, bytes
-VISUAL_SHARE = 0.7  # share of visual tokens in an average row
 RECOMPUTE = ("none", "selective", "layer")  # selective: all of a layer except its attention
 
 
@@ -202,6 +276,10 @@ class TrainConfig:
     seed: int = 0  # of weights and data
     workers: int = 1  # processes that prepare rows, for each rank
     log_every: int = 50  # steps between two lines of the log
+    save_every: int = 500  # steps between two saves of the run's state; 0: only when it is stopped
+    resume: bool = True  # go on with the run that --out holds; --no-resume refuses to
+    ledger: bool = False  # write the numbers of each step's samples to ledger.jsonl
+    deterministic: bool = False  # the same bits on every run, at some cost
     tensorboard: bool = False  # write the log for TensorBoard, too
     questions: int = 100  # held-out questions per category, asked at the end unless --data is given
     device: str = ""  # cpu or cuda; default cuda if there is a GPU
@@ -322,8 +400,19 @@ def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
         group = groups.setdefault((part, is_matrix), {
             "params": [], "lr_factor": factors[part], "weight_decay": decay})
         group["params"].append(parameter)
-    return torch.optim.AdamW(groups.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
-                             eps=recipe.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
+                                  eps=recipe.eps, fused=True)
+    # AdamW would make its moments later: here, so that the state of a run always has them
+    for parameter in trained(optimizer):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),  # float32, as AdamW's own
+            "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    return optimizer
+
+
+def trained(optimizer: torch.optim.AdamW) -> list[nn.Parameter]:
+    """The parameters that an optimizer trains."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def set_balance(model: LlavaOneVision, recipe: Recipe, weight: float) -> None:
@@ -348,18 +437,77 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * cosine
 
 
+class State:
+    """All that training changes: `train_step` works on it, and it is what is saved and resumed.
+
+    The learning rate of step n follows from the recipe, and its rows from data, seed and n
+    (data.Rows): so `step` is the position of the schedule and of the data.
+    """
+
+    def __init__(self, model: LlavaOneVision, recipe: Recipe) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.optimizer = make_optimizer(model, recipe)
+        self.step = 0  # steps that are done
+        self.refused = 0  # the last ones of these that were not finite, and changed no weight
+        self.lost: set[int] = set()  # samples that could not be decoded
+
+    def tensors(self, rank: int) -> dict[str, Tensor]:
+        """The tensors to save; those of a sharded model are shards."""
+        moments = self.optimizer.state
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[name] = parameter.detach()
+            for moment in ("exp_avg", "exp_avg_sq") if parameter in moments else ():
+                tensors[f"{name}.{moment}"] = moments[parameter][moment]
+        # a parameter without a gradient, as of the ViT without pictures, makes no step
+        tensors["steps"] = torch.stack([entry["step"] for entry in moments.values()])
+        # training draws no random numbers, but a model that somebody changes may
+        tensors[f"random.{rank}"] = torch.get_rng_state()
+        if parameter.device.type == "cuda":
+            tensors[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
+        return tensors
+
+    def numbers(self) -> dict[str, int | list[int]]:
+        """What else to save."""
+        return {"step": self.step, "refused": self.refused, "lost": sorted(self.lost)}
+
+    def read(self, path: Path, rank: int) -> None:
+        """Go on from a saved state, whatever number of ranks has saved it.
+
+        Raises ValueError if it is of another model.
+        """
+        about = read_json_object(path / "state.json")
+        rank %= about["ranks"]
+        tensors = self.tensors(rank)
+        read_state(path, tensors)
+        for entry, steps in zip(self.optimizer.state.values(), tensors["steps"]):
+            entry["step"].copy_(steps)
+        torch.set_rng_state(tensors[f"random.{rank}"])
+        if f"random.cuda.{rank}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{rank}"])
+        self.step, self.refused, self.lost = about["step"], about["refused"], {*about["lost"]}
+
+
 @dataclass
 class Step:
-    """What a rank trains on in one optimizer step, and what all ranks do together."""
+    """What a rank trains on in one optimizer step, what all ranks do together, what came of it."""
 
     rows: Iterable[Row | RowShare]  # of this rank; from a loader they are read one at a time
     count: int  # rows of this rank
     sums: dict[str, float]  # over all ranks, from the plan: see data.RowOfStep
     balance: float
     waited: float = 0.0  # seconds until the rows were there
-    names: list[str] = field(default_factory=list)  # of the samples of the rows that were read
+    # of the samples of the rows that were read: names, and numbers in the data
+    names: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     # samples that were not learnt: number in the data -> name and reason
     lost: dict[int, tuple[str, str]] = field(default_factory=dict)
+    # the same on all ranks, when `train_step` is done
+    loss: float = math.nan
+    norm: float = math.nan  # of the gradient
+    digest: str = ""  # of the numbers of all ranks' samples, in any order
+    stop: bool = False  # is the run to stop?
 
 
 def steps_of(loader: Iterable[RowOfStep], count: int) -> Iterator[Step]:
@@ -371,13 +519,15 @@ def steps_of(loader: Iterable[RowOfStep], count: int) -> Iterator[Step]:
         yield first.row
         for _ in range(1, count):
             before = time.monotonic()
-            row = next(stream).row
+            with blamed_on("data"):
+                row = next(stream).row
             step.waited += time.monotonic() - before
             yield row
 
     while True:
         before = time.monotonic()
-        first = next(stream, None)
+        with blamed_on("data"):
+            first = next(stream, None)
         if first is None:
             return
         step = Step((), count, first.sums, first.balance, time.monotonic() - before)
@@ -397,6 +547,7 @@ def backward(model: LlavaOneVision, step: Step, ranks: Ranks) -> Tensor:
     for number, row in enumerate(step.rows, 1):
         whole = forget_lost(row, ranks)
         step.names += whole.names
+        step.numbers += whole.numbers
         step.lost |= {whole.numbers[i]: (whole.names[i], reason)
                       for i, reason in whole.lost.items()}
         loss = weight * model.loss(**loss_arguments(row, ranks))
@@ -409,36 +560,66 @@ def backward(model: LlavaOneVision, step: Step, ranks: Ranks) -> Tensor:
     return total
 
 
-def train_step(model: LlavaOneVision, optimizer: torch.optim.AdamW, step: Step, lr: float,
-               clip: float, ranks: Ranks) -> tuple[float, float]:
-    """One optimizer step; returns the loss and the gradient norm, the same on all ranks.
+def digest_halves(numbers: list[int]) -> list[float]:
+    """The sum of 64-bit hashes of samples, as sums of their upper and of their lower 32 bits.
 
-    If one of them is not finite, the weights and the optimizer's moments stay as they are.
+    A sum does not depend on order, and float64 holds that of two million halves exactly.
     """
-    totals = backward(model, step, ranks)
+    halves = [0, 0]
+    for number in numbers:
+        digest = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest()
+        halves[0] += int.from_bytes(digest[:4], "big")
+        halves[1] += int.from_bytes(digest[4:], "big")
+    return [float(half) for half in halves]
+
+
+def digest_text(upper: float, lower: float) -> str:
+    """The digest of a set of samples, 16 hexadecimal digits, from `digest_halves`."""
+    return f"{((int(upper) << 32) + int(lower)) % 2**64:016x}"
+
+
+def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> None:
+    """One optimizer step.  What came of it is noted in `step`, the same on all ranks.
+
+    If the loss or the gradient is not finite, weights and moments stay as they are, on all ranks.
+    stop: does this rank ask all ranks to stop after the step?
+    """
+    sums = backward(state.model, step, ranks)  # (2,)
+    parameters = trained(state.optimizer)
+    norm = gradient_norm(parameters, ranks.device)
+    # ranks that share a row have the same samples: the first of them counts them
+    own = step.numbers if ranks.rank % ranks.context == 0 else []
+    rest = torch.tensor([*digest_halves(own), stop], dtype=torch.float64, device=ranks.device)
+    # all that the ranks tell each other, in one message: a NaN or a wish of one of them is in the
+    # sum, and so all decide alike
+    message = torch.cat([sums, norm.double()[None], rest])  # (6,)
     if ranks.count > 1:
-        dist.all_reduce(totals)
-    loss, labels = totals.tolist()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        dist.all_reduce(message)
+    step.loss, labels, norms, upper, lower, wishes = message.tolist()
+    step.norm = norms / ranks.count
+    step.digest = digest_text(upper, lower)
+    step.stop = wishes > 0
+
     if labels < step.sums["labels"]:
         # samples were lost, of which the plan did not know: the mean is over those that were learnt
         share = step.sums["labels"] / max(1.0, labels)
-        loss *= share
+        step.loss *= share
+        step.norm *= share
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad *= share
         step.lost = gathered(step.lost, ranks)
-    norm = clip_gradients(parameters, clip) / ranks.count
-    # the sum of all ranks' norms: so all decide alike, even if NaN is on one of them only
-    if ranks.count > 1:
-        dist.all_reduce(norm)
-    norm = float(norm)
-    if math.isfinite(loss + norm):
-        for group in optimizer.param_groups:
+    if math.isfinite(step.loss + step.norm):
+        clip_gradients(parameters, state.recipe.clip, step.norm)
+        lr = learning_rate(state.step, state.recipe)
+        for group in state.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        optimizer.step()
-    optimizer.zero_grad()
-    return loss, norm
+        state.optimizer.step()
+        state.refused = 0
+    else:
+        state.refused += 1
+    state.optimizer.zero_grad()
+    state.step += 1
 
 
 def gathered(entries: dict, ranks: Ranks) -> dict:
@@ -508,14 +689,6 @@ def matrix_rate(ranks: Ranks) -> tuple[float, str]:
     return 2 * size**3 / min(seconds[1:]), f"measured, product of {size} x {size}"
 
 
-def memory_of_rank(device: torch.device) -> float:
-    """Bytes that a rank can use: those of its GPU, or its share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def peak_memory(device: torch.device) -> int:
     """Most memory that this process has held, in bytes: of the GPU, or resident on a CPU."""
     if device.type == "cuda":
@@ -567,7 +740,8 @@ class Log:
             return
         if self.terminal:
             text = f"\r\033[K{text}"  # erases the progress bar
-        print(text, flush=True)
+        if text:
+            print(text, flush=True)
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
         if self.board is not None and "stage" in values:
@@ -599,7 +773,8 @@ def log_step(log: Log, stage: str, step: int, recipe: Recipe, seen: Counter, lef
     of all ranks at an MFU of 100 %; routed: what `routing` returns.
     """
     steps, seconds = seen["steps"], seen["seconds"]
-    values = {name: seen[name] / steps for name in ("loss", "lr", "norm")}
+    values = {name: seen[name] / max(1, seen["updates"]) for name in ("loss", "norm")}
+    values["lr"] = seen["lr"] / steps
     for name in ("tokens", "labels", "samples", "images"):
         values[f"{name}_per_second"] = seen[name] / seconds
     # nothing computes padding: it is the room that samples leave free in the rows
@@ -625,148 +800,150 @@ def log_step(log: Log, stage: str, step: int, recipe: Recipe, seen: Counter, lef
              **routed)
 
 
-# -------------------------------------------------------------------------------- what a run needs
+# -------------------------------------------------------------------------- notes, saving, resuming
 
 
-def saved_bytes(layer: nn.Module, width: int, heads: int, head_dim: int,
-                recompute: str) -> tuple[float, float]:
-    """Activation bytes per token (or patch) of a layer in bf16: kept until its backward pass, and
-    held during it, with all that is computed again.
+@dataclass(frozen=True)
+class Run:
+    """What the stages of a run share."""
 
-    They are counted on the meta device, where tensors have shapes but no numbers.
-    """
-    tokens = 1024
-    x = torch.empty(tokens, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    angles = torch.empty(tokens, 1, head_dim // 2, device="meta")
-    cu_seqlens = torch.empty(2, dtype=torch.int64, device="meta")
-    storages = {}
+    config: TrainConfig
+    ranks: Ranks
+    tokenizer: Tokenizer
+    out: Path  # the directory that it writes to
+    log: Log
 
-    def keep(tensor: Tensor) -> Tensor:
-        # several saved tensors can be views of one storage, which counts once
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x, cu_seqlens, tokens, angles, angles)
-
-    # autograd saves weights, too, but those are no activations
-    for weight in layer.parameters():
-        storages.pop(weight.untyped_storage()._cdata, None)
-    held = sum(storage.nbytes() for storage in storages.values()) / tokens
-
-    # what is computed again starts from the layer's input, in bf16; selective recomputing also
-    # keeps attention's output, in bf16, and its log-sum-exp, in fp32
-    kept = {"none": held, "layer": 2 * width,
-            "selective": 2 * width + 2 * heads * head_dim + 4 * heads}
-    return kept[recompute], held
+    def append(self, file: str, *entries: dict) -> None:
+        """Append JSON lines to a file of the run; the first rank does."""
+        if self.ranks.rank == 0:
+            with open(self.out / file, "a") as lines:
+                lines.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
-def activation_bytes(config: ModelConfig, recipe: Recipe, context: int, layer: nn.Module,
-                     block: nn.Module) -> float:
-    """Activation bytes of a rank's part of a row; layer: of the decoder, block: of the ViT."""
-    vision, recompute = config.vision, recipe.recompute
-    kept, held = saved_bytes(layer, config.hidden_size, config.num_attention_heads,
-                             config.head_dim, recompute)
-    # keys and values of the other ranks' tokens, in bf16
-    gathered = 4 * (context - 1) * config.num_key_value_heads * config.head_dim
-    held += gathered
-    if recompute == "none":
-        kept += gathered
-
-    block_kept, block_held = 0, 0  # a frozen ViT has no backward pass
-    if "vision" in recipe.trainable:
-        block_kept, block_held = saved_bytes(block, vision.embed_dim, vision.num_heads,
-                                             vision.head_dim, recompute)
-    tokens = recipe.seq_length / context
-    patches = 4 * VISUAL_SHARE * tokens
-    total = kept * config.num_hidden_layers * tokens + block_kept * vision.depth * patches
-    if recompute == "none":
-        return total
-    # one layer at a time is computed again, of the decoder or of the ViT
-    return total + max(held * tokens, block_held * patches)
+def note_step(step: Step, stage: str, number: int, run: Run) -> None:
+    """Add to the ledger what a step has trained on, and what came of it."""
+    entry = {"stage": stage, "step": number, "samples": step.sums["samples"],
+             "digest": step.digest, "loss": step.loss, "norm": step.norm}
+    if run.config.ledger:
+        own = step.numbers if run.ranks.rank % run.ranks.context == 0 else []
+        entry["numbers"] = sorted(chain(*on_all_ranks(lambda: own)))
+    run.append("ledger.jsonl", entry)
 
 
-def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int, context: int,
-                   experts: int, fp8: bool) -> dict[str, float]:
-    """Estimated bytes of a rank at its peak; products are in bf16, with `fp8` some in 8 bits.
-
-    Not counted: what the allocator wastes, buffers of the communication, the CUDA context.
-    """
-    parts = parameters_by_part(config)
-    total, trained = sum(parts.values()), sum(parts[part] for part in recipe.trainable)
-    # in fp32, 4 bytes a number; AdamW has two moments
-    memory = {"masters, fp32": 4 * total / shards, "gradients, fp32": 4 * trained / shards,
-              "AdamW's moments": 8 * trained / shards}
-
-    model = meta_model(config).to(torch.bfloat16)
-    layer, head = model.model.layers[0], config.hidden_size * config.vocab_size
-    layer.requires_grad_("decoder" in recipe.trainable)
-    if fp8:
-        convert_to_fp8(layer)
-    # with expert parallelism a rank gathers the weights of its own experts only
-    sizes = [weight.numel() / (experts if ".experts." in name else 1)
-             for name, weight in layer.named_parameters()]
-    layer_size = sum(sizes)
-
-    # copies in bf16, 2 bytes a number: the layer that computes, the next layer, merger, head
-    copies = 2 * (2 * layer_size + parts["merger"] + head)
-    if fp8:
-        copies += 2 * max(sizes)  # one matrix at a time also in 8 bits, as it is and transposed
-    memory["gathered weights"] = copies
-    # of the largest unit: a gradient in bf16 and its copy in fp32, which the ranks sum
-    memory["gradients, not yet reduced"] = 6 * max(layer_size, head)
-    memory["activations"] = activation_bytes(config, recipe, context, layer, model.visual.blocks[0])
-    # of a chunk: logits in bf16, their log-probabilities and gradients in fp32
-    memory["logits"] = 10 * min(recipe.seq_length / context, LOSS_CHUNK) * config.vocab_size
-    return memory
-
-
-# ------------------------------------------------------------------------------- a run, end to end
-
-
-def leave_to_first_rank(ranks: Ranks) -> None:
-    """End this process unless it is the first rank, which then reports what all ranks found."""
-    if ranks.rank:
-        time.sleep(2)  # torchrun ends all ranks as soon as one ends: the first must report before
-        sys.exit(2)
-
-
-def refuse_step(step: Step, loss: float, norm: float, place: str, ranks: Ranks, log: Log) -> None:
-    """End the run, on all ranks, at a step that is not finite; the first rank names its samples."""
+def note_refused(step: Step, state: State, stage: str, run: Run) -> None:
+    """Log a step that was not finite, with its samples.  RunError after PATIENCE of them."""
     # ranks that share a row have the same samples
-    names = list(gathered(dict.fromkeys(step.names), ranks))
-    leave_to_first_rank(ranks)
-
-    log.line(f"{place} is not finite", samples=names, loss=str(loss), norm=str(norm))
+    names = list(gathered(dict.fromkeys(step.names), run.ranks))
     listed = ", ".join(names[:8])
     if len(names) > 8:
         listed += f" and {len(names) - 8} more, all in log.jsonl"
-    raise ValueError(f"the loss of {place} is {loss}, its gradient norm {norm}; no weight was "
-                     f"changed; its samples are {listed}")
+    said = (f"the loss of step {state.step} of stage {stage} is {step.loss}, its gradient norm "
+            f"{step.norm}; no weight was changed; its samples are {listed}")
+    run.log.line(said, samples=names, loss=str(step.loss), norm=str(step.norm))
+    if state.refused == PATIENCE:
+        raise RunError("numerics", f"{PATIENCE} steps in a row were not finite; {said}", True)
 
 
-def note_lost(step: Step, lost: set[int], data: FileData | DrawnData, config: TrainConfig,
-              out: Path, ranks: Ranks) -> Counter[str]:
-    """Add the step's lost samples to `lost` and to rejects.jsonl; returns their kinds, for the log.
+def note_lost(step: Step, state: State, data: FileData | DrawnData, stage: str, run: Run,
+              ) -> Counter[str]:
+    """Add the step's lost samples to rejects.jsonl; returns their kinds, for the log.
 
-    Raises ValueError if more than --max-bad of all samples are lost; one may always be.
+    Raises RunError if more than --max-bad of all samples are lost; one may always be.
     """
     # a later epoch meets the same samples again
-    new = {number: found for number, found in step.lost.items() if number not in lost}
-    lost.update(new)
-    if ranks.rank == 0:
-        with open(out / "rejects.jsonl", "a") as file:
-            file.writelines(json.dumps({"sample": number, "record": name, "reason": reason}) + "\n"
-                            for number, (name, reason) in new.items())
+    new = {number: found for number, found in step.lost.items() if number not in state.lost}
+    state.lost.update(new)
+    run.append("rejects.jsonl", *(
+        {"stage": stage, "step": state.step, "sample": number, "record": name, "reason": reason}
+        for number, (name, reason) in new.items()))
     samples = len(data.index.table)
-    if len(lost) > max(1, config.max_bad * samples):
-        leave_to_first_rank(ranks)
+    if len(state.lost) > max(1, run.config.max_bad * samples):
         _, reason = list(step.lost.values())[-1]
-        raise ValueError(f"{len(lost)} of {samples:,} samples are lost, more than --max-bad "
-                         f"{config.max_bad} allows: see {out / 'rejects.jsonl'}; the last: "
-                         f"{reason}")
+        raise RunError("data", f"{len(state.lost)} of {samples:,} samples are lost, more than "
+                       f"--max-bad {run.config.max_bad} allows: see {run.out / 'rejects.jsonl'}; "
+                       f"the last: {reason}", common=True)
     return Counter(f"lost {reason_of(reason)}" for _, reason in step.lost.values())
+
+
+def settings_of(config: TrainConfig, recipe: Recipe, ranks: Ranks) -> dict[str, object]:
+    """What a stage that is resumed must have in common with the one that was begun."""
+    flags = ("model", "start_from", "images", "epochs", "skip_bad", "expert_balance", "fp8", "seed")
+    settings = {flag: getattr(config, flag) for flag in flags} | asdict(recipe)
+    settings |= {"dtype": str(ranks.dtype), "device": ranks.device.type}
+    del settings["recompute"]  # it changes no number
+    return json.loads(json.dumps(settings))  # as it comes back from a file
+
+
+def is_begun(stage: str, settings: dict[str, object], config: TrainConfig) -> bool:
+    """Has the run in --out begun this stage?
+
+    Raises ValueError if it has, but with other settings or without leave to go on.
+    """
+    file = Path(config.out, f"{stage}.json")
+    if not config.out or not file.exists():
+        if config.out and file.with_suffix("").exists():
+            raise ValueError(f"{file.with_suffix('')} is there already, but no {file} says with "
+                             "which settings it was made")
+        return False
+    if not config.resume:
+        raise ValueError(f"{config.out} has a stage {stage} already: --no-resume forbids to go on")
+    before = read_json_object(file)
+    changed = [f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
+               for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
+    if changed:
+        raise ValueError(f"{config.out} holds a stage {stage} of another configuration: "
+                         f"{', '.join(changed)}; give the same flags, or another --out")
+    return True
+
+
+def code_version() -> str:
+    """A digest of the source files that a run executes."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def save(state: State, writer: StateWriter, settings: dict[str, object], run: Run) -> None:
+    """Begin to save the state of a run; the training waits only while it is copied."""
+    started = time.monotonic()
+    about = state.numbers() | {"ranks": run.ranks.count, "settings": settings,
+                               "code": code_version(), "torch": torch.__version__}
+    if run.ranks.rank == 0:
+        sync(run.out / "ledger.jsonl")
+    with blamed_on("storage", common=True):
+        writer.write(state.step, state.tensors(run.ranks.rank), about)
+    run.log.line("", saved_step=state.step, paused=time.monotonic() - started)
+
+
+def drop_after(file: Path, stage: str, step: int) -> None:
+    """Remove the lines of a stage after a step: these steps will come again."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        # the last line may have been cut
+        if line.endswith("\n"):
+            entry = json.loads(line)
+            if entry["stage"] != stage or entry["step"] <= step:
+                kept.append(line)
+    write_file(file, "".join(kept))
+
+
+def go_on(state: State, stage: str, run: Run) -> None:
+    """Read the newest whole state of a stage that was begun, if there is one."""
+    path, damaged = newest_state(run.out / f"{stage}-state")
+    for sentence in damaged:
+        run.log.line(f"{sentence}: it is not used")
+    if path is not None:
+        state.read(path, run.ranks.rank)
+        run.log.line(f"{stage}: goes on after step {state.step}, from {path}", resumed=state.step)
+    if run.ranks.rank == 0:
+        drop_after(run.out / "ledger.jsonl", stage, state.step)
+        drop_after(run.out / "rejects.jsonl", stage, state.step)
+
+
+# ------------------------------------------------------------------------------- a run, end to end
 
 
 def check_index(index: Index, skip_bad: bool) -> None:
@@ -780,17 +957,21 @@ def check_index(index: Index, skip_bad: bool) -> None:
                          f"on without them): {listed}")
 
 
-def open_indexes(recipes: dict[str, Recipe], tokenizer: Tokenizer, config: TrainConfig,
-                 ranks: Ranks) -> dict[str, Index]:
+def open_indexes(recipes: dict[str, Recipe], begun: set[str], tokenizer: Tokenizer,
+                 config: TrainConfig, ranks: Ranks) -> dict[str, Index]:
     """The index of each stage's data, made by the first rank; the others read it from a file later.
 
-    Raises ValueError, on all ranks, for data that cannot be used.
+    A stage that was begun has its index beside the run.  Raises OSError, on all ranks, for data
+    that cannot be used.
     """
     indexes: dict[str, Index] = {}
-    error = [""]
-    try:
+
+    def open_all() -> None:
         for name, recipe in recipes.items():
             if ranks.rank or recipe.data[0] in DRAWN:
+                continue
+            if name in begun:
+                indexes[name] = Index.load(Path(config.out, f"{name}-data"))
                 continue
             pixels = (recipe.min_pixels, recipe.max_pixels)
             same = [index for index in indexes.values() if index.settings["pixels"] == list(pixels)]
@@ -798,36 +979,32 @@ def open_indexes(recipes: dict[str, Recipe], tokenizer: Tokenizer, config: Train
                 recipe.data, tokenizer, config.images, pixels, os.cpu_count() or 1)
             check_index(indexes[name], config.skip_bad)
             FileData(indexes[name], tokenizer, recipe.seq_length, config.seed)  # refuses short rows
-    except (ValueError, OSError) as found:
-        error = [str(found)]
-    if ranks.count > 1:
-        dist.broadcast_object_list(error)
-    if error[0]:
-        leave_to_first_rank(ranks)
-        raise ValueError(error[0])
+
+    on_all_ranks(open_all)
     return indexes
 
 
-def stage_data(name: str, tokenizer: Tokenizer, recipe: Recipe, config: TrainConfig, out: Path,
-               indexes: dict[str, Index], ranks: Ranks) -> FileData | DrawnData:
+def stage_data(name: str, recipe: Recipe, index: Index | None, begun: bool,
+               run: Run) -> FileData | DrawnData:
     """The data of a stage.  The first rank keeps its index beside the run, where others find it."""
+    config, ranks = run.config, run.ranks
     if recipe.data[0] in DRAWN:
-        return DrawnData(recipe.data[0], tokenizer, recipe.seq_length, config.seed, recipe.rows,
+        return DrawnData(recipe.data[0], run.tokenizer, recipe.seq_length, config.seed, recipe.rows,
                          (recipe.min_pixels, recipe.max_pixels))
-    folder = out / f"{name}-data"
-    if ranks.rank == 0:
+    folder = run.out / f"{name}-data"
+    if ranks.rank == 0 and not begun:
         folder.mkdir(exist_ok=True)
-        indexes[name].save(folder)
+        index.save(folder)
     if ranks.count > 1:
         dist.barrier()
     # all ranks plan with the same table, whatever has become of the files
-    index = indexes[name] if ranks.rank == 0 else Index.load(folder)
-    return FileData(index, tokenizer, recipe.seq_length, config.seed)
+    index = index if ranks.rank == 0 else Index.load(folder)
+    return FileData(index, run.tokenizer, recipe.seq_length, config.seed)
 
 
 def row_loader(data: FileData | DrawnData, sizes: ModelConfig, recipe: Recipe, workers: int,
-               ranks: Ranks) -> DataLoader:
-    """The rows of this rank, prepared by worker processes, from the first step to the last."""
+               ranks: Ranks, done: int = 0) -> DataLoader:
+    """The rows of this rank, prepared by worker processes, from the first step after `done` on."""
     cut = lay_out
     if ranks.context > 1:
         # neighbours read the same rows, and each cuts its own part of them
@@ -835,84 +1012,103 @@ def row_loader(data: FileData | DrawnData, sizes: ModelConfig, recipe: Recipe, w
                       visual_ids=[sizes.image_token_id, sizes.video_token_id])
     cost = partial(rows_cost, config=sizes, trainable=recipe.trainable, recompute=recipe.recompute)
     rows = Rows(data, recipe.rows, ranks.rank // ranks.context, ranks.data_ranks, cost, cut)
+    of_rank = recipe.rows // ranks.data_ranks
     return DataLoader(rows, batch_size=None, num_workers=workers,
-                      sampler=range(recipe.steps * recipe.rows // ranks.data_ranks),
+                      sampler=range(done * of_rank, recipe.steps * of_rank),
                       prefetch_factor=max(1, 4 // workers) if workers else None,
+                      worker_init_fn=StopSignals.ignore if workers else None,
                       pin_memory=ranks.device.type == "cuda")
 
 
-def train_stage(name: str, model: LlavaOneVision, tokenizer: Tokenizer, recipe: Recipe,
-                config: TrainConfig, out: Path, indexes: dict[str, Index], ranks: Ranks,
-                log: Log) -> None:
+def describe_data(name: str, data: FileData, recipe: Recipe, epochs: float, log: Log) -> Recipe:
+    """Log what an epoch is; returns the recipe, with the steps of `epochs` where that is given."""
+    rows, samples = data.rows_in(0), sum(map(len, data.sources))
+    if epochs:
+        whole, part = divmod(epochs, 1)
+        seen_rows = sum(data.rows_in(epoch) for epoch in range(int(whole))) + part * rows
+        recipe = replace(recipe, steps=math.ceil(seen_rows / recipe.rows))
+    log.line(f"{name}: an epoch is {samples:,} samples in {rows:,} rows"
+             f"{' as they were packed' if data.packed else ''}, "
+             f"{rows / recipe.rows:,.1f} steps; left out: {data.too_long:,} samples longer "
+             f"than a row, {len(data.index.rejects):,} bad records, what is damaged of "
+             f"{len(data.index.damaged)} files",
+             samples=samples, rows=rows, too_long=data.too_long, damaged=data.index.damaged)
+    return recipe
+
+
+def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, index: Index | None, begun: bool,
+                run: Run) -> None:
     """Train the model, in place, with the recipe of one stage."""
-    data = stage_data(name, tokenizer, recipe, config, out, indexes, ranks)
-    if isinstance(data, FileData):
-        rows, samples = data.rows_in(0), sum(map(len, data.sources))
-        if config.epochs:
-            whole, part = divmod(config.epochs, 1)
-            seen_rows = sum(data.rows_in(epoch) for epoch in range(int(whole))) + part * rows
-            recipe = replace(recipe, steps=math.ceil(seen_rows / recipe.rows))
-        log.line(f"{name}: an epoch is {samples:,} samples in {rows:,} rows"
-                 f"{' as they were packed' if data.packed else ''}, "
-                 f"{rows / recipe.rows:,.1f} steps; left out: {data.too_long:,} samples longer "
-                 f"than a row, {len(data.index.rejects):,} bad records, what is damaged of "
-                 f"{len(data.index.damaged)} files",
-                 samples=samples, rows=rows, too_long=data.too_long, damaged=data.index.damaged)
-    optimizer = make_optimizer(model, recipe)
+    config, ranks, log = run.config, run.ranks, run.log
+    settings = settings_of(config, recipe, ranks)
+    with blamed_on("data"):
+        data = stage_data(name, recipe, index, begun, run)
+        if isinstance(data, FileData):
+            recipe = describe_data(name, data, recipe, config.epochs, log)
+    state = State(model, recipe)
     set_balance(model, recipe, config.expert_balance)
+    writer = StateWriter(run.out / f"{name}-state")
+    if begun:
+        go_on(state, name, run)
+    elif ranks.rank == 0:
+        write_file(run.out / f"{name}.json", json.dumps(settings, indent=1))
     rate, source = matrix_rate(ranks)
     log.line(f"{name}: {', '.join(recipe.trainable)} trained, {recipe.steps} steps of "
              f"{recipe.rows} rows; MFU of {ranks.count} x {rate / 1e12:.3g} TFLOP/s ({source})",
              recipe=asdict(recipe), matrix_rate=rate)
-    loader = row_loader(data, model.config, recipe, config.workers, ranks)
-    started = last_line = time.monotonic()
-    seen: Counter[str] = Counter()  # sums since the last line of the log
-    lost: set[int] = set()  # samples that could not be decoded
-    for number, step in enumerate(steps_of(loader, recipe.rows // ranks.data_ranks), 1):
-        lr = learning_rate(number - 1, recipe)
-        loss, norm = train_step(model, optimizer, step, lr, recipe.clip, ranks)
-        if not math.isfinite(loss + norm):
-            refuse_step(step, loss, norm, f"step {number} of stage {name}", ranks, log)
-        if step.lost:
-            seen.update(note_lost(step, lost, data, config, out, ranks))
 
-        seen.update({"loss": loss, "norm": norm, "lr": lr, "steps": 1, "waited": step.waited,
-                     "balance": step.balance, "lost": len(step.lost), **step.sums})
+    loader = row_loader(data, model.config, recipe, config.workers, ranks, state.step)
+    started = last_line = time.monotonic()
+    first = state.step
+    seen: Counter[str] = Counter()  # sums since the last line of the log
+    stopped = False
+    for step in steps_of(loader, recipe.rows // ranks.data_ranks):
+        lr = learning_rate(state.step, recipe)
+        train_step(state, step, ranks, stop=STOP.asked or writer.failed())
+        note_step(step, name, state.step, run)
+        if state.refused:
+            note_refused(step, state, name, run)
+        else:
+            seen.update({"loss": step.loss, "norm": step.norm, "updates": 1})
+        if step.lost:
+            seen.update(note_lost(step, state, data, name, run))
+
+        seen.update({"lr": lr, "steps": 1, "waited": step.waited, "balance": step.balance,
+                     "lost": len(step.lost), **step.sums})
         now = time.monotonic()
-        left = (now - started) / number * (recipe.steps - number)
-        if number % config.log_every == 0 or number == recipe.steps:
+        left = (now - started) / (state.step - first) * (recipe.steps - state.step)
+        if state.step % config.log_every == 0 or state.step == recipe.steps:
             # every rank comes here, since routing sums over the ranks
             seen["seconds"] = now - last_line
-            log_step(log, name, number, recipe, seen, left, rate * ranks.count, ranks.device,
+            log_step(log, name, state.step, recipe, seen, left, rate * ranks.count, ranks.device,
                      routing(model, ranks))
             last_line, seen = now, Counter()
-        log.progress(name, number, recipe.steps, left)
+        log.progress(name, state.step, recipe.steps, left)
+
+        due = config.save_every and state.step % config.save_every == 0
+        if step.stop or due and state.step < recipe.steps:
+            save(state, writer, settings, run)
+        stopped = step.stop
+        if stopped:
+            break
+    with blamed_on("storage", common=True):
+        writer.wait()
+    if stopped:
+        raise RunError("stopped", f"stopped and saved after step {state.step} of stage {name}; "
+                       "the same command goes on", common=True)
 
 
-def evaluate(model: LlavaOneVision, tokenizer: Tokenizer, per_category: int,
-             at_once: int = 50) -> dict[str, float]:
-    """Percentage of held-out questions that greedy answers match exactly, by category."""
-    device = model.lm_head.weight.device
-    stop = tokenizer.token_to_id("<|im_end|>")
-    scores = {}
-    for category, questions in held_out_questions(per_category).items():
-        right = 0
-        for start in range(0, len(questions), at_once):
-            asked = questions[start:start + at_once]
-            # the prompt is the conversation without its last message, the answer
-            prompts = [{**record, "messages": record["messages"][:-1]} for record in asked]
-            samples = [encode(prompt, tokenizer, generation_prompt=True) for prompt in prompts]
-            inputs = lay_out(samples).inputs(device)
-            steps = list(model.generate(**inputs, max_new_tokens=24, stop_ids=(stop,)))
-            # the tokens of each step become the tokens of each answer, which ends at the first stop
-            for record, ids in zip(asked, torch.stack(steps, dim=1).tolist()):
-                if stop in ids:
-                    ids = ids[:ids.index(stop)]
-                answer = tokenizer.decode(ids, skip_special_tokens=False)
-                if answer == record["messages"][-1]["content"][0]["text"]:
-                    right += 1
-        scores[category] = 100 * right / len(questions)
-    return scores
+def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
+    """Write the checkpoint of a stage, and remove its states."""
+    try:
+        save_checkpoint(model, run.tokenizer, run.out / name)
+    except ValueError as error:
+        raise RunError("numerics", str(error), common=True) from error
+    if run.ranks.rank == 0:
+        shutil.rmtree(run.out / f"{name}-state")
+    if any(on_all_ranks(lambda: STOP.asked)):
+        raise RunError("stopped", f"stopped after stage {name}, which is saved; the same command "
+                       "goes on", common=True)
 
 
 def report(scores: dict[str, float], log: Log) -> None:
@@ -962,56 +1158,70 @@ def check_experts(config: TrainConfig, sizes: ModelConfig) -> None:
 
 
 def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
-              recipes: dict[str, Recipe]) -> Tokenizer:
+              recipes: dict[str, Recipe]) -> tuple[Tokenizer, set[str]]:
     """Raise ValueError for what cannot run, before a model is loaded or a file is written.
 
-    Returns the tokenizer.
+    Returns the tokenizer, and the stages that the run has begun.
     """
     check_experts(config, sizes)
     if config.fp8:
         check_device(ranks.device)
         convert_to_fp8(meta_model(sizes))  # refuses widths that FP8 cannot take
-    shards = ranks.count // ranks.replicas
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not config.out:
+        raise ValueError("a run that torchrun restarts must be named by --out, to go on")
+    begun = set()
     for name, recipe in recipes.items():
-        directory = Path(config.out, name)
-        if config.out and directory.exists():
-            raise ValueError(f"{directory} is there already")
+        if is_begun(name, settings_of(config, recipe, ranks), config):
+            begun.add(name)
         if recipe.rows % ranks.data_ranks:
             raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
-        # the memory is estimated: print it, but let the device itself refuse
-        memory = memory_by_part(sizes, recipe, shards, ranks.context, ranks.experts, config.fp8)
-        needed, present = sum(memory.values()) / 2**30, memory_of_rank(ranks.device) / 2**30
-        if needed > present and not ranks.rank:
-            print(f"stage {name} may run out of memory: rows of {recipe.seq_length:,} tokens over "
-                  f"--context-parallel {ranks.context} and {shards} shards of the model need about "
-                  f"{needed:,.0f} GiB of a rank, most of it for {max(memory, key=memory.get)}, and "
-                  f"it has {present:,.0f}", file=sys.stderr)
         if recipe.data[0] not in DRAWN:
-            source_files(*(weight_of(source)[0] for source in recipe.data))  # they must be there
+            with blamed_on("data"):  # they must be there
+                source_files(*(weight_of(source)[0] for source in recipe.data))
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
 
     if start:
         tokenizer = load_tokenizer(Path(start))
         check_tokenizer(Path(start), tokenizer, sizes)
-        return tokenizer
-    return train_tokenizer(drawn_texts(config.seed), sizes.vocab_size)
+        return tokenizer, begun
+    return train_tokenizer(drawn_texts(config.seed), sizes.vocab_size), begun
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Make two runs of this process the same, bit for bit."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    # of two threads of a CPU's matrix library, now one and now the other adds first
+    if device.type == "cpu":
+        torch.set_num_threads(1)
 
 
 def run(config: TrainConfig) -> Path:
     """Train the stages, save a checkpoint after each, evaluate; returns the last checkpoint."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     ranks = find_ranks(config.device, config.dtype, config.replicas, config.context_parallel,
                        config.expert_parallel)
+    if config.deterministic:
+        make_deterministic(ranks.device)
     start = start_of(config)
     sizes = sizes_of(config, start)
     model_name = name_of(config, start)
     recipes = config.recipes(sizes)
-    tokenizer = check_run(config, ranks, start, sizes, recipes)
+    tokenizer, begun = check_run(config, ranks, start, sizes, recipes)
     ranks = join_ranks(ranks)
+    for name in list(recipes):
+        if name in begun and Path(config.out, name).is_dir():
+            start = str(Path(config.out, name))
+            del recipes[name]  # it is finished
     # bad data and a damaged checkpoint are refused here, before the run has a directory
-    indexes = open_indexes(recipes, tokenizer, config, ranks)
-    model = load_stage(start, next(iter(recipes.values())), config, ranks)
+    with blamed_on("data", common=True):
+        indexes = open_indexes(recipes, begun, tokenizer, config, ranks)
+    model = None
+    if recipes:
+        model = load_stage(start, next(iter(recipes.values())), config, ranks)
     names = [config.out or f"runs/{model_name}-{time.strftime('%Y%m%d-%H%M%S')}"]
     if ranks.count > 1:
         # clocks differ: the first rank's list replaces the lists of the others
@@ -1019,22 +1229,21 @@ def run(config: TrainConfig) -> Path:
     out = Path(names[0])
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out, ranks.rank == 0, config.tensorboard)
-    log.line(f"{model_name}: {sum(parameters_by_part(model.config).values()):,} parameters on "
+    log.line(f"{model_name}: {sum(parameters_by_part(sizes).values()):,} parameters on "
              f"{ranks.count} x {ranks.device.type} ({ranks.replicas} copies, rows shared by "
              f"{ranks.context}, experts by {ranks.experts}), {ranks.dtype}"
              f"{', FP8' if config.fp8 else ''}, torch {torch.__version__}, "
              f"{torch.get_num_threads()} threads -> {out}",
              config=asdict(config))
 
+    whole = Run(config, ranks, tokenizer, out, log)
     for name, recipe in recipes.items():
         if model is None:
             model = load_stage(start, recipe, config, ranks)
-        train_stage(name, model, tokenizer, recipe, config, out, indexes, ranks, log)
-        try:
-            save_checkpoint(model, tokenizer, out / name)
-        except ValueError:
-            leave_to_first_rank(ranks)
-            raise
+        # a signal lets the step, or the checkpoint, be finished
+        with STOP.deferred():
+            train_stage(name, model, recipe, indexes.get(name), name in begun, whole)
+            finish_stage(name, model, whole)
         start = str(out / name)
         # hooks tie a sharded model into cycles, and the next model needs its memory
         model = None
@@ -1059,6 +1268,8 @@ def parse_flags(arguments: list[str]) -> TrainConfig:
         text = f"{comment} (default {entry.default!r})"
         # a flag of type bool takes no value: its presence means True
         options = {"action": "store_true"} if entry.type is bool else {"type": entry.type}
+        if entry.default is True:
+            options = {"action": argparse.BooleanOptionalAction}
         if isinstance(entry.default, tuple):
             options = {"nargs": "+"}
         parser.add_argument(flag, default=entry.default, help=text, **options)
@@ -1067,19 +1278,24 @@ def parse_flags(arguments: list[str]) -> TrainConfig:
 
 
 def main() -> None:
-    """Run the command; what a user caused becomes one line on standard error, exit code 2."""
+    """Run the command.  A run that ends early says why in one line, and in its exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    STOP.install()
     try:
         run(parse_flags(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        # an error of a worker process comes with its traceback; the last line says what is wrong
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        # before the ranks join, all of a machine find the same error: only the first says it
-        if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
-            print(f"train.py: {lines[-1].removeprefix('ValueError: ')}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntrain.py: interrupted; finished stages are saved", file=sys.stderr)
-        sys.exit(130)
+    except (RunError, ValueError, OSError) as error:
+        reason = "storage" if isinstance(error, OSError) else "configuration"
+        end = error if isinstance(error, RunError) else RunError(reason, str(error))
+        # before the ranks join, all of them find the same error
+        if rank and (end.common or not dist.is_initialized()):
+            time.sleep(2)  # torchrun ends all ranks as soon as one ends: the first must report
+        else:
+            place = f"rank {rank} on {socket.gethostname()}: " if rank else ""
+            print(f"train.py: {place}{end}", file=sys.stderr, flush=True)
+        sys.exit(end.code)
+    except Exception as error:
+        error.add_note(f"on rank {rank} of {socket.gethostname()}")
+        raise
 
 
 if __name__ == "__main__":

@@ -9,15 +9,114 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+from torch import Tensor, nn
 
 from data import flag_parser, refuse_in_one_sentence
-from model import PRESETS, ModelConfig, forward_flops, parameters_by_part
+from fp8_kernel import convert_to_fp8
+from model import (LOSS_CHUNK, PRESETS, ModelConfig, forward_flops, meta_model,
+                   parameters_by_part)
 from parallel import check_division
-from train import (ALL, GPUS, VISUAL_SHARE, TrainConfig, check_experts,
-                   memory_by_part, name_of, parse_flags, sizes_of, training_flops)
+from train import (ALL, GPUS, Recipe, TrainConfig, check_experts, name_of, parse_flags, sizes_of,
+                   training_flops)
 
+VISUAL_SHARE = 0.7  # share of visual tokens in an average row
 SAMPLE_TOKENS = 600  # of an average sample; half of its words are learnt
 SHARE = 0.45  # of the hardware's rate that a run reaches, computing again included (HFU)
+
+
+def saved_bytes(layer: nn.Module, width: int, heads: int, head_dim: int,
+                recompute: str) -> tuple[float, float]:
+    """Activation bytes per token (or patch) of a layer in bf16: kept until its backward pass, and
+    held during it, with all that is computed again.
+
+    They are counted on the meta device, where tensors have shapes but no numbers.
+    """
+    tokens = 1024
+    x = torch.empty(tokens, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    angles = torch.empty(tokens, 1, head_dim // 2, device="meta")
+    cu_seqlens = torch.empty(2, dtype=torch.int64, device="meta")
+    storages = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        # several saved tensors can be views of one storage, which counts once
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x, cu_seqlens, tokens, angles, angles)
+
+    # autograd saves weights, too, but those are no activations
+    for weight in layer.parameters():
+        storages.pop(weight.untyped_storage()._cdata, None)
+    held = sum(storage.nbytes() for storage in storages.values()) / tokens
+
+    # what is computed again starts from the layer's input, in bf16; selective recomputing also
+    # keeps attention's output, in bf16, and its log-sum-exp, in fp32
+    kept = {"none": held, "layer": 2 * width,
+            "selective": 2 * width + 2 * heads * head_dim + 4 * heads}
+    return kept[recompute], held
+
+
+def activation_bytes(config: ModelConfig, recipe: Recipe, context: int, layer: nn.Module,
+                     block: nn.Module) -> float:
+    """Activation bytes of a rank's part of a row; layer: of the decoder, block: of the ViT."""
+    vision, recompute = config.vision, recipe.recompute
+    kept, held = saved_bytes(layer, config.hidden_size, config.num_attention_heads,
+                             config.head_dim, recompute)
+    # keys and values of the other ranks' tokens, in bf16
+    gathered = 4 * (context - 1) * config.num_key_value_heads * config.head_dim
+    held += gathered
+    if recompute == "none":
+        kept += gathered
+
+    block_kept, block_held = 0, 0  # a frozen ViT has no backward pass
+    if "vision" in recipe.trainable:
+        block_kept, block_held = saved_bytes(block, vision.embed_dim, vision.num_heads,
+                                             vision.head_dim, recompute)
+    tokens = recipe.seq_length / context
+    patches = 4 * VISUAL_SHARE * tokens
+    total = kept * config.num_hidden_layers * tokens + block_kept * vision.depth * patches
+    if recompute == "none":
+        return total
+    # one layer at a time is computed again, of the decoder or of the ViT
+    return total + max(held * tokens, block_held * patches)
+
+
+def memory_by_part(config: ModelConfig, recipe: Recipe, shards: int, context: int,
+                   experts: int, fp8: bool) -> dict[str, float]:
+    """Estimated bytes of a rank at its peak; products are in bf16, with `fp8` some in 8 bits.
+
+    Not counted: what the allocator wastes, buffers of the communication, the CUDA context.
+    """
+    parts = parameters_by_part(config)
+    total, trained = sum(parts.values()), sum(parts[part] for part in recipe.trainable)
+    # in fp32, 4 bytes a number; AdamW has two moments
+    memory = {"masters, fp32": 4 * total / shards, "gradients, fp32": 4 * trained / shards,
+              "AdamW's moments": 8 * trained / shards}
+
+    model = meta_model(config).to(torch.bfloat16)
+    layer, head = model.model.layers[0], config.hidden_size * config.vocab_size
+    layer.requires_grad_("decoder" in recipe.trainable)
+    if fp8:
+        convert_to_fp8(layer)
+    # with expert parallelism a rank gathers the weights of its own experts only
+    sizes = [weight.numel() / (experts if ".experts." in name else 1)
+             for name, weight in layer.named_parameters()]
+    layer_size = sum(sizes)
+
+    # copies in bf16, 2 bytes a number: the layer that computes, the next layer, merger, head
+    copies = 2 * (2 * layer_size + parts["merger"] + head)
+    if fp8:
+        copies += 2 * max(sizes)  # one matrix at a time also in 8 bits, as it is and transposed
+    memory["gathered weights"] = copies
+    # of the largest unit: a gradient in bf16 and its copy in fp32, which the ranks sum
+    memory["gradients, not yet reduced"] = 6 * max(layer_size, head)
+    memory["activations"] = activation_bytes(config, recipe, context, layer, model.visual.blocks[0])
+    # of a chunk: logits in bf16, their log-probabilities and gradients in fp32
+    memory["logits"] = 10 * min(recipe.seq_length / context, LOSS_CHUNK) * config.vocab_size
+    return memory
 
 
 def sample_flops(config: ModelConfig, recompute: str) -> dict[str, float]:

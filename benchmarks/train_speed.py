@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from benchmarks.plan import memory_by_part
 from data import LOADS, Sample, flag_parser, lay_out, load_of
 from fp8_kernel import check_device, convert_to_fp8
 from model import PRESETS, LlavaOneVision, ModelConfig
 from parallel import Ranks, find_ranks, join_ranks, shard, share_row
-from train import (QUICK, RECOMPUTE, Step, make_optimizer, matrix_rate,
-                   memory_by_part, memory_of_rank, peak_memory, rows_cost, train_step)
+from train import (QUICK, RECOMPUTE, State, Step, matrix_rate, peak_memory, rows_cost,
+                   train_step)
 
 SAMPLE, PICTURE = 600, 560  # tokens of a sample; a picture's side, 400 visual tokens
 
@@ -52,11 +53,14 @@ def random_step(config: ModelConfig, seq_length: int, rows: int, ranks: Ranks,
 
 def that_fit(config: ModelConfig, seq_length: int, ranks: Ranks, recompute: str) -> int:
     """Decoder layers with which a training step should fit a GPU, a tenth of it left free."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks.count
+    if ranks.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(ranks.device)[1]
     for layers in range(config.num_hidden_layers, 0, -1):
         recipe = replace(QUICK["mid"], seq_length=seq_length, recompute=recompute)
         needed = memory_by_part(replace(config, num_hidden_layers=layers), recipe, ranks.count,
                                 ranks.context, ranks.experts, fp8=True)
-        if sum(needed.values()) < 0.9 * memory_of_rank(ranks.device):
+        if sum(needed.values()) < 0.9 * memory:
             return layers
     raise ValueError("not even one layer fits")
 
@@ -73,14 +77,14 @@ def measure(config: ModelConfig, seq_length: int, rows: int, recompute: str, com
     if fp8:
         convert_to_fp8(model)
     shard(model, recompute, compiled, ranks)
-    optimizer = make_optimizer(model, QUICK["mid"])
+    state = State(model, replace(QUICK["mid"], lr=1e-6, min_lr=1e-6))
     step = random_step(config, seq_length, rows * ranks.data_ranks, ranks, recompute)
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)
     seconds = []
     for _ in range(steps + 3):
         started = time.monotonic()
-        train_step(model, optimizer, step, 1e-6, 1.0, ranks)  # ends with a number from the GPU
+        train_step(state, step, ranks)  # ends with a number from the GPU
         seconds.append(time.monotonic() - started)
     median = statistics.median(seconds[3:])
     mfu, hfu = (step.sums[f"{kind}_flops"] / (rate * ranks.count * median)
