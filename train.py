@@ -822,8 +822,10 @@ class Run:
 
 def note_step(step: Step, stage: str, number: int, run: Run) -> None:
     """Add to the ledger what a step has trained on, and what came of it."""
-    entry = {"stage": stage, "step": number, "samples": step.sums["samples"],
-             "digest": step.digest, "loss": step.loss, "norm": step.norm}
+    entry = {"stage": stage, "step": number, "samples": step.sums["samples"], "digest": step.digest}
+    for name in ("loss", "norm"):
+        value = getattr(step, name)
+        entry[name] = value if math.isfinite(value) else str(value)  # NaN is no JSON
     if run.config.ledger:
         own = step.numbers if run.ranks.rank % run.ranks.context == 0 else []
         entry["numbers"] = sorted(chain(*on_all_ranks(lambda: own)))

@@ -4,7 +4,9 @@ import contextlib
 import io
 import multiprocessing
 import os
+import pickle
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # train.py handles them
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train", "sample", "torch.distributed.tensor", "torch._dynamo"])
@@ -50,6 +53,7 @@ def command_here(folder: Path, *arguments: str | Path,
     """A command as `python SCRIPT ARGUMENTS`, but in this process: for what ends at once."""
     code, out, err = 0, io.StringIO(), io.StringIO()
     before, at = dict(os.environ), os.getcwd()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     os.environ |= environment
     os.chdir(folder)
     argv, sys.argv = sys.argv, list(map(str, arguments))
@@ -63,6 +67,8 @@ def command_here(folder: Path, *arguments: str | Path,
         os.chdir(at)
         os.environ.clear()
         os.environ |= before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
@@ -73,7 +79,7 @@ def child(function: Callable, rank: int, count: int, port: int, folder: str,
                    "MASTER_PORT": str(port)}
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # errors are printed, the logs of runs are not
     torch.set_num_threads(1)
-    torch.save(function(*arguments), f"{folder}/{rank}")
+    Path(folder, str(rank)).write_bytes(pickle.dumps(function(*arguments)))
 
 
 def in_ranks(count: int, function: Callable, *arguments: object, timeout: float = 300) -> list:
@@ -94,7 +100,7 @@ def in_ranks(count: int, function: Callable, *arguments: object, timeout: float 
             process.kill()
         if codes != [0] * count:
             raise RuntimeError(f"the ranks ended with exit codes {codes}")
-        return [torch.load(Path(folder) / str(rank)) for rank in range(count)]
+        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(count)]
 
 
 def resident(name: str) -> int:

@@ -16,7 +16,7 @@ from assets.scenes import drawn_texts, train_tokenizer
 from data import DrawnData, Rows
 from model import PRESETS, LlavaOneVision
 from parallel import Ranks
-from train import RECIPES, learning_rate, make_optimizer, steps_of, train_step
+from train import RECIPES, State, steps_of, train_step
 
 RECORDED = json.loads((Path(__file__).parent / "learning.json").read_text())
 
@@ -30,13 +30,12 @@ def losses(steps: int) -> list[float]:
     ranks, found = Ranks(torch.device("cpu"), torch.float32), []
     for name, count in (("align", 20), ("mid", steps)):
         recipe = RECIPES["tiny"][name]
-        optimizer, found = make_optimizer(model, recipe), []
+        state, found = State(model, recipe), []
         data = DrawnData(recipe.data[0], tokenizer, recipe.seq_length, 0, recipe.rows)
         rows = Rows(data, recipe.rows)
-        for number, step in enumerate(steps_of((rows[i] for i in range(count)), recipe.rows)):
-            loss, _ = train_step(model, optimizer, step, learning_rate(number, recipe),
-                                 recipe.clip, ranks)
-            found.append(loss)
+        for step in steps_of((rows[i] for i in range(count)), recipe.rows):
+            train_step(state, step, ranks)
+            found.append(step.loss)
     return found
 
 

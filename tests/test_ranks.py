@@ -31,8 +31,9 @@ from data import LOADS, FileData, Sample, encode, lay_out, load_of, measure
 from fp8_kernel import convert_to_fp8
 from model import PRESETS, LlavaOneVision, forward_flops, parameters_by_part
 from parallel import Ranks, RowShare, find_ranks, join_ranks, shard, share_row
-from train import (TINY, Step, TrainConfig, backward, make_optimizer, refuse_step, routing,
-                   row_loader, set_balance, steps_of, train_step, training_flops)
+from train import (TINY, Run, RunError, State, Step, TrainConfig, backward, make_optimizer,
+                   note_refused, routing, row_loader, set_balance, steps_of, train_step,
+                   training_flops)
 from vision import VisionConfig
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "tiny"
@@ -42,7 +43,7 @@ SMALL = replace(PRESETS["tiny"], hidden_size=64, intermediate_size=128, num_hidd
 SMALL_MOE = replace(SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
 IN_128 = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "head_dim": 64,
           "moe_intermediate_size": 128, "vision": VisionConfig(2, 64, 2, 128, 128)}  # for FP8
-RECIPE = replace(TINY["instruct"], eps=1e-5)
+RECIPE = replace(TINY["instruct"], eps=1e-5, lr=1e-3, min_lr=1e-3, warmup=0.0)
 
 
 def write_records(folder: Path) -> Path:
@@ -100,7 +101,7 @@ def train(flags: dict, data: Path, steps: int) -> dict:
     if config.fp8:
         convert_to_fp8(model)
     shard(model, config.recompute or "none", config.compile, ranks)
-    optimizer = make_optimizer(model, RECIPE)
+    state = State(model, RECIPE)
     set_balance(model, replace(RECIPE, rows=config.rows), config.expert_balance)
     place = Ranks(ranks.device, torch.float32, ranks.rank, ranks.count, context=ranks.context)
     every_step = first_steps(data, config.seq_length, config.rows, place, 3 * STEPS)
@@ -114,10 +115,10 @@ def train(flags: dict, data: Path, steps: int) -> dict:
             backward(model, step, ranks)
             found["gradients"] = {name: whole(p.grad).clone() for name, p in
                                   model.named_parameters() if p.requires_grad}
-            optimizer.zero_grad()
-        loss, norm = train_step(model, optimizer, step, 1e-3, 1.0, ranks)
-        found["losses"].append(loss)
-        found["norms"].append(norm)
+            state.optimizer.zero_grad()
+        train_step(state, step, ranks)
+        found["losses"].append(step.loss)
+        found["norms"].append(step.norm)
         found["tokens"].append(step.sums["tokens"])
         rows = [row.row if isinstance(row, RowShare) else row for row in step.rows]
         found["kinds"] |= {"no picture" for row in rows if row.patches is None}
@@ -314,7 +315,7 @@ def meet(kind: str, data: Path, ranks: Ranks) -> dict:
     torch.manual_seed(0)
     model = LlavaOneVision(SMALL).init_weights()
     shard(model, "none", False, ranks)
-    optimizer = make_optimizer(model, RECIPE)
+    state = State(model, RECIPE)
     place = Ranks(ranks.device, ranks.dtype, ranks.rank, ranks.count)
     # copies, since a pixel is spoilt
     first, step, last_step = copy.deepcopy(first_steps(data, 640, 4, place, 3))
@@ -322,12 +323,11 @@ def meet(kind: str, data: Path, ranks: Ranks) -> dict:
     def local(x: torch.Tensor) -> torch.Tensor:
         return (x.to_local() if isinstance(x, DTensor) else x).detach()
 
-    def state() -> list[torch.Tensor]:
-        moments = [x for entry in optimizer.state.values() for x in entry.values()]
-        return [local(x).clone() for x in [*model.parameters(), *moments]]
+    def copies() -> list[torch.Tensor]:
+        return [local(x).clone() for x in state.tensors(ranks.rank).values()]
 
-    train_step(model, optimizer, first, 1e-3, 1.0, ranks)
-    before, compute = state(), train_module.backward
+    train_step(state, first, ranks)
+    before, compute = copies(), train_module.backward
     last = ranks.rank == ranks.count - 1
 
     def spoilt(*arguments: object) -> torch.Tensor:
@@ -343,11 +343,13 @@ def meet(kind: str, data: Path, ranks: Ranks) -> dict:
         row = next(row for row in step.rows if row.patches is not None)
         row.patches = row.patches.float()  # bytes have no such numbers
         row.patches[3, 5] = math.inf if kind == "infinite pixel" else math.nan
-    loss, norm = train_step(model, optimizer, step, 1e-3, 1.0, ranks)
+    train_step(state, step, ranks)
     train_module.backward = compute
-    same = all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
-    good = train_step(model, optimizer, last_step, 1e-3, 1.0, ranks)  # it goes on from there
-    return {"decided on": (loss, norm), "same": same, "good": good}
+    same = state.refused == 1 and all(map(torch.equal, before, copies()))
+    train_step(state, last_step, ranks)  # it goes on from there
+    same = same and (state.refused, state.step) == (0, 3)
+    return {"decided on": (step.loss, step.norm), "same": same,
+            "good": (last_step.loss, last_step.norm)}
 
 
 BAD = ("infinite gradient", "NaN gradient", "infinite pixel", "NaN pixel")
@@ -369,26 +371,29 @@ def test_a_bad_step_changes_nothing(count: int, records_file: Path) -> None:
             assert repr(of_rank["decided on"]) == repr(found[0]["decided on"]), kind
 
 
-def refuse(data: Path) -> str:
-    """How a rank ends at a step of shared rows that is not finite."""
+def refuse(data: Path) -> list:
+    """What is logged of steps of shared rows that are not finite, and how the rank ends."""
     ranks = join_ranks(find_ranks(context=2))
     step, = first_steps(data, 640, 4, Ranks(ranks.device, ranks.dtype, ranks.rank, 2, context=2), 1)
-    log = type("Log", (), {"line": lambda self, text, **values: None})()
+    said = []
+    log = type("Log", (), {"line": lambda self, text, **values: said.append(text)})()
+    run = Run(TrainConfig(), ranks, None, data.parent, log)
     step.names = [name for share in step.rows for name in share.row.names]  # as `backward` does
+    state = State(LlavaOneVision(SMALL), RECIPE)
     try:
-        refuse_step(step, math.nan, 1.0, "step 1", ranks, log)
-    except SystemExit as end:
-        return f"exit {end.code}"
-    except ValueError as error:
-        return str(error)
+        for state.refused in range(1, 4):
+            note_refused(step, state, "mid", run)
+    except RunError as error:
+        return [*said, str(error), error.code, error.common]
 
 
 def test_ranks_refuse_a_step_together(records_file: Path) -> None:
-    """The first rank says it, and names each sample of the rows once; the others end."""
-    said, code = in_ranks(2, refuse, records_file)
-    assert code == "exit 2" and said.startswith("the loss of step 1 is nan"), (said, code)
-    names = re.search(r"its samples are (.*?) and \d+ more", said)[1].split(", ")
-    assert len(names) == len(set(names)) == 8, said
+    """All ranks log each step, name each sample of the rows once, and end at the third."""
+    first, second = in_ranks(2, refuse, records_file)
+    assert first == second and first[-2:] == [40, True] and len(first) == 6
+    for said in first[:4]:
+        names = re.search(r"its samples are (.*?) and \d+ more", said)[1].split(", ")
+        assert len(names) == len(set(names)) == 8, said
 
 
 def learn_around_lost(folder: Path, context: int) -> dict:
@@ -410,7 +415,7 @@ def learn_around_lost(folder: Path, context: int) -> dict:
     model = LlavaOneVision(SMALL).init_weights()
     shard(model, "none", False, ranks)
     step = Step(rows, 2, dict(zip(LOADS, loads.tolist())), 1.0)
-    loss, norm = train_step(model, make_optimizer(model, RECIPE), step, 1e-3, 1.0, ranks)
+    train_step(State(model, RECIPE), step, ranks)
 
     # without what was lost, told beforehand
     torch.manual_seed(0)
@@ -418,13 +423,14 @@ def learn_around_lost(folder: Path, context: int) -> dict:
     whole = [lay_out(row) for row in packed]
     labels = {"labels": float(sum(row.labels for row in whole))}
     alone = Ranks(ranks.device, torch.float32)
-    expected = train_step(again, make_optimizer(again, RECIPE), Step(whole, 2, labels, 1.0), 1e-3,
-                          1.0, alone)
+    expected = Step(whole, 2, labels, 1.0)
+    train_step(State(again, RECIPE), expected, alone)
     weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     apart = max(float((a - b).detach().abs().max())
                 for a, b in zip(weights, again.parameters()))
     lost = sorted(name for name, _ in step.lost.values())
-    return {"lost": lost, "found": (loss, norm), "expected": expected, "apart": apart}
+    return {"lost": lost, "found": (step.loss, step.norm), "apart": apart,
+            "expected": (expected.loss, expected.norm)}
 
 
 @pytest.mark.parametrize("count", [1, 2])
