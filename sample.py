@@ -2,7 +2,8 @@
 
 In: `python sample.py IMAGE... PROMPT` (without IMAGE: plain text).  Out: the answer on standard
 output; the checkpoint that gave it on standard error.
-Called by people, by no other file; calls `convert.py`, `data.py`, `model.py`, `vision.py`.
+Called by people, and by `train.py` for its held-out questions; calls `convert.py`, `data.py`,
+`model.py`, `vision.py` and `assets/scenes.py`.
 
 The idea.  The prompt is encoded as in training, but ends with the header of an answer.  One pass
 over it fills the cache of keys and values and gives the logits of the first token.  Each further

@@ -2,8 +2,8 @@
 
 In: a preset with fresh weights, or a checkpoint directory.  Out: one checkpoint directory a stage,
 in the released layout, under `runs/`; a log; accuracies on held-out questions.
-Called by people, with python or torchrun; calls `vision.py`, `model.py`, `data.py`, `parallel.py`,
-`fp8_kernel.py`, `convert.py` and `assets/scenes.py`.
+Called by people, with python or torchrun; calls `vision.py`, `model.py`, `data.py`, `sample.py`,
+`parallel.py`, `fp8_kernel.py`, `convert.py` and `assets/scenes.py`.
 
 The idea.  The three stages of LLaVA-OneVision-1.5 train different parts, on different data:
 
@@ -42,6 +42,22 @@ over groups of ranks that hold a copy each.  Masters and reductions are in fp32,
 neighbours hold different experts: see `parallel.py`.  A rank reads only the records of its own
 rows, but all ranks know the plan (data.Rows), and so the sums over all ranks.  All machines must
 see the same files.
+
+Interruptions.  All that training changes is in one State.  It is saved every `--save-every` steps,
+copied at once and written while the training goes on, and after a SIGTERM, SIGUSR1 or Ctrl-C, which
+let the step be finished.  The same command then goes on, with any number of ranks and workers: the
+rows of a step depend on data, seed and the step's number alone.  A directory of a run holds
+
+    mid.json       what a run must have in common with this one to go on
+    mid-data/      where the samples are (data.Index), if the data are files
+    mid-state/     states of the stage, step-00000500 and so on; the newest two
+    mid/           the checkpoint, when the stage is done; the states are removed then
+    ledger.jsonl   of each step: a digest of its samples, loss, gradient norm
+    log.jsonl, rejects.jsonl
+
+A step whose loss or gradient is not finite changes nothing, on no rank; three in a row end the run.
+Exit codes: 0 done, 10 stopped and saved, 20 flags or the first checkpoint, 30 data, 40 numbers that
+are not finite, 50 storage; anything else is a fault, with a traceback.
 
 Accounting.  FLOPs of a row's forward pass, where N counts the weights of a part's matrices that a
 token passes (K of X experts):
@@ -716,7 +732,7 @@ def routing(model: LlavaOneVision, ranks: Ranks) -> dict[str, list[float]]:
             "expert_balance": (balance / passes).tolist()}
 
 
-# the console's line about training steps; log_step fills it in
+# the console's line about training steps; Meter.write fills it in
 LOG_LINE = ("loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  {tokens_per_second:,.0f} tok/s  "
             "{labels_per_second:,.0f} labels/s  {images_per_second:,.0f} images/s  "
             "pad {padding:.1%}  wait {wait:.0%}  MFU {mfu:.0%}  HFU {hfu:.0%}  "
@@ -765,41 +781,6 @@ class Log:
                   flush=True)
 
 
-def log_step(log: Log, stage: str, step: int, recipe: Recipe, seen: Counter, left: float,
-             peak: float, device: torch.device, routed: dict[str, list[float]]) -> None:
-    """Write one line about the steps since the last line.
-
-    seen: sums over these steps and all ranks; left: seconds to the end of the stage; peak: FLOP/s
-    of all ranks at an MFU of 100 %; routed: what `routing` returns.
-    """
-    steps, seconds = seen["steps"], seen["seconds"]
-    values = {name: seen[name] / max(1, seen["updates"]) for name in ("loss", "norm")}
-    values["lr"] = seen["lr"] / steps
-    for name in ("tokens", "labels", "samples", "images"):
-        values[f"{name}_per_second"] = seen[name] / seconds
-    # nothing computes padding: it is the room that samples leave free in the rows
-    room = steps * recipe.rows * recipe.seq_length
-    values |= {"padding": 1 - seen["tokens"] / room, "wait": seen["waited"] / seconds,
-               "rank_balance": seen["balance"] / steps,
-               "mfu": seen["model_flops"] / seconds / peak,
-               "hfu": seen["hardware_flops"] / seconds / peak,
-               "memory_gib": peak_memory(device) / 2**30,  # of the first rank
-               "seconds_left": left, "lost": seen["lost"]}
-
-    minutes, rest = divmod(round(left), 60)
-    text = f"{LOG_LINE.format(**values)}  {minutes // 60}:{minutes % 60:02}:{rest:02} left"
-    kinds = [f"{seen[kind]} {kind.removeprefix('lost ')}" for kind in seen
-             if kind.startswith("lost ")]
-    if kinds:
-        text += f"  lost: {', '.join(kinds)}"
-    if routed:
-        balances = routed["expert_balance"]
-        text += (f"  expert load {min(routed['expert_least']):.2f}-"
-                 f"{max(routed['expert_most']):.2f}, balance {sum(balances) / len(balances):.3f}")
-    log.line(f"{stage:8} {step:6}/{recipe.steps}  {text}", stage=stage, step=step, **values,
-             **routed)
-
-
 # -------------------------------------------------------------------------- notes, saving, resuming
 
 
@@ -818,6 +799,71 @@ class Run:
         if self.ranks.rank == 0:
             with open(self.out / file, "a") as lines:
                 lines.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+class Meter:
+    """Sums over the steps of a stage since the last line of the log; writes that line."""
+
+    def __init__(self, stage: str, state: State, run: Run) -> None:
+        self.stage, self.state, self.run = stage, state, run
+        self.recipe = state.recipe
+        self.rate, source = matrix_rate(run.ranks)
+        self.first = state.step
+        self.started = self.last = time.monotonic()
+        self.seen: Counter[str] = Counter()
+        run.log.line(f"{stage}: {', '.join(self.recipe.trainable)} trained, {self.recipe.steps} "
+                     f"steps of {self.recipe.rows} rows; MFU of {run.ranks.count} x "
+                     f"{self.rate / 1e12:.3g} TFLOP/s ({source})",
+                     recipe=asdict(self.recipe), matrix_rate=self.rate)
+
+    def add(self, step: Step, lost: Counter[str]) -> None:
+        """Count a step; write a line every --log-every steps, and after the last."""
+        self.seen.update({"steps": 1, "waited": step.waited, "balance": step.balance,
+                          "lost": len(step.lost), **step.sums, **lost})
+        if not self.state.refused:
+            self.seen.update({"updates": 1, "loss": step.loss, "norm": step.norm})
+        done = self.state.step
+        now = time.monotonic()
+        left = (now - self.started) / (done - self.first) * (self.recipe.steps - done)
+        if done % self.run.config.log_every == 0 or done == self.recipe.steps:
+            # every rank comes here, since routing sums over the ranks
+            routed = routing(self.state.model, self.run.ranks)
+            self.write(now - self.last, left, routed)
+            self.last = now
+            self.seen.clear()
+        self.run.log.progress(self.stage, done, self.recipe.steps, left)
+
+    def write(self, seconds: float, left: float, routed: dict[str, list[float]]) -> None:
+        """Write the line; seconds: since the last one; left: to the end of the stage."""
+        seen, recipe, ranks = self.seen, self.recipe, self.run.ranks
+        steps = seen["steps"]
+        values = {name: seen[name] / max(1, seen["updates"]) for name in ("loss", "norm")}
+        values["lr"] = learning_rate(self.state.step - 1, recipe)
+        for name in ("tokens", "labels", "samples", "images"):
+            values[f"{name}_per_second"] = seen[name] / seconds
+        # nothing computes padding: it is the room that samples leave free in the rows
+        room = steps * recipe.rows * recipe.seq_length
+        peak = self.rate * ranks.count
+        values |= {"padding": 1 - seen["tokens"] / room, "wait": seen["waited"] / seconds,
+                   "rank_balance": seen["balance"] / steps,
+                   "mfu": seen["model_flops"] / seconds / peak,
+                   "hfu": seen["hardware_flops"] / seconds / peak,
+                   "memory_gib": peak_memory(ranks.device) / 2**30,  # of the first rank
+                   "seconds_left": left, "lost": seen["lost"]}
+
+        minutes, rest = divmod(round(left), 60)
+        text = f"{LOG_LINE.format(**values)}  {minutes // 60}:{minutes % 60:02}:{rest:02} left"
+        kinds = [f"{seen[kind]} {kind.removeprefix('lost ')}" for kind in seen
+                 if kind.startswith("lost ")]
+        if kinds:
+            text += f"  lost: {', '.join(kinds)}"
+        if routed:
+            balances = routed["expert_balance"]
+            text += (f"  expert load {min(routed['expert_least']):.2f}-"
+                     f"{max(routed['expert_most']):.2f}, balance "
+                     f"{sum(balances) / len(balances):.3f}")
+        self.run.log.line(f"{self.stage:8} {self.state.step:6}/{recipe.steps}  {text}",
+                          stage=self.stage, step=self.state.step, **values, **routed)
 
 
 def note_step(step: Step, stage: str, number: int, run: Run) -> None:
@@ -852,6 +898,8 @@ def note_lost(step: Step, state: State, data: FileData | DrawnData, stage: str, 
 
     Raises RunError if more than --max-bad of all samples are lost; one may always be.
     """
+    if not step.lost:
+        return Counter()
     # a later epoch meets the same samples again
     new = {number: found for number, found in step.lost.items() if number not in state.lost}
     state.lost.update(new)
@@ -883,6 +931,7 @@ def is_begun(stage: str, settings: dict[str, object], config: TrainConfig) -> bo
     """
     file = Path(config.out, f"{stage}.json")
     if not config.out or not file.exists():
+        # a checkpoint alone does not say how it was made
         if config.out and file.with_suffix("").exists():
             raise ValueError(f"{file.with_suffix('')} is there already, but no {file} says with "
                              "which settings it was made")
@@ -1041,12 +1090,12 @@ def describe_data(name: str, data: FileData, recipe: Recipe, epochs: float, log:
 def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, index: Index | None, begun: bool,
                 run: Run) -> None:
     """Train the model, in place, with the recipe of one stage."""
-    config, ranks, log = run.config, run.ranks, run.log
+    config, ranks = run.config, run.ranks
     settings = settings_of(config, recipe, ranks)
     with blamed_on("data"):
         data = stage_data(name, recipe, index, begun, run)
         if isinstance(data, FileData):
-            recipe = describe_data(name, data, recipe, config.epochs, log)
+            recipe = describe_data(name, data, recipe, config.epochs, run.log)
     state = State(model, recipe)
     set_balance(model, recipe, config.expert_balance)
     writer = StateWriter(run.out / f"{name}-state")
@@ -1054,38 +1103,16 @@ def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, index: Index |
         go_on(state, name, run)
     elif ranks.rank == 0:
         write_file(run.out / f"{name}.json", json.dumps(settings, indent=1))
-    rate, source = matrix_rate(ranks)
-    log.line(f"{name}: {', '.join(recipe.trainable)} trained, {recipe.steps} steps of "
-             f"{recipe.rows} rows; MFU of {ranks.count} x {rate / 1e12:.3g} TFLOP/s ({source})",
-             recipe=asdict(recipe), matrix_rate=rate)
-
+    # nothing is replayed: the loader begins at the next step
     loader = row_loader(data, model.config, recipe, config.workers, ranks, state.step)
-    started = last_line = time.monotonic()
-    first = state.step
-    seen: Counter[str] = Counter()  # sums since the last line of the log
+    meter = Meter(name, state, run)
     stopped = False
     for step in steps_of(loader, recipe.rows // ranks.data_ranks):
-        lr = learning_rate(state.step, recipe)
         train_step(state, step, ranks, stop=STOP.asked or writer.failed())
         note_step(step, name, state.step, run)
         if state.refused:
             note_refused(step, state, name, run)
-        else:
-            seen.update({"loss": step.loss, "norm": step.norm, "updates": 1})
-        if step.lost:
-            seen.update(note_lost(step, state, data, name, run))
-
-        seen.update({"lr": lr, "steps": 1, "waited": step.waited, "balance": step.balance,
-                     "lost": len(step.lost), **step.sums})
-        now = time.monotonic()
-        left = (now - started) / (state.step - first) * (recipe.steps - state.step)
-        if state.step % config.log_every == 0 or state.step == recipe.steps:
-            # every rank comes here, since routing sums over the ranks
-            seen["seconds"] = now - last_line
-            log_step(log, name, state.step, recipe, seen, left, rate * ranks.count, ranks.device,
-                     routing(model, ranks))
-            last_line, seen = now, Counter()
-        log.progress(name, state.step, recipe.steps, left)
+        meter.add(step, note_lost(step, state, data, name, run))
 
         due = config.save_every and state.step % config.save_every == 0
         if step.stop or due and state.step < recipe.steps:
@@ -1191,45 +1218,49 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
     return train_tokenizer(drawn_texts(config.seed), sizes.vocab_size), begun
 
 
-def make_deterministic(device: torch.device) -> None:
+def make_deterministic() -> None:
     """Make two runs of this process the same, bit for bit."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     # of two threads of a CPU's matrix library, now one and now the other adds first
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
-def run(config: TrainConfig) -> Path:
-    """Train the stages, save a checkpoint after each, evaluate; returns the last checkpoint."""
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    ranks = find_ranks(config.device, config.dtype, config.replicas, config.context_parallel,
-                       config.expert_parallel)
-    if config.deterministic:
-        make_deterministic(ranks.device)
-    start = start_of(config)
-    sizes = sizes_of(config, start)
-    model_name = name_of(config, start)
-    recipes = config.recipes(sizes)
-    tokenizer, begun = check_run(config, ranks, start, sizes, recipes)
-    ranks = join_ranks(ranks)
-    for name in list(recipes):
-        if name in begun and Path(config.out, name).is_dir():
-            start = str(Path(config.out, name))
-            del recipes[name]  # it is finished
-    # bad data and a damaged checkpoint are refused here, before the run has a directory
-    with blamed_on("data", common=True):
-        indexes = open_indexes(recipes, begun, tokenizer, config, ranks)
-    model = None
-    if recipes:
-        model = load_stage(start, next(iter(recipes.values())), config, ranks)
+def make_directory(config: TrainConfig, model_name: str, ranks: Ranks) -> Path:
+    """The directory that a run writes to, the same on all ranks."""
     names = [config.out or f"runs/{model_name}-{time.strftime('%Y%m%d-%H%M%S')}"]
     if ranks.count > 1:
         # clocks differ: the first rank's list replaces the lists of the others
         dist.broadcast_object_list(names)
     out = Path(names[0])
     out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def run(config: TrainConfig) -> Path:
+    """Train the stages, save a checkpoint after each, evaluate; returns the last checkpoint."""
+    if config.deterministic:
+        make_deterministic()
+    ranks = find_ranks(config.device, config.dtype, config.replicas, config.context_parallel,
+                       config.expert_parallel)
+    start = start_of(config)
+    sizes = sizes_of(config, start)
+    model_name = name_of(config, start)
+    recipes = config.recipes(sizes)
+    tokenizer, begun = check_run(config, ranks, start, sizes, recipes)
+    ranks = join_ranks(ranks)
+    # stages that an earlier command has finished
+    for name in [name for name in recipes if name in begun and Path(config.out, name).is_dir()]:
+        start = str(Path(config.out, name))
+        del recipes[name]
+    # bad data and a damaged checkpoint are refused here, before the run has a directory
+    with blamed_on("data", common=True):
+        indexes = open_indexes(recipes, begun, tokenizer, config, ranks)
+    model = None
+    if recipes:
+        model = load_stage(start, next(iter(recipes.values())), config, ranks)
+    out = make_directory(config, model_name, ranks)
     log = Log(out, ranks.rank == 0, config.tensorboard)
     log.line(f"{model_name}: {sum(parameters_by_part(sizes).values()):,} parameters on "
              f"{ranks.count} x {ranks.device.type} ({ranks.replicas} copies, rows shared by "

@@ -1,0 +1,227 @@
+"""A run's state: any number of ranks reads what any other has saved; damage is found and named."""
+
+import json
+import math
+import os
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import in_ranks
+from test_ranks import RECIPE, SHIPPED, SMALL, SMALL_MOE, write_records
+from torch.distributed.tensor import DTensor
+
+import convert
+import train
+from convert import (MANIFEST, StateWriter, damage_of_state, load_tokenizer, newest_state,
+                     states_in, write_state)
+from data import FileData, measure
+from model import LlavaOneVision
+from parallel import find_ranks, join_ranks, shard
+from train import State, digest_halves, digest_text, drop_after, is_begun, row_loader, steps_of
+
+STEPS = 3  # of each number of ranks
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def go_on(folder: Path, records: Path, workers: int, moe: bool, flags: dict) -> dict:
+    """Read the newest state in the folder, if any, train STEPS steps, and save again."""
+    ranks = join_ranks(find_ranks("", "", **flags))
+    torch.manual_seed(0)
+    model = LlavaOneVision(SMALL_MOE if moe else SMALL).init_weights()
+    shard(model, "none", False, ranks)
+    recipe = replace(RECIPE, rows=4, seq_length=400, steps=100)
+    state = State(model, recipe)
+    path, _ = newest_state(folder)
+    if path is not None:
+        state.read(path, ranks.rank)
+    read = {name: whole(x) for name, x in state.tensors(ranks.rank).items() if "." in name}
+
+    tokenizer = load_tokenizer(SHIPPED)
+    data = FileData(measure([records], tokenizer), tokenizer, recipe.seq_length, 0)
+    recipe = replace(recipe, steps=state.step + STEPS)  # of the loader: of the schedule are 100
+    losses, digests = [], []
+    for step in steps_of(row_loader(data, SMALL, recipe, workers, ranks, state.step),
+                         recipe.rows // ranks.data_ranks):
+        train.train_step(state, step, ranks)
+        losses.append(step.loss)
+        digests.append(step.digest)
+    writer = StateWriter(folder)
+    writer.write(state.step, state.tensors(ranks.rank), state.numbers() | {"ranks": ranks.count})
+    # what is written are the values as they were at the call
+    saved = {name: whole(x) for name, x in state.tensors(ranks.rank).items() if "." in name}
+    for tensor in state.tensors(ranks.rank).values():
+        tensor.zero_()
+    writer.wait()
+    return {"read": read, "saved": saved, "losses": losses, "digests": digests, "step": state.step}
+
+
+@pytest.mark.parametrize("moe, hops", [
+    (False, [(1, 0, {}), (2, 1, {}), (4, 2, {"replicas": 2}), (2, 0, {"context": 2})]),
+    (True, [(2, 0, {"experts": 2}), (1, 0, {}), (2, 1, {})])], ids=["dense", "experts"])
+def test_a_run_goes_on_with_any_number_of_ranks(moe: bool, hops: list, tmp_path: Path) -> None:
+    """Each hop reads the numbers that the hop before saved, and trains on the next samples.
+
+    Losses are those of one process, as in test_ranks.py: 1e-5.
+    """
+    records = write_records(tmp_path)
+    (tmp_path / "hops").mkdir()
+    losses, digests, before = [], [], None
+    for count, workers, flags in hops:
+        found = in_ranks(count, go_on, tmp_path / "hops", records, workers, moe, flags)[0]
+        if before is not None:
+            names = {name for name in found["read"] if not name.startswith("random.")}
+            assert len(names) > 50
+            assert all(torch.equal(found["read"][name], before["saved"][name]) for name in names)
+        losses += found["losses"]
+        digests += found["digests"]
+        before = found
+
+    (tmp_path / "alone").mkdir()
+    expected, expected_digests = [], []
+    for _ in hops:
+        found, = in_ranks(1, go_on, tmp_path / "alone", records, 0, moe, {})
+        expected += found["losses"]
+        expected_digests += found["digests"]
+    assert digests == expected_digests and len({*digests}) == STEPS * len(hops)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert len(states_in(tmp_path / "hops")) == convert.KEPT
+
+
+def small_states(folder: Path) -> list[Path]:
+    """Three states of a few tensors, the oldest first."""
+    folder.mkdir()
+    for step in (10, 20, 30):
+        tensors = {f"layer.{i}": torch.randn(7, 5) for i in range(4)} | {"steps": torch.ones(3)}
+        write_state(folder / f"step-{step:08}", tensors, {"step": step, "ranks": 1}, None)
+    return states_in(folder)
+
+
+def test_every_damage_of_a_state_is_found(tmp_path: Path) -> None:
+    """One bit of any file, a file cut, gone, or one too many; then the state before is used."""
+    *_, good, newest = small_states(tmp_path / "states")
+    rng = random.Random(0)
+    contents = {file.name: file.read_bytes() for file in newest.iterdir()}
+    assert sorted(contents) == [MANIFEST, "shard-00001-model-00001-of-00001.safetensors",
+                                "state.json"]
+
+    def damaged(name: str, content: bytes | None) -> None:
+        shutil.rmtree(newest)
+        newest.mkdir()
+        for other, whole_content in contents.items():
+            (newest / other).write_bytes(whole_content)
+        if content is None:
+            (newest / name).unlink()
+        else:
+            (newest / name).write_bytes(content)
+        said = damage_of_state(newest)
+        assert newest.name in said, (name, content)
+        # the reading is shared by ranks: then one of them finds it
+        assert any(damage_of_state(newest, part, 3) for part in range(3))
+
+    for name, content in contents.items():
+        damaged(name, None)
+        for _ in range(30):
+            bit = rng.randrange(8 * len(content))
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            damaged(name, bytes(flipped))
+            damaged(name, content[:rng.randrange(len(content))])
+    damaged("another.safetensors", b"")
+    damaged(MANIFEST, b"[" * 100_000)
+    path, said = newest_state(tmp_path / "states")
+    assert path == good and MANIFEST in said[0]
+    # it is out of the way, and the run can come to this step again
+    assert newest.with_suffix(".damaged").is_dir() and states_in(tmp_path / "states")[-1] == good
+
+
+def test_without_a_whole_state_nothing_begins_anew(tmp_path: Path) -> None:
+    for path in small_states(tmp_path / "states"):
+        (path / "state.json").unlink()
+    before = states_in(tmp_path / "states")
+    with pytest.raises(OSError, match="no state in .* is whole .*state.json"):
+        newest_state(tmp_path / "states")
+    assert states_in(tmp_path / "states") == before
+    (tmp_path / "empty").mkdir()
+    assert newest_state(tmp_path / "empty") == (None, [])
+
+
+def fail_on_a_rank(folder: Path) -> list[str]:
+    """What two ranks are told when the second one cannot write its file; once it cannot hash it."""
+    join_ranks(find_ranks())
+    rank, said = int(os.environ["RANK"]), []
+
+    def broken(*arguments: object) -> None:
+        raise OSError("no space left")
+
+    for module, name in ((convert.checkpoint.HuggingFaceStorageWriter, "write_data"),
+                         (convert, "digests")):
+        works = getattr(module, name)
+        if rank == 1:
+            setattr(module, name, broken)
+        try:
+            write_state(folder / "step-00000001", {"x": torch.ones(3), f"r.{rank}": torch.ones(2)},
+                        {}, None)
+        except OSError as error:
+            said.append(str(error))
+        setattr(module, name, works)
+    return said
+
+
+def test_all_ranks_hear_of_a_failed_save(tmp_path: Path) -> None:
+    for said in in_ranks(2, fail_on_a_rank, tmp_path):
+        assert said == ["rank 1: no space left"] * 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    """The sentence lists each difference; what changes no number may change."""
+    config = train.TrainConfig(out=str(tmp_path), stage="mid", seed=3)
+    recipe = config.recipes(train.sizes_of(config, ""))["mid"]
+    ranks = find_ranks("cpu")
+    settings = train.settings_of(config, recipe, ranks)
+    assert not is_begun("mid", settings, config)
+    (tmp_path / "mid.json").write_text(json.dumps(settings))
+    assert is_begun("mid", settings, config)
+    other = train.settings_of(replace(config, workers=3, out="x", recompute="layer"),
+                              replace(recipe, recompute="layer"), ranks)
+    assert is_begun("mid", other, config)
+    other = train.settings_of(replace(config, seed=4), replace(recipe, lr=1.0, steps=7), ranks)
+    with pytest.raises(ValueError, match="lr was 0.002 and is 1.0, seed was 3 and is 4, steps was "
+                                         "900 and is 7; give"):
+        is_begun("mid", other, config)
+    with pytest.raises(ValueError, match="--no-resume"):
+        is_begun("mid", settings, replace(config, resume=False))
+    # a checkpoint of which nobody knows how it was made is not overwritten
+    (tmp_path / "align").mkdir()
+    with pytest.raises(ValueError, match="align is there already"):
+        is_begun("align", settings, config)
+
+
+def test_the_digest_is_of_the_set_of_samples() -> None:
+    numbers = list(range(1000, 1600))
+    whole_set = digest_text(*digest_halves(numbers))
+    random.Random(0).shuffle(numbers)
+    # two ranks have parts of it, in any order
+    halves = zip(digest_halves(numbers[:77]), digest_halves(numbers[77:]))
+    assert digest_text(*map(math.fsum, halves)) == whole_set
+    sets = [numbers[1:], [*numbers, 7], [numbers[1], *numbers[1:]], [*numbers, numbers[0]]]
+    digests = {digest_text(*digest_halves(others)) for others in sets}
+    assert len(digests) == 4 and whole_set not in digests
+
+
+def test_notes_of_steps_that_come_again_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.jsonl"
+    drop_after(file, "mid", 3)
+    assert not file.exists()
+    lines = [json.dumps({"stage": stage, "step": step}) + "\n"
+             for stage in ("align", "mid") for step in range(1, 6)]
+    file.write_text("".join(lines) + lines[-1][:9])  # the last one was cut
+    drop_after(file, "mid", 3)
+    assert file.read_text() == "".join(lines[:8])
