@@ -32,8 +32,9 @@ wants beside it.  `verify DIR [DIR]`: is a directory whole, and how far is it fr
 import argparse
 import hashlib
 import json
-import math
 import os
+import re
+import reprlib
 import shutil
 import sys
 from collections import Counter
@@ -62,6 +63,10 @@ INDEX = f"{WEIGHTS}.index.json"  # of a checkpoint in several files: the file of
 SCALES = "_scale_inv"  # suffix: the scales of an FP8 weight have its name and this behind it
 PUBLISHED = "lmms-lab/LLaVA-OneVision-1.5-8B-Instruct"  # the modelling code config.json points at
 FRACTIONS = ("rms_norm_eps", "layer_norm_eps", "initializer_range", "rope_theta")  # not whole
+LARGEST = 2**20  # no size of a model is larger; a product of three of them still has 63 bits
+SHORT = reprlib.Repr()
+SHORT.maxstring = 300
+brief = SHORT.repr  # a value of a file as messages have it: on one line, cut if it is long
 # These replacements, in turn, make RICE's own name of a ViT tensor from our name.
 VIT_NAMES = (
     ("visual.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
@@ -118,7 +123,7 @@ def read_json_object(file: Path) -> dict:
         raise ValueError(f"{file.parent} is no checkpoint: it has no {file.name}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the JSON, or of its UTF-8
+    except (ValueError, RecursionError) as error:  # of the JSON, of its UTF-8, or too many brackets
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object")
@@ -131,16 +136,17 @@ def read_section(file: Path, section: dict, settings: dict[str, Any], *sizes: st
     Raises ValueError naming the file, the key and the value."""
     for key, value in settings.items():
         if section.get(key) not in (None, value):
-            raise ValueError(f"{file}: {key} is {section[key]}, only {value} is supported")
+            raise ValueError(f"{file}: {key} is {brief(section[key])}, only {value} is supported")
 
     numbers = {}
     for key in sizes:
         value = section.get(key)
         # type(), since for isinstance() JSON's true is an int; NaN fails the comparison
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{file}: {key} is {value!r}, not a positive number")
-        if key not in FRACTIONS and value % 1:
-            raise ValueError(f"{file}: {key} is {value}, not a whole number")
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+            raise ValueError(f"{file}: {key} is {brief(value)}, not a positive number")
+        if key not in FRACTIONS and (value % 1 or value > LARGEST):
+            raise ValueError(f"{file}: {key} is {brief(value)}, not a whole number up to "
+                             f"{LARGEST:,}")
         numbers[key] = value if key in FRACTIONS else int(value)
     return numbers
 
@@ -155,10 +161,10 @@ def decoder_fields(file: Path, section: dict) -> dict[str, Any]:
         raise ValueError(f"{file}: rope_parameters or rope_scaling is no object")
     rotation = scaling.get("rope_type", scaling.get("type", "default"))
     if rotation != "default":
-        raise ValueError(f"{file}: rotary scaling {rotation!r} is not supported")
+        raise ValueError(f"{file}: rotary scaling {brief(rotation)} is not supported")
 
     attention = section.get("layer_types") or []
-    if not isinstance(attention, list) or {*map(str, attention)} - {"full_attention"}:
+    if not isinstance(attention, list) or any(kind != "full_attention" for kind in attention):
         raise ValueError(f"{file}: layer_types has others than full_attention")
     numbers = read_section(
         file, section, {"attention_bias": False, "hidden_act": "silu", "attention_dropout": 0.0,
@@ -262,12 +268,20 @@ def canonical_name(key: str) -> str:
     return key
 
 
+def check_name(file: Path, name: str) -> None:
+    """Raise ValueError unless a name in a file, of a tensor or of a file beside it, is a plain one:
+    a path could lead out of the directory, and other letters would garble messages."""
+    if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):
+        raise ValueError(f"{file} has {brief(name)}, which is no plain name of letters, "
+                         "digits, '.', '_' and '-'")
+
+
 def open_tensors(file: Path) -> Any:
     """Map a safetensors file into memory.  Raises ValueError naming it if it cannot be read."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+        raise ValueError(f"{file} cannot be read as safetensors: {brief(str(error))}") from error
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -279,6 +293,8 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(
             isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of file names")
+    for name in {*weight_map, *weight_map.values()}:
+        check_name(index, name)
     # otherwise the directory has two checkpoints, and nothing says which one is meant
     if (path / WEIGHTS).exists() and WEIGHTS not in weight_map.values():
         raise ValueError(f"{path} has a {WEIGHTS} beside the files of its index")
@@ -297,6 +313,7 @@ def tensor_files(path: Path) -> dict[str, Stored]:
         if not file.is_file():
             raise ValueError(f"{path} has no {file_name}")
         for key in open_tensors(file).keys():
+            check_name(file, key)
             name = canonical_name(key)
             if name in tensors:
                 raise ValueError(f"{file}: {key} is also in {tensors[name].file}")
@@ -342,6 +359,23 @@ def find_pieces(path: Path, tensors: dict[str, Stored], layout: Layout,
     return {parameter: [tensors[name] for name in names] for parameter, names in layout.items()}
 
 
+def empty_model(path: Path | str, config: ModelConfig, tensors: int,
+                side: str = "") -> LlavaOneVision:
+    """A model on the meta device.  tensors: how many its directory has.
+    Raises ValueError if its sizes do not fit together, or ask for more than the files have."""
+    # layers and experts have tensors of their own; to build a million of them would take hours
+    parts = config.vision.depth + config.num_hidden_layers
+    if side != "vision":
+        parts += config.num_hidden_layers * config.num_experts
+    if parts > tensors:
+        raise ValueError(f"{path}: config.json asks for {parts:,} layers and experts, but there "
+                         f"are {tensors:,} tensors")
+    try:
+        return meta_model(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: config.json does not fit: {error}") from error
+
+
 def find_checkpoint(path: Path, side: str = "") -> tuple[LlavaOneVision, Pieces]:
     """A directory's model, on the meta device, and where the tensors of its parameters are.
     side: "vision" or "decoder"; then the model's other side becomes None.
@@ -349,7 +383,8 @@ def find_checkpoint(path: Path, side: str = "") -> tuple[LlavaOneVision, Pieces]
     config, tensors = read_config(path), tensor_files(path)
     # tie the head to the embedding if the config allows it and the files have no head
     tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
-    model = meta_model(replace(config, tie_word_embeddings=tied))
+    config = replace(config, tie_word_embeddings=tied)
+    model = empty_model(path, config, len(tensors), side)
     other_side = {"": (), "vision": ("model.", "lm_head."), "decoder": ("visual.",)}
     if side not in other_side:
         raise ValueError(f"there is no side {side!r} of a model, only vision and decoder")
@@ -494,7 +529,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for malformed files
-        raise ValueError(f"{file} is no tokenizer: {error}") from error
+        raise ValueError(f"{file} is no tokenizer: {brief(str(error))}") from error
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -809,18 +844,20 @@ def merge(flags: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(flags.tokenizer)
     config = stage0_config(flags.vit, flags.llm, tokenizer)
     check_tokenizer(flags.tokenizer, tokenizer, config)
+    vit_tensors = tensor_files(flags.vit)
+    decoder_tensors = tensor_files(flags.llm)
     # released checkpoints always have a head, so a tied head of a source is copied
-    model = meta_model(replace(config, tie_word_embeddings=False))
+    model = empty_model(f"{flags.vit} and {flags.llm}", replace(config, tie_word_embeddings=False),
+                        len(vit_tensors) + len(decoder_tensors))
     layout = released_names(model)
 
     # where the sources have each parameter; the merger's tensors come from a seed
     vit_layout, decoder_layout = source_layouts(layout)
-    decoder_tensors = tensor_files(flags.llm)
     remark = ""
     if config.tie_word_embeddings and "lm_head.weight" not in decoder_tensors:
         decoder_layout["lm_head.weight"] = decoder_layout["model.embed_tokens.weight"]
         remark = ", head copied from the embedding"
-    vit = find_pieces(flags.vit, tensor_files(flags.vit), vit_layout, UNUSED)
+    vit = find_pieces(flags.vit, vit_tensors, vit_layout, UNUSED)
     decoder = find_pieces(flags.llm, decoder_tensors, decoder_layout, UNUSED)
 
     merger = fresh_merger(model, flags.seed, flags.dtype)
