@@ -38,8 +38,8 @@ import reprlib
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from data import STRUCTURE, flag_parser, refuse_in_one_sentence
+from data import STRUCTURE, flag_parser, refuse_in_one_sentence, show_progress
 from fp8_kernel import BLOCK, Fp8Linear, convert_to_fp8, quantize_fp8
 from model import LlavaOneVision, ModelConfig, init_linear, meta_model
 from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, Merger, VisionConfig
@@ -62,7 +62,20 @@ WEIGHTS = "model.safetensors"  # a checkpoint in one file
 INDEX = f"{WEIGHTS}.index.json"  # of a checkpoint in several files: the file of each tensor
 SCALES = "_scale_inv"  # suffix: the scales of an FP8 weight have its name and this behind it
 PUBLISHED = "lmms-lab/LLaVA-OneVision-1.5-8B-Instruct"  # the modelling code config.json points at
-FRACTIONS = ("rms_norm_eps", "layer_norm_eps", "initializer_range", "rope_theta")  # not whole
+# config.json by section: numbers with the names of our fields, and settings that we compute with
+TOKEN_IDS = ("image_token_id", "video_token_id")
+EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+EXPERT_SETTINGS = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+DECODER_SIZES = [field.name for field in fields(ModelConfig) if field.type in (int, float)
+                 and field.name not in TOKEN_IDS + EXPERT_SIZES]
+DECODER_SETTINGS = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+                    "use_sliding_window": False}
+VISION_SIZES = [field.name for field in fields(VisionConfig) if field.type in (int, float)]
+VISION_SETTINGS = {"hidden_act": "gelu", "in_channels": 3, "patch_size": 14,
+                   "spatial_merge_size": 2, "temporal_patch_size": 1}
+FP8_SETTINGS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+FRACTIONS = {field.name for part in (ModelConfig, VisionConfig) for field in fields(part)
+             if field.type is float}  # the other numbers are whole
 LARGEST = 2**20  # no size of a model is larger; a product of three of them still has 63 bits
 SHORT = reprlib.Repr()
 SHORT.maxstring = 300
@@ -130,7 +143,8 @@ def read_json_object(file: Path) -> dict:
     return content
 
 
-def read_section(file: Path, section: dict, settings: dict[str, Any], *sizes: str) -> dict:
+def read_section(file: Path, section: dict, settings: dict[str, Any],
+                 sizes: Sequence[str] = ()) -> dict:
     """Check a section of a config.json; return its `sizes`, all of them positive numbers.
     settings: what this project computes with.  A file may omit a setting, but not change it.
     Raises ValueError naming the file, the key and the value."""
@@ -159,27 +173,18 @@ def decoder_fields(file: Path, section: dict) -> dict[str, Any]:
     scaling = section.get("rope_scaling") or rope
     if not isinstance(rope, dict) or not isinstance(scaling, dict):
         raise ValueError(f"{file}: rope_parameters or rope_scaling is no object")
-    rotation = scaling.get("rope_type", scaling.get("type", "default"))
-    if rotation != "default":
-        raise ValueError(f"{file}: rotary scaling {brief(rotation)} is not supported")
+    read_section(file, scaling, {"rope_type": "default", "type": "default"})
 
     attention = section.get("layer_types") or []
     if not isinstance(attention, list) or any(kind != "full_attention" for kind in attention):
         raise ValueError(f"{file}: layer_types has others than full_attention")
-    numbers = read_section(
-        file, section, {"attention_bias": False, "hidden_act": "silu", "attention_dropout": 0.0,
-                        "use_sliding_window": False, "partial_rotary_factor": 1.0},
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
-        "rms_norm_eps", "initializer_range")
-    numbers |= read_section(file, rope, {}, "rope_theta")
+    section = section | {"rope_theta": rope.get("rope_theta")}
+    settings = DECODER_SETTINGS | {"partial_rotary_factor": 1.0}
+    numbers = read_section(file, section, settings, DECODER_SIZES)
 
     # a mixture: experts in every layer, and the weights of the chosen ones sum to 1
     if section.get("num_experts"):
-        numbers |= read_section(
-            file, section,
-            {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
-            "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        numbers |= read_section(file, section, EXPERT_SETTINGS, EXPERT_SIZES)
         if numbers["num_experts_per_tok"] > numbers["num_experts"]:
             raise ValueError(f"{file}: num_experts_per_tok is {numbers['num_experts_per_tok']}, of "
                              f"{numbers['num_experts']} experts")
@@ -202,59 +207,40 @@ def read_config(path: str | Path) -> ModelConfig:
     quantized = content.get("quantization_config") or {}
     if not isinstance(quantized, dict):
         raise ValueError(f"{file}: quantization_config is no object")
-    read_section(file, quantized, {"quant_method": "fp8", "fmt": "e4m3",
-                                   "weight_block_size": [BLOCK, BLOCK]})
+    read_section(file, quantized, FP8_SETTINGS)
 
     # transformers 5 says it out here, transformers 4 in text_config
     if content.get("tie_word_embeddings") is False:
         decoder = decoder | {"tie_word_embeddings": False}
-    sizes = read_section(
-        file, vision, {"patch_size": 14, "spatial_merge_size": 2, "in_channels": 3,
-                       "temporal_patch_size": 1, "hidden_act": "gelu"},
-        "depth", "embed_dim", "num_heads", "intermediate_size", "text_hidden_size",
-        "layer_norm_eps")
-    token_ids = read_section(file, content, {}, "image_token_id", "video_token_id")
-    return ModelConfig(**decoder_fields(file, decoder), **token_ids, vision=VisionConfig(**sizes))
+    vision = VisionConfig(**read_section(file, vision, VISION_SETTINGS, VISION_SIZES))
+    token_ids = read_section(file, content, {}, TOKEN_IDS)
+    return ModelConfig(**decoder_fields(file, decoder), **token_ids, vision=vision)
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     """The released `config.json` of a model, as transformers 4 writes it."""
-    vision, experts = config.vision, {}
+    def numbers(part: ModelConfig | VisionConfig, sizes: Sequence[str]) -> dict:
+        return {name: getattr(part, name) for name in sizes}
+
+    # in both places, as `read_config` says
+    shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+    decoder = numbers(config, DECODER_SIZES) | DECODER_SETTINGS | shared
     if config.num_experts:
-        experts = {"num_experts": config.num_experts, "decoder_sparse_step": 1,
-                   "num_experts_per_tok": config.num_experts_per_tok, "mlp_only_layers": [],
-                   "moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": True}
-    # beside the sizes: what `read_section` checks, and what transformers wants to find
+        decoder |= numbers(config, EXPERT_SIZES) | EXPERT_SETTINGS
+    vision = numbers(config.vision, VISION_SIZES) | VISION_SETTINGS
+    # beside what `read_config` reads: what transformers wants to find
     return {
         "architectures": ["LLaVAOneVision1_5_ForConditionalGeneration"],
-        "model_type": "llavaonevision1_5",
-        "image_token_id": config.image_token_id, "video_token_id": config.video_token_id,
-        "torch_dtype": str(dtype).removeprefix("torch."), "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_word_embeddings,
+        "model_type": "llavaonevision1_5", "torch_dtype": str(dtype).removeprefix("torch."),
+        **numbers(config, TOKEN_IDS), **shared,
         "text_config": {
-            "model_type": "LLaVAOneVision1_5_text",
-            "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
-            "head_dim": config.head_dim, "hidden_size": config.hidden_size,
-            "initializer_range": config.initializer_range,
-            "intermediate_size": config.intermediate_size,
+            "model_type": "LLaVAOneVision1_5_text", **decoder, "rope_scaling": None,
             "layer_types": ["full_attention"] * config.num_hidden_layers,
-            "max_position_embeddings": config.max_position_embeddings,
-            "max_window_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_key_value_heads": config.num_key_value_heads,
-            "rms_norm_eps": config.rms_norm_eps, "rope_scaling": None,
-            "rope_theta": config.rope_theta, "sliding_window": None,
-            "tie_word_embeddings": config.tie_word_embeddings, "use_cache": True,
-            "use_sliding_window": False, "vocab_size": config.vocab_size, **experts},
+            "max_window_layers": config.num_hidden_layers, "sliding_window": None,
+            "use_cache": True},
         "vision_config": {
-            "model_type": "rice_vit", "depth": vision.depth, "embed_dim": vision.embed_dim,
-            "hidden_act": "gelu", "hidden_size": vision.embed_dim, "in_channels": 3,
-            "initializer_range": config.initializer_range,
-            "intermediate_size": vision.intermediate_size,
-            "layer_norm_eps": vision.layer_norm_eps, "num_heads": vision.num_heads,
-            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 1,
-            "text_hidden_size": vision.text_hidden_size}}
+            "model_type": "rice_vit", **vision, "hidden_size": config.vision.embed_dim,
+            "initializer_range": config.initializer_range}}
 
 
 # -------------------------------------------------------------------------- where the tensors are
@@ -475,17 +461,16 @@ def read_parameters(model: LlavaOneVision, pieces: Pieces, dtype: torch.dtype | 
     """Read the model's parameters in turn, with a line of progress on a terminal."""
     parameters = {name: p for name, p in model.named_parameters() if name in pieces}
     # torchrun sets RANK; one rank speaks for all
-    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    shown = os.environ.get("RANK", "0") == "0"
     try:
         for number, (name, parameter) in enumerate(parameters.items()):
             if shown:
-                print(f"\rreading parameter {number} of {len(parameters)}", end="",
-                      file=sys.stderr, flush=True)
+                show_progress(number, len(parameters), "parameters are read")
             yield name, read_parameter(pieces[name], parameter, dtype, device)
     finally:
-        # erase the line, also before an error message
+        # remove the line, also before an error message
         if shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            show_progress(1, 1, "")
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None,
@@ -603,20 +588,19 @@ def file_groups(tensors: Tensors) -> Iterator[dict[str, Tensor]]:
 
 def write_files(folder: Path, tensors: Tensors, contents: dict[str, object]) -> None:
     """Write weights, an index if they need several files, and other files to a folder."""
-    # names of the tensors in each file, and the bytes of all
-    written, total = [], 0
-    for group in file_groups(tensors):
-        save_file(group, folder / str(len(written)), metadata={"format": "pt"})
+    number_of, total = {}, 0  # the number of each tensor's file; bytes of all tensors
+    for number, group in enumerate(file_groups(tensors)):
+        save_file(group, folder / str(number), metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in group.values())
-        written.append(list(group))
+        number_of |= dict.fromkeys(group, number)
         group.clear()  # free this file's tensors before the next file's are read
 
     # the names of the files contain how many they are, which is known only now
-    count = len(written)
+    count = number + 1
     files = [WEIGHTS]
     if count > 1:
-        files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-        weight_map = {name: file for file, names in zip(files, written) for name in names}
+        files = [f"model-{place:05}-of-{count:05}.safetensors" for place in range(1, count + 1)]
+        weight_map = {name: files[number] for name, number in number_of.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         contents = contents | {INDEX: index}
     for number, file in enumerate(files):
@@ -814,17 +798,16 @@ def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype, co
 def stage0_config(vit: Path, llm: Path, tokenizer: Tokenizer) -> ModelConfig:
     """The merged model's sizes, from the configurations of its parts.  Raises ValueError."""
     # RICE's config.json has transformers' names for the sizes of a ViT, not those of ours
+    names = {"depth": "num_hidden_layers", "embed_dim": "hidden_size",
+             "num_heads": "num_attention_heads", "intermediate_size": "intermediate_size",
+             "layer_norm_eps": "layer_norm_eps"}
+    settings = {"patch_size": 14, "num_channels": 3, "hidden_act": "gelu"}
     file = vit / "config.json"
-    sizes = read_section(
-        file, read_json_object(file), {"patch_size": 14, "num_channels": 3, "hidden_act": "gelu"},
-        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
-        "layer_norm_eps")
+    sizes = read_section(file, read_json_object(file), settings, [*names.values()])
     file = llm / "config.json"
     decoder = decoder_fields(file, read_json_object(file))
-    vision = VisionConfig(
-        depth=sizes["num_hidden_layers"], embed_dim=sizes["hidden_size"],
-        num_heads=sizes["num_attention_heads"], intermediate_size=sizes["intermediate_size"],
-        text_hidden_size=decoder["hidden_size"], layer_norm_eps=sizes["layer_norm_eps"])
+    vision = VisionConfig(text_hidden_size=decoder["hidden_size"],
+                          **{ours: sizes[theirs] for ours, theirs in names.items()})
     return ModelConfig(**decoder, vision=vision,
                        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
                        video_token_id=tokenizer.token_to_id("<|video_pad|>"))
@@ -891,8 +874,8 @@ def fp8_names(model: LlavaOneVision, layout: Layout) -> tuple[set[str], dict]:
             quantised.update(names)
         elif isinstance(layer, nn.Linear):
             kept += [name.removesuffix(".weight") for name in names]
-    return quantised, {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-                       "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": kept}
+    return quantised, FP8_SETTINGS | {
+        "activation_scheme": "dynamic", "modules_to_not_convert": kept}
 
 
 def to_fp8(tensors: Tensors, names: set[str], dtype: torch.dtype) -> Tensors:
@@ -984,13 +967,12 @@ def verify(flags: argparse.Namespace) -> None:
         for sentence in switched_on(flags.path):
             print(sentence)
     if flags.other:
-        compare(flags.path, flags.other)
+        compare(flags.path, model, pieces, flags.other)
 
 
-def compare(path: Path, other: Path) -> None:
-    """Print how far two directories are apart: settings, then each tensor that differs.
+def compare(path: Path, model: LlavaOneVision, pieces: Pieces, other: Path) -> None:
+    """Print how far another directory is from `path`: settings, then each tensor that differs.
     Raises ValueError if their tensors have other names or shapes."""
-    model, pieces = find_checkpoint(path)
     other_model, other_pieces = find_checkpoint(other)
     shapes, other_shapes = ({name: tuple(p.shape) for name, p in m.named_parameters()}
                             for m in (model, other_model))
@@ -1020,16 +1002,16 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(
         dest="command", required=True,
         parser_class=lambda prog, description: flag_parser(description))
-
-    # the first line of a command's docstring is its help
-    def add(command: Callable) -> argparse.ArgumentParser:
+    subs = []
+    for command in (merge, export, verify):
+        # the first line of a command's docstring is its help
         summary = command.__doc__.splitlines()[0]
         sub = commands.add_parser(command.__name__, help=summary, description=summary)
         sub.prog = f"convert.py {command.__name__}"
         sub.set_defaults(run=command)
-        return sub
+        subs.append(sub)
+    merge_flags, export_flags, verify_flags = subs
 
-    merge_flags = add(merge)
     for name, source in (("--vit", "the ViT's checkpoint, rice-vit-large-patch14-560"),
                          ("--llm", "the decoder's checkpoint, a Qwen3 of any size"),
                          ("--tokenizer", "directory with the tokenizer.json to use")):
@@ -1037,13 +1019,9 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     merge_flags.add_argument("--seed", type=int, default=0, help="of the merger's weights")
     merge_flags.add_argument("--verify", action="store_true",
                              help="compare the parts with their sources afterwards")
-
-    export_flags = add(export)
     export_flags.add_argument("path", type=Path, metavar="RUN")
     export_flags.add_argument("--fp8", action="store_true",
                               help="quantise the decoder's large matrices, for serving")
-
-    verify_flags = add(verify)
     verify_flags.add_argument("path", type=Path, metavar="DIR")
     verify_flags.add_argument("other", type=Path, metavar="DIR2", nargs="?",
                               help="print how far DIR is from it")
@@ -1061,12 +1039,11 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     return flags
 
 
-def run() -> None:
-    flags = parse_flags(sys.argv[1:])
-    flags.run(flags)
-
-
 def main() -> None:
+    def run() -> None:
+        flags = parse_flags(sys.argv[1:])
+        flags.run(flags)
+
     refuse_in_one_sentence("convert.py", run)
 
 

@@ -29,7 +29,6 @@ from tokenizers import Tokenizer, models
 
 import convert
 from data import SPECIAL_TOKENS
-from fp8_kernel import BLOCK
 from model import ModelConfig, meta_model
 from vision import VisionConfig
 
@@ -45,7 +44,6 @@ DENSE = ModelConfig(
     image_token_id=13, video_token_id=14,
     vision=VisionConfig(depth=1, embed_dim=8, num_heads=2, intermediate_size=8, text_hidden_size=8))
 MIXED = replace(DENSE, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8)
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
 # names that lead a reader out of its directory, or to no file; {} is the directory with the decoys
 LEADING_OUT = ("../outside/{name}", "{outside}/{name}", "./../outside/{name}", "inner/../{name}",
                "../{folder}/{name}", "/dev/zero", "/dev/stdin", "/proc/self/environ", "..", ".", "",
@@ -106,7 +104,7 @@ def write_small(folder: Path) -> list[Path]:
                                     ("mixed-fp8", MIXED, True, 4e3)):
         about = convert.config_json(config, torch.bfloat16)
         if fp8:
-            about["quantization_config"] = FP8
+            about["quantization_config"] = convert.FP8_SETTINGS
         convert.FILE_BYTES = size
         convert.write_directory(folder / name, small_tensors(config, fp8), {
             "config.json": about, "tokenizer.json": tokenizer.to_str()})
