@@ -350,9 +350,7 @@ def watched() -> Iterator[list[Path]]:
 def read(folder: Path) -> str:
     """Read a checkpoint as the project does.  Returns the refusal, or "" if all of it is valid."""
     try:
-        convert.read_config(folder)
-        convert.find_checkpoint(folder)
-        convert.load_model(folder)
+        convert.load_model(folder)  # read_config and find_checkpoint are its first steps
         convert.load_tokenizer(folder)
     except ValueError as error:
         sentence = str(error)

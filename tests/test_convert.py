@@ -410,12 +410,12 @@ def test_damaged_checkpoints_are_refused(damage: Damage, words: str, healthy: Pa
 
 def test_hundreds_of_damaged_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is read or refused in one sentence, at once, and nothing outside is opened."""
-    found = damaged_headers(300)
+    found = damaged_headers(240)
     assert not found.failures, found.failures[0]
-    assert found.refused > 200 and found.valid > 10
+    assert found.refused > 160 and found.valid > 10
     # without the check of names, some lead to files outside: what is sought here is found
     monkeypatch.setattr(convert, "check_name", lambda file, name: None)
-    assert any("opened" in failure for failure in damaged_headers(100).failures)
+    assert any("opened" in failure for failure in damaged_headers(80).failures)
 
 
 @pytest.mark.parametrize("damage, words", [A_LAYER_MORE, HALF_A_FILE, TRANSPOSED])
