@@ -118,7 +118,8 @@ def write_small(folder: Path) -> list[Path]:
 
 
 # --------------------------------------------------------------------------------------- mutations
-# Each takes a source of random choices and the bytes of a file, and returns other bytes.
+# A Change takes a source of random choices and the bytes of a file, and returns other bytes.  A
+# Mutation takes such a source and a file, and may change all of its directory.
 
 
 def change_bytes(rng: random.Random, content: bytes) -> bytes:
