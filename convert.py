@@ -32,15 +32,16 @@ wants beside it.  `verify DIR [DIR]`: is a directory whole, and how far is it fr
 import argparse
 import hashlib
 import json
-import math
 import os
+import re
+import reprlib
 import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -56,7 +57,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from data import STRUCTURE, flag_parser, refuse_in_one_sentence
+from data import STRUCTURE, flag_parser, refuse_in_one_sentence, show_progress
 from fp8_kernel import BLOCK, Fp8Linear, convert_to_fp8, quantize_fp8
 from model import LlavaOneVision, ModelConfig, init_linear, meta_model
 from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, Merger, VisionConfig
@@ -68,7 +69,24 @@ MANIFEST = "manifest.json"  # of a run's state: size and sha256 of its other fil
 KEPT = 2  # states of a stage that stay on the disk
 SCALES = "_scale_inv"  # suffix: the scales of an FP8 weight have its name and this behind it
 PUBLISHED = "lmms-lab/LLaVA-OneVision-1.5-8B-Instruct"  # the modelling code config.json points at
-FRACTIONS = ("rms_norm_eps", "layer_norm_eps", "initializer_range", "rope_theta")  # not whole
+# config.json by section: numbers with the names of our fields, and settings that we compute with
+TOKEN_IDS = ("image_token_id", "video_token_id")
+EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+EXPERT_SETTINGS = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+DECODER_SIZES = [field.name for field in fields(ModelConfig) if field.type in (int, float)
+                 and field.name not in TOKEN_IDS + EXPERT_SIZES]
+DECODER_SETTINGS = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+                    "use_sliding_window": False}
+VISION_SIZES = [field.name for field in fields(VisionConfig) if field.type in (int, float)]
+VISION_SETTINGS = {"hidden_act": "gelu", "in_channels": 3, "patch_size": 14,
+                   "spatial_merge_size": 2, "temporal_patch_size": 1}
+FP8_SETTINGS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+FRACTIONS = {field.name for part in (ModelConfig, VisionConfig) for field in fields(part)
+             if field.type is float}  # the other numbers are whole
+LARGEST = 2**20  # no size of a model is larger; a product of three of them still has 63 bits
+SHORT = reprlib.Repr()
+SHORT.maxstring = 300
+brief = SHORT.repr  # a value of a file as messages have it: on one line, cut if it is long
 # These replacements, in turn, make RICE's own name of a ViT tensor from our name.
 VIT_NAMES = (
     ("visual.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
@@ -128,29 +146,31 @@ def read_json_object(file: Path) -> dict:
         raise ValueError(f"{file.parent} is no checkpoint: it has no {file.name}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the JSON, or of its UTF-8
+    except (ValueError, RecursionError) as error:  # of the JSON, of its UTF-8, or too many brackets
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object")
     return content
 
 
-def read_section(file: Path, section: dict, settings: dict[str, Any], *sizes: str) -> dict:
+def read_section(file: Path, section: dict, settings: dict[str, Any],
+                 sizes: Sequence[str] = ()) -> dict:
     """Check a section of a config.json; return its `sizes`, all of them positive numbers.
     settings: what this project computes with.  A file may omit a setting, but not change it.
     Raises ValueError naming the file, the key and the value."""
     for key, value in settings.items():
         if section.get(key) not in (None, value):
-            raise ValueError(f"{file}: {key} is {section[key]}, only {value} is supported")
+            raise ValueError(f"{file}: {key} is {brief(section[key])}, only {value} is supported")
 
     numbers = {}
     for key in sizes:
         value = section.get(key)
         # type(), since for isinstance() JSON's true is an int; NaN fails the comparison
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{file}: {key} is {value!r}, not a positive number")
-        if key not in FRACTIONS and value % 1:
-            raise ValueError(f"{file}: {key} is {value}, not a whole number")
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+            raise ValueError(f"{file}: {key} is {brief(value)}, not a positive number")
+        if key not in FRACTIONS and (value % 1 or value > LARGEST):
+            raise ValueError(f"{file}: {key} is {brief(value)}, not a whole number up to "
+                             f"{LARGEST:,}")
         numbers[key] = value if key in FRACTIONS else int(value)
     return numbers
 
@@ -163,27 +183,18 @@ def decoder_fields(file: Path, section: dict) -> dict[str, Any]:
     scaling = section.get("rope_scaling") or rope
     if not isinstance(rope, dict) or not isinstance(scaling, dict):
         raise ValueError(f"{file}: rope_parameters or rope_scaling is no object")
-    rotation = scaling.get("rope_type", scaling.get("type", "default"))
-    if rotation != "default":
-        raise ValueError(f"{file}: rotary scaling {rotation!r} is not supported")
+    read_section(file, scaling, {"rope_type": "default", "type": "default"})
 
     attention = section.get("layer_types") or []
-    if not isinstance(attention, list) or {*map(str, attention)} - {"full_attention"}:
+    if not isinstance(attention, list) or any(kind != "full_attention" for kind in attention):
         raise ValueError(f"{file}: layer_types has others than full_attention")
-    numbers = read_section(
-        file, section, {"attention_bias": False, "hidden_act": "silu", "attention_dropout": 0.0,
-                        "use_sliding_window": False, "partial_rotary_factor": 1.0},
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
-        "rms_norm_eps", "initializer_range")
-    numbers |= read_section(file, rope, {}, "rope_theta")
+    section = section | {"rope_theta": rope.get("rope_theta")}
+    settings = DECODER_SETTINGS | {"partial_rotary_factor": 1.0}
+    numbers = read_section(file, section, settings, DECODER_SIZES)
 
     # a mixture: experts in every layer, and the weights of the chosen ones sum to 1
     if section.get("num_experts"):
-        numbers |= read_section(
-            file, section,
-            {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
-            "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        numbers |= read_section(file, section, EXPERT_SETTINGS, EXPERT_SIZES)
         if numbers["num_experts_per_tok"] > numbers["num_experts"]:
             raise ValueError(f"{file}: num_experts_per_tok is {numbers['num_experts_per_tok']}, of "
                              f"{numbers['num_experts']} experts")
@@ -206,59 +217,40 @@ def read_config(path: str | Path) -> ModelConfig:
     quantized = content.get("quantization_config") or {}
     if not isinstance(quantized, dict):
         raise ValueError(f"{file}: quantization_config is no object")
-    read_section(file, quantized, {"quant_method": "fp8", "fmt": "e4m3",
-                                   "weight_block_size": [BLOCK, BLOCK]})
+    read_section(file, quantized, FP8_SETTINGS)
 
     # transformers 5 says it out here, transformers 4 in text_config
     if content.get("tie_word_embeddings") is False:
         decoder = decoder | {"tie_word_embeddings": False}
-    sizes = read_section(
-        file, vision, {"patch_size": 14, "spatial_merge_size": 2, "in_channels": 3,
-                       "temporal_patch_size": 1, "hidden_act": "gelu"},
-        "depth", "embed_dim", "num_heads", "intermediate_size", "text_hidden_size",
-        "layer_norm_eps")
-    token_ids = read_section(file, content, {}, "image_token_id", "video_token_id")
-    return ModelConfig(**decoder_fields(file, decoder), **token_ids, vision=VisionConfig(**sizes))
+    vision = VisionConfig(**read_section(file, vision, VISION_SETTINGS, VISION_SIZES))
+    token_ids = read_section(file, content, {}, TOKEN_IDS)
+    return ModelConfig(**decoder_fields(file, decoder), **token_ids, vision=vision)
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     """The released `config.json` of a model, as transformers 4 writes it."""
-    vision, experts = config.vision, {}
+    def numbers(part: ModelConfig | VisionConfig, sizes: Sequence[str]) -> dict:
+        return {name: getattr(part, name) for name in sizes}
+
+    # in both places, as `read_config` says
+    shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+    decoder = numbers(config, DECODER_SIZES) | DECODER_SETTINGS | shared
     if config.num_experts:
-        experts = {"num_experts": config.num_experts, "decoder_sparse_step": 1,
-                   "num_experts_per_tok": config.num_experts_per_tok, "mlp_only_layers": [],
-                   "moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": True}
-    # beside the sizes: what `read_section` checks, and what transformers wants to find
+        decoder |= numbers(config, EXPERT_SIZES) | EXPERT_SETTINGS
+    vision = numbers(config.vision, VISION_SIZES) | VISION_SETTINGS
+    # beside what `read_config` reads: what transformers wants to find
     return {
         "architectures": ["LLaVAOneVision1_5_ForConditionalGeneration"],
-        "model_type": "llavaonevision1_5",
-        "image_token_id": config.image_token_id, "video_token_id": config.video_token_id,
-        "torch_dtype": str(dtype).removeprefix("torch."), "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_word_embeddings,
+        "model_type": "llavaonevision1_5", "torch_dtype": str(dtype).removeprefix("torch."),
+        **numbers(config, TOKEN_IDS), **shared,
         "text_config": {
-            "model_type": "LLaVAOneVision1_5_text",
-            "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
-            "head_dim": config.head_dim, "hidden_size": config.hidden_size,
-            "initializer_range": config.initializer_range,
-            "intermediate_size": config.intermediate_size,
+            "model_type": "LLaVAOneVision1_5_text", **decoder, "rope_scaling": None,
             "layer_types": ["full_attention"] * config.num_hidden_layers,
-            "max_position_embeddings": config.max_position_embeddings,
-            "max_window_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_key_value_heads": config.num_key_value_heads,
-            "rms_norm_eps": config.rms_norm_eps, "rope_scaling": None,
-            "rope_theta": config.rope_theta, "sliding_window": None,
-            "tie_word_embeddings": config.tie_word_embeddings, "use_cache": True,
-            "use_sliding_window": False, "vocab_size": config.vocab_size, **experts},
+            "max_window_layers": config.num_hidden_layers, "sliding_window": None,
+            "use_cache": True},
         "vision_config": {
-            "model_type": "rice_vit", "depth": vision.depth, "embed_dim": vision.embed_dim,
-            "hidden_act": "gelu", "hidden_size": vision.embed_dim, "in_channels": 3,
-            "initializer_range": config.initializer_range,
-            "intermediate_size": vision.intermediate_size,
-            "layer_norm_eps": vision.layer_norm_eps, "num_heads": vision.num_heads,
-            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 1,
-            "text_hidden_size": vision.text_hidden_size}}
+            "model_type": "rice_vit", **vision, "hidden_size": config.vision.embed_dim,
+            "initializer_range": config.initializer_range}}
 
 
 # -------------------------------------------------------------------------- where the tensors are
@@ -272,12 +264,20 @@ def canonical_name(key: str) -> str:
     return key
 
 
+def check_name(file: Path, name: str) -> None:
+    """Raise ValueError unless a name in a file, of a tensor or of a file beside it, is a plain one:
+    a path could lead out of the directory, and other letters would garble messages."""
+    if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):
+        raise ValueError(f"{file} has {brief(name)}, which is no plain name of letters, "
+                         "digits, '.', '_' and '-'")
+
+
 def open_tensors(file: Path) -> Any:
     """Map a safetensors file into memory.  Raises ValueError naming it if it cannot be read."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+        raise ValueError(f"{file} cannot be read as safetensors: {brief(str(error))}") from error
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -289,6 +289,8 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(
             isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of file names")
+    for name in {*weight_map, *weight_map.values()}:
+        check_name(index, name)
     # otherwise the directory has two checkpoints, and nothing says which one is meant
     if (path / WEIGHTS).exists() and WEIGHTS not in weight_map.values():
         raise ValueError(f"{path} has a {WEIGHTS} beside the files of its index")
@@ -307,6 +309,7 @@ def tensor_files(path: Path) -> dict[str, Stored]:
         if not file.is_file():
             raise ValueError(f"{path} has no {file_name}")
         for key in open_tensors(file).keys():
+            check_name(file, key)
             name = canonical_name(key)
             if name in tensors:
                 raise ValueError(f"{file}: {key} is also in {tensors[name].file}")
@@ -352,6 +355,23 @@ def find_pieces(path: Path, tensors: dict[str, Stored], layout: Layout,
     return {parameter: [tensors[name] for name in names] for parameter, names in layout.items()}
 
 
+def empty_model(path: Path | str, config: ModelConfig, tensors: int,
+                side: str = "") -> LlavaOneVision:
+    """A model on the meta device.  tensors: how many its directory has.
+    Raises ValueError if its sizes do not fit together, or ask for more than the files have."""
+    # layers and experts have tensors of their own; to build a million of them would take hours
+    parts = config.vision.depth + config.num_hidden_layers
+    if side != "vision":
+        parts += config.num_hidden_layers * config.num_experts
+    if parts > tensors:
+        raise ValueError(f"{path}: config.json asks for {parts:,} layers and experts, but there "
+                         f"are {tensors:,} tensors")
+    try:
+        return meta_model(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: config.json does not fit: {error}") from error
+
+
 def find_checkpoint(path: Path, side: str = "") -> tuple[LlavaOneVision, Pieces]:
     """A directory's model, on the meta device, and where the tensors of its parameters are.
     side: "vision" or "decoder"; then the model's other side becomes None.
@@ -359,7 +379,8 @@ def find_checkpoint(path: Path, side: str = "") -> tuple[LlavaOneVision, Pieces]
     config, tensors = read_config(path), tensor_files(path)
     # tie the head to the embedding if the config allows it and the files have no head
     tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
-    model = meta_model(replace(config, tie_word_embeddings=tied))
+    config = replace(config, tie_word_embeddings=tied)
+    model = empty_model(path, config, len(tensors), side)
     other_side = {"": (), "vision": ("model.", "lm_head."), "decoder": ("visual.",)}
     if side not in other_side:
         raise ValueError(f"there is no side {side!r} of a model, only vision and decoder")
@@ -450,17 +471,16 @@ def read_parameters(model: LlavaOneVision, pieces: Pieces, dtype: torch.dtype | 
     """Read the model's parameters in turn, with a line of progress on a terminal."""
     parameters = {name: p for name, p in model.named_parameters() if name in pieces}
     # torchrun sets RANK; one rank speaks for all
-    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    shown = os.environ.get("RANK", "0") == "0"
     try:
         for number, (name, parameter) in enumerate(parameters.items()):
             if shown:
-                print(f"\rreading parameter {number} of {len(parameters)}", end="",
-                      file=sys.stderr, flush=True)
+                show_progress(number, len(parameters), "parameters are read")
             yield name, read_parameter(pieces[name], parameter, dtype, device)
     finally:
-        # erase the line, also before an error message
+        # remove the line, also before an error message
         if shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            show_progress(1, 1, "")
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None,
@@ -504,7 +524,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for malformed files
-        raise ValueError(f"{file} is no tokenizer: {error}") from error
+        raise ValueError(f"{file} is no tokenizer: {brief(str(error))}") from error
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -578,20 +598,19 @@ def file_groups(tensors: Tensors) -> Iterator[dict[str, Tensor]]:
 
 def write_files(folder: Path, tensors: Tensors, contents: dict[str, object]) -> None:
     """Write weights, an index if they need several files, and other files to a folder."""
-    # names of the tensors in each file, and the bytes of all
-    written, total = [], 0
-    for group in file_groups(tensors):
-        save_file(group, folder / str(len(written)), metadata={"format": "pt"})
+    number_of, total = {}, 0  # the number of each tensor's file; bytes of all tensors
+    for number, group in enumerate(file_groups(tensors)):
+        save_file(group, folder / str(number), metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in group.values())
-        written.append(list(group))
+        number_of |= dict.fromkeys(group, number)
         group.clear()  # free this file's tensors before the next file's are read
 
     # the names of the files contain how many they are, which is known only now
-    count = len(written)
+    count = number + 1
     files = [WEIGHTS]
     if count > 1:
-        files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-        weight_map = {name: file for file, names in zip(files, written) for name in names}
+        files = [f"model-{place:05}-of-{count:05}.safetensors" for place in range(1, count + 1)]
+        weight_map = {name: files[number] for name, number in number_of.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         contents = contents | {INDEX: index}
     for number, file in enumerate(files):
@@ -1004,17 +1023,16 @@ def side_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype, co
 def stage0_config(vit: Path, llm: Path, tokenizer: Tokenizer) -> ModelConfig:
     """The merged model's sizes, from the configurations of its parts.  Raises ValueError."""
     # RICE's config.json has transformers' names for the sizes of a ViT, not those of ours
+    names = {"depth": "num_hidden_layers", "embed_dim": "hidden_size",
+             "num_heads": "num_attention_heads", "intermediate_size": "intermediate_size",
+             "layer_norm_eps": "layer_norm_eps"}
+    settings = {"patch_size": 14, "num_channels": 3, "hidden_act": "gelu"}
     file = vit / "config.json"
-    sizes = read_section(
-        file, read_json_object(file), {"patch_size": 14, "num_channels": 3, "hidden_act": "gelu"},
-        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
-        "layer_norm_eps")
+    sizes = read_section(file, read_json_object(file), settings, [*names.values()])
     file = llm / "config.json"
     decoder = decoder_fields(file, read_json_object(file))
-    vision = VisionConfig(
-        depth=sizes["num_hidden_layers"], embed_dim=sizes["hidden_size"],
-        num_heads=sizes["num_attention_heads"], intermediate_size=sizes["intermediate_size"],
-        text_hidden_size=decoder["hidden_size"], layer_norm_eps=sizes["layer_norm_eps"])
+    vision = VisionConfig(text_hidden_size=decoder["hidden_size"],
+                          **{ours: sizes[theirs] for ours, theirs in names.items()})
     return ModelConfig(**decoder, vision=vision,
                        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
                        video_token_id=tokenizer.token_to_id("<|video_pad|>"))
@@ -1034,18 +1052,20 @@ def merge(flags: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(flags.tokenizer)
     config = stage0_config(flags.vit, flags.llm, tokenizer)
     check_tokenizer(flags.tokenizer, tokenizer, config)
+    vit_tensors = tensor_files(flags.vit)
+    decoder_tensors = tensor_files(flags.llm)
     # released checkpoints always have a head, so a tied head of a source is copied
-    model = meta_model(replace(config, tie_word_embeddings=False))
+    model = empty_model(f"{flags.vit} and {flags.llm}", replace(config, tie_word_embeddings=False),
+                        len(vit_tensors) + len(decoder_tensors))
     layout = released_names(model)
 
     # where the sources have each parameter; the merger's tensors come from a seed
     vit_layout, decoder_layout = source_layouts(layout)
-    decoder_tensors = tensor_files(flags.llm)
     remark = ""
     if config.tie_word_embeddings and "lm_head.weight" not in decoder_tensors:
         decoder_layout["lm_head.weight"] = decoder_layout["model.embed_tokens.weight"]
         remark = ", head copied from the embedding"
-    vit = find_pieces(flags.vit, tensor_files(flags.vit), vit_layout, UNUSED)
+    vit = find_pieces(flags.vit, vit_tensors, vit_layout, UNUSED)
     decoder = find_pieces(flags.llm, decoder_tensors, decoder_layout, UNUSED)
 
     merger = fresh_merger(model, flags.seed, flags.dtype)
@@ -1079,8 +1099,8 @@ def fp8_names(model: LlavaOneVision, layout: Layout) -> tuple[set[str], dict]:
             quantised.update(names)
         elif isinstance(layer, nn.Linear):
             kept += [name.removesuffix(".weight") for name in names]
-    return quantised, {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-                       "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": kept}
+    return quantised, FP8_SETTINGS | {
+        "activation_scheme": "dynamic", "modules_to_not_convert": kept}
 
 
 def to_fp8(tensors: Tensors, names: set[str], dtype: torch.dtype) -> Tensors:
@@ -1172,13 +1192,12 @@ def verify(flags: argparse.Namespace) -> None:
         for sentence in switched_on(flags.path):
             print(sentence)
     if flags.other:
-        compare(flags.path, flags.other)
+        compare(flags.path, model, pieces, flags.other)
 
 
-def compare(path: Path, other: Path) -> None:
-    """Print how far two directories are apart: settings, then each tensor that differs.
+def compare(path: Path, model: LlavaOneVision, pieces: Pieces, other: Path) -> None:
+    """Print how far another directory is from `path`: settings, then each tensor that differs.
     Raises ValueError if their tensors have other names or shapes."""
-    model, pieces = find_checkpoint(path)
     other_model, other_pieces = find_checkpoint(other)
     shapes, other_shapes = ({name: tuple(p.shape) for name, p in m.named_parameters()}
                             for m in (model, other_model))
@@ -1208,16 +1227,16 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(
         dest="command", required=True,
         parser_class=lambda prog, description: flag_parser(description))
-
-    # the first line of a command's docstring is its help
-    def add(command: Callable) -> argparse.ArgumentParser:
+    subs = []
+    for command in (merge, export, verify):
+        # the first line of a command's docstring is its help
         summary = command.__doc__.splitlines()[0]
         sub = commands.add_parser(command.__name__, help=summary, description=summary)
         sub.prog = f"convert.py {command.__name__}"
         sub.set_defaults(run=command)
-        return sub
+        subs.append(sub)
+    merge_flags, export_flags, verify_flags = subs
 
-    merge_flags = add(merge)
     for name, source in (("--vit", "the ViT's checkpoint, rice-vit-large-patch14-560"),
                          ("--llm", "the decoder's checkpoint, a Qwen3 of any size"),
                          ("--tokenizer", "directory with the tokenizer.json to use")):
@@ -1225,13 +1244,9 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     merge_flags.add_argument("--seed", type=int, default=0, help="of the merger's weights")
     merge_flags.add_argument("--verify", action="store_true",
                              help="compare the parts with their sources afterwards")
-
-    export_flags = add(export)
     export_flags.add_argument("path", type=Path, metavar="RUN")
     export_flags.add_argument("--fp8", action="store_true",
                               help="quantise the decoder's large matrices, for serving")
-
-    verify_flags = add(verify)
     verify_flags.add_argument("path", type=Path, metavar="DIR")
     verify_flags.add_argument("other", type=Path, metavar="DIR2", nargs="?",
                               help="print how far DIR is from it")
@@ -1249,12 +1264,11 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     return flags
 
 
-def run() -> None:
-    flags = parse_flags(sys.argv[1:])
-    flags.run(flags)
-
-
 def main() -> None:
+    def run() -> None:
+        flags = parse_flags(sys.argv[1:])
+        flags.run(flags)
+
     refuse_in_one_sentence("convert.py", run)
 
 

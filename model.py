@@ -448,6 +448,12 @@ class LlavaOneVision(nn.Module):
         if config.vision.text_hidden_size != config.hidden_size:
             raise ValueError(f"the merger's width {config.vision.text_hidden_size} is not the "
                              f"decoder's {config.hidden_size}")
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise ValueError(f"{config.num_attention_heads} query heads cannot share "
+                             f"{config.num_key_value_heads} key heads evenly")
+        # a position turns pairs of numbers of a head; in the ViT, y and x turn half of them each
+        if config.head_dim % 2 or config.vision.embed_dim % (4 * config.vision.num_heads):
+            raise ValueError("the width of a head must be even, and in the ViT a multiple of 4")
         self.config = config
         self.visual = RiceViT(config.vision)
         self.model = Qwen3(config)

@@ -111,8 +111,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from assets.scenes import drawn_texts, train_tokenizer
-from convert import (StateWriter, check_tokenizer, load_model, load_tokenizer, newest_state,
-                     on_all_ranks, read_config, read_json_object, read_state, save_checkpoint,
+from convert import (StateWriter, check_tokenizer, find_checkpoint, load_model, load_tokenizer, newest_state,
+                     on_all_ranks, read_json_object, read_state, save_checkpoint,
                      sync, write_file)
 from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, flag_parser, lay_out,
                   open_index, reason_of, source_files, weight_of)
@@ -367,7 +367,8 @@ def sizes_of(config: TrainConfig, start: str) -> ModelConfig:
     preset = PRESETS[config.model or FROM_SCRATCH[0]]
     if not start:
         return preset
-    sizes = read_config(start)
+    model, _ = find_checkpoint(Path(start))
+    sizes = model.config
     if config.model:
         # these three fields tell the presets apart
         for name in ("hidden_size", "num_hidden_layers", "num_experts"):

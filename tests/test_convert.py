@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models
 
 import convert
 import sample
+from benchmarks.faults import damaged_headers
 from convert import (CHAT_TEMPLATE, INDEX, Stored, find_checkpoint, from_fp8, load_model,
                      load_tokenizer, read_parameter, read_tensors, released_names)
 from data import render
@@ -344,6 +345,8 @@ DAMAGED = [
     (vision(hidden_act="quick_gelu"), "config.json hidden_act quick_gelu"),
     (vision(in_channels=4), "config.json in_channels 4"),
     (config(image_token_id=99), "99 image_pad"),
+    (vision(num_heads=3), "config.json multiple of 4"),
+    (decoder(num_attention_heads=3), "config.json 3 query heads"),
     # files and their index
     (remove("model-00001-*"), FIRST),
     (change_bytes(lambda b: b[:60]), f"{FIRST} safetensors"),
@@ -403,6 +406,16 @@ def test_damaged_checkpoints_are_refused(damage: Damage, words: str, healthy: Pa
     shutil.copytree(healthy, tmp_path / "damaged")
     damage(tmp_path / "damaged")
     check_refused(tmp_path / "damaged", words)
+
+
+def test_hundreds_of_damaged_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is read or refused in one sentence, at once, and nothing outside is opened."""
+    found = damaged_headers(240)
+    assert not found.failures, found.failures[0]
+    assert found.refused > 160 and found.valid > 10
+    # without the check of names, some lead to files outside: what is sought here is found
+    monkeypatch.setattr(convert, "check_name", lambda file, name: None)
+    assert any("opened" in failure for failure in damaged_headers(80).failures)
 
 
 @pytest.mark.parametrize("damage, words", [A_LAYER_MORE, HALF_A_FILE, TRANSPOSED])
