@@ -111,8 +111,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from assets.scenes import drawn_texts, train_tokenizer
-from convert import (StateWriter, check_tokenizer, find_checkpoint, load_model, load_tokenizer, newest_state,
-                     on_all_ranks, read_json_object, read_state, save_checkpoint,
+from convert import (StateWriter, check_tokenizer, find_checkpoint, load_model, load_tokenizer,
+                     newest_state, on_all_ranks, read_json_object, read_state, save_checkpoint,
                      sync, write_file)
 from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, flag_parser, lay_out,
                   open_index, reason_of, source_files, weight_of)
