@@ -69,6 +69,7 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -1277,6 +1278,17 @@ def parse_flags(arguments: list[str]) -> TrainConfig:
     return TrainConfig(**{**flags, "data": tuple(flags["data"])})
 
 
+def end_workers() -> None:
+    """Kill the processes that prepare rows, in a run that ends early.
+
+    At its exit Python sends them SIGTERM, which they ignore, and waits until they have ended.
+    """
+    # the DataLoader's handler would raise an error about a worker that was killed
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def main() -> None:
     """Run the command.  A run that ends early says why in one line, and in its exit code."""
     rank = int(os.environ.get("RANK", "0"))
@@ -1296,6 +1308,8 @@ def main() -> None:
     except Exception as error:
         error.add_note(f"on rank {rank} of {socket.gethostname()}")
         raise
+    finally:
+        end_workers()
 
 
 if __name__ == "__main__":
