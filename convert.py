@@ -581,7 +581,10 @@ def write_files(folder: Path, tensors: Tensors, contents: dict[str, object]) -> 
     # names of the tensors in each file, and the bytes of all
     written, total = [], 0
     for group in file_groups(tensors):
-        save_file(group, folder / str(len(written)), metadata={"format": "pt"})
+        try:
+            save_file(group, folder / str(len(written)), metadata={"format": "pt"})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"{folder} cannot be written: {error}") from error
         total += sum(tensor.nbytes for tensor in group.values())
         written.append(list(group))
         group.clear()  # free this file's tensors before the next file's are read
@@ -785,6 +788,8 @@ def write_state(path: Path, tensors: dict[str, Tensor], about: dict,
             raise OSError(first_failure(error)) from error
         found = on_all_ranks(digests_of_rank, group)
         on_all_ranks(commit, group)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         if rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
