@@ -1101,6 +1101,9 @@ def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, index: Index |
 
 def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
     """Write the checkpoint of a stage, and remove its states."""
+    if run.ranks.rank == 0:
+        for unfinished in run.out.glob(f"{name}.*.partial"):  # of a run that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
     try:
         save_checkpoint(model, run.tokenizer, run.out / name)
     except ValueError as error:
@@ -1217,6 +1220,8 @@ def run(config: TrainConfig) -> Path:
         if name in begun and Path(config.out, name).is_dir():
             start = str(Path(config.out, name))
             del recipes[name]  # it is finished
+            if ranks.rank == 0:  # a run that was killed may have left its states
+                shutil.rmtree(Path(config.out, f"{name}-state"), ignore_errors=True)
     # bad data and a damaged checkpoint are refused here, before the run has a directory
     with blamed_on("data", common=True):
         indexes = open_indexes(recipes, begun, tokenizer, config, ranks)
@@ -1296,6 +1301,7 @@ def main() -> None:
     try:
         run(parse_flags(sys.argv[1:]))
     except (RunError, ValueError, OSError) as error:
+        STOP.deferring = True  # a second signal must not break off the end
         reason = "storage" if isinstance(error, OSError) else "configuration"
         end = error if isinstance(error, RunError) else RunError(reason, str(error))
         # before the ranks join, all of them find the same error
