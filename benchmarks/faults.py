@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -231,7 +232,7 @@ def kill(folder: Path, count: int = 20) -> int:
         resumed += number > 0 and alive
     # the last kill: while the checkpoint of a stage is written
     process = Process(out, flags)
-    process.wait_for(lambda: any(out.glob("*.partial")))
+    process.wait_for(lambda: any(out.glob("*[0-9].partial")))
     process.kill()
 
     process = Process(out, flags)
@@ -312,6 +313,10 @@ def stop(folder: Path, count: int = 20) -> int:
                 target = process.ranks()[rng.randrange(ranks)]
             sent = time.monotonic()
             os.kill(target, SIGNALS[number % 3])
+            if number % 4 == 3:  # as schedulers do that signal torchrun and the ranks
+                time.sleep(rng.uniform(0, 1))
+                with suppress(ProcessLookupError):
+                    os.kill(target, SIGNALS[number % 3])
             code = process.end(60)
             seconds.append(time.monotonic() - sent)
             inside += saving
@@ -376,7 +381,7 @@ def ranks(folder: Path, count: int = 4) -> int:
     return failures
 
 
-def disk(folder: Path, count: int = 10) -> int:
+def disk(folder: Path, count: int = 11) -> int:
     """Fill the disk during saves; take away leave to write, and the directory."""
     reference = undisturbed(folder, "whole")
     failures, started, out, prefix = 0, time.monotonic(), folder / "full", ()
@@ -389,15 +394,19 @@ def disk(folder: Path, count: int = 10) -> int:
     failures += expect(process.end() == 10, f"not stopped: {process.said()}")
     state = states_in(out / "mid-state")[-1]
     pages = sum(-(-file.stat().st_size // 4096) for file in state.iterdir())
-    rooms = [0, 1, 2, pages // 10, pages // 2, *range(pages - 2, pages + 3)]
+    # pages that are left for the next save: for a line, for state.json, for a part of the tensors,
+    # for all but manifest.json; then for a part of the last checkpoint; and on two ranks
+    rooms = [0, 1, 2, *(pages * tenth // 10 for tenth in (1, 3, 5, 7)), pages - 2, pages - 1]
+    cases = [*((room, {}, 0) for room in rooms), (pages // 20, {"--save-every": 0}, 0),
+             (pages // 2, {}, 2)]
     sentences = []
-    for room, ranks_of_run in [*((room, 0) for room in rooms[:count]), (pages // 2, 2)]:
+    for room, flags, ranks_of_run in cases[:count]:
         if MAY_MOUNT in os.environ:
             with open(out / "ballast", "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, 4096 * (free_pages(out) - room))
         else:
             prefix = ("prlimit", f"--fsize={4096 * room}")
-        process = Process(out, ranks=ranks_of_run, prefix=prefix)
+        process = Process(out, flags, ranks_of_run, prefix=prefix)
         code = process.end(60)
         (out / "ballast").unlink(missing_ok=True)
         failures += ended_badly(process, code, ranks_of_run)
@@ -443,6 +452,7 @@ def out_of_reach(folder: Path) -> int:
         process = Process(out)
         failures += ended_badly(process, process.end(60))
         said.append(process.said().splitlines()[-1])
+        subprocess.run(["umount", out], check=True)
     process = Process(folder / "deleted")
     process.wait_for_steps(5)
     shutil.rmtree(process.out)
