@@ -64,6 +64,8 @@ all flags; `python -m benchmarks.plan` computes what a run needs.
 """
 
 import argparse
+import errno
+import fcntl
 import gc
 import hashlib
 import inspect
@@ -729,6 +731,15 @@ class Log:
 
     def __init__(self, out: Path, first: bool, tensorboard: bool) -> None:
         self.file = open(out / "log.jsonl", "a") if first else None
+        if first:
+            # ranks outlive a torchrun that is killed: two runs would mix their steps and states
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # a file system without locks has other errors
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise RunError("configuration", f"another run writes to {out}: end its "
+                                   "processes first, or name another --out") from error
         self.terminal = first and sys.stdout.isatty()
         self.board = None
         if first and tensorboard:
