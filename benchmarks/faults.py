@@ -5,7 +5,7 @@ in a temporary directory.  It compares their end with that of a run that nothing
 byte: `ledger.jsonl`, which has the numbers of the samples of each step, and the weights.
 
     kill      kill -9 of a run, again and again, also inside a save
-    rank      kill -9 of one of four ranks
+    rank      kill -9 of one of four ranks, of torchrun alone
     stop      SIGTERM, SIGUSR1, SIGINT, to one process, to torchrun, to one of two ranks
     ranks     a run goes on with another number of ranks, with shared rows, with shared experts
     disk      a full disk, a directory that is read-only, and one that somebody deletes
@@ -240,7 +240,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-def rank(folder: Path, count: int = 2) -> int:
+def rank(folder: Path, count: int = 3) -> int:
     """Kill one of four ranks: with --max-restarts the run goes on by itself, without it ends."""
     reference = undisturbed(folder, ranks=4)
     failures, rng = 0, random.Random(0)
@@ -264,7 +264,27 @@ def rank(folder: Path, count: int = 2) -> int:
         broken += expect(not fault, fault)
         failures += figure(f"kill -9 of one rank of four, --max-restarts {restarts}", started,
                            broken, f"survivors gone after {gone:.1f} s; {text}")
-    return failures
+    return failures + (without_torchrun(folder, reference) if count > 2 else 0)
+
+
+def without_torchrun(folder: Path, reference: Path) -> int:
+    """Kill torchrun alone: its ranks live on, here frozen, and must keep another run out."""
+    started, process = time.monotonic(), Process(folder / "alone", ranks=4)
+    failures = expect(process.train(7), f"it ends too early: {process.said()}")
+    pids = process.ranks().values()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    os.kill(process.popen.pid, signal.SIGKILL)
+    process.popen.wait()
+    second = Process(process.out, ranks=4)
+    failures += expect(second.end() == 1 and f"another run writes to {process.out}" in
+                       second.said(), f"not refused: {second.said()}")
+    for pid in pids:
+        os.killpg(pid, signal.SIGKILL)
+    fault = fault_of_end(Process(process.out, ranks=4), reference)
+    failures += expect(not fault, fault)
+    return figure("kill -9 of torchrun, not of its ranks", started, failures, "another run in the "
+                  "directory is refused while they live, then goes on, end equal")
 
 
 def stop(folder: Path, count: int = 20) -> int:
