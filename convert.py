@@ -600,7 +600,10 @@ def write_files(folder: Path, tensors: Tensors, contents: dict[str, object]) -> 
     """Write weights, an index if they need several files, and other files to a folder."""
     number_of, total = {}, 0  # the number of each tensor's file; bytes of all tensors
     for number, group in enumerate(file_groups(tensors)):
-        save_file(group, folder / str(number), metadata={"format": "pt"})
+        try:
+            save_file(group, folder / str(number), metadata={"format": "pt"})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"{folder} cannot be written: {error}") from error
         total += sum(tensor.nbytes for tensor in group.values())
         number_of |= dict.fromkeys(group, number)
         group.clear()  # free this file's tensors before the next file's are read
@@ -804,6 +807,8 @@ def write_state(path: Path, tensors: dict[str, Tensor], about: dict,
             raise OSError(first_failure(error)) from error
         found = on_all_ranks(digests_of_rank, group)
         on_all_ranks(commit, group)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         if rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)

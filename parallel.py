@@ -54,6 +54,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -129,6 +130,12 @@ def start_processes(device: torch.device) -> None:
     if "RANK" not in os.environ:
         # started by python, not by torchrun: one process, no address to meet at
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        # torchrun keeps its store when it restarts the ranks: without names of their own they would
+        # find the addresses of the ranks before, which are gone
+        store, rank, count = next(rendezvous("env://"))
+        attempt = f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        options |= {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": count}
     # the others wait while the first rank writes a checkpoint: an hour, not the usual minutes
     dist.init_process_group(**options, timeout=timedelta(hours=1))
 

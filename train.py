@@ -80,11 +80,14 @@ all flags; `python -m benchmarks.plan` computes what a run needs.
 """
 
 import argparse
+import errno
+import fcntl
 import gc
 import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -745,6 +748,15 @@ class Log:
 
     def __init__(self, out: Path, first: bool, tensorboard: bool) -> None:
         self.file = open(out / "log.jsonl", "a") if first else None
+        if first:
+            # ranks outlive a torchrun that is killed: two runs would mix their steps and states
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # a file system without locks has other errors
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise RunError("configuration", f"another run writes to {out}: end its "
+                                   "processes first, or name another --out") from error
         self.terminal = first and sys.stdout.isatty()
         self.board = None
         if first and tensorboard:
@@ -1130,6 +1142,9 @@ def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, index: Index |
 
 def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
     """Write the checkpoint of a stage, and remove its states."""
+    if run.ranks.rank == 0:
+        for unfinished in run.out.glob(f"{name}.*.partial"):  # of a run that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
     try:
         save_checkpoint(model, run.tokenizer, run.out / name)
     except ValueError as error:
@@ -1255,6 +1270,8 @@ def run(config: TrainConfig) -> Path:
     for name in [name for name in recipes if name in begun and Path(config.out, name).is_dir()]:
         start = str(Path(config.out, name))
         del recipes[name]
+        if ranks.rank == 0:  # a run that was killed may have left its states
+            shutil.rmtree(Path(config.out, f"{name}-state"), ignore_errors=True)
     # bad data and a damaged checkpoint are refused here, before the run has a directory
     with blamed_on("data", common=True):
         indexes = open_indexes(recipes, begun, tokenizer, config, ranks)
@@ -1311,6 +1328,17 @@ def parse_flags(arguments: list[str]) -> TrainConfig:
     return TrainConfig(**{**flags, "data": tuple(flags["data"])})
 
 
+def end_workers() -> None:
+    """Kill the processes that prepare rows, in a run that ends early.
+
+    At its exit Python sends them SIGTERM, which they ignore, and waits until they have ended.
+    """
+    # the DataLoader's handler would raise an error about a worker that was killed
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def main() -> None:
     """Run the command.  A run that ends early says why in one line, and in its exit code."""
     rank = int(os.environ.get("RANK", "0"))
@@ -1318,6 +1346,7 @@ def main() -> None:
     try:
         run(parse_flags(sys.argv[1:]))
     except (RunError, ValueError, OSError) as error:
+        STOP.deferring = True  # a second signal must not break off the end
         reason = "storage" if isinstance(error, OSError) else "configuration"
         end = error if isinstance(error, RunError) else RunError(reason, str(error))
         # before the ranks join, all of them find the same error
@@ -1330,6 +1359,8 @@ def main() -> None:
     except Exception as error:
         error.add_note(f"on rank {rank} of {socket.gethostname()}")
         raise
+    finally:
+        end_workers()
 
 
 if __name__ == "__main__":

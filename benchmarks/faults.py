@@ -1,8 +1,20 @@
-"""Thousands of damaged files: each is read as usual, or refused in one sentence that names it.
+"""What becomes of a run that is killed, stopped, starved of room, or fed damage and NaN.
 
-Run `python -m benchmarks.faults headers [--count N]`: prints one line of counts.  Anything else
-than a ValueError of one sentence, a second of work, much memory, or a file opened outside of the
-checkpoint's directory is printed with the number of the mutant, and the exit code is 1.
+Each command injects faults of one kind into runs of the tiny preset, started as users start them,
+in a temporary directory.  It compares their end with that of a run that nothing disturbed, byte for
+byte: `ledger.jsonl`, which has the numbers of the samples of each step, and the weights.
+
+    kill      kill -9 of a run, again and again, also inside a save
+    rank      kill -9 of one of four ranks, of torchrun alone
+    stop      SIGTERM, SIGUSR1, SIGINT, to one process, to torchrun, to one of two ranks
+    ranks     a run goes on with another number of ranks, with shared rows, with shared experts
+    disk      a full disk, a directory that is read-only, and one that somebody deletes
+    state     bits of a saved state flip, its files are cut
+    numerics  NaN in a gradient, Inf in a picture
+    headers   damaged headers of safetensors, configurations, indexes, tokenizers
+
+Run `python -m benchmarks.faults` for all (20 minutes on two CPU cores, Linux only), or name some of
+them; `--count 4` injects at most four faults of a kind.  Exit code 1: a promise was broken.
 """
 
 import argparse
@@ -10,421 +22,577 @@ import json
 import math
 import os
 import random
-import resource
+import re
 import shutil
 import signal
-import struct
+import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer, models
+from PIL import Image
 
-import convert
-from data import SPECIAL_TOKENS
-from model import ModelConfig, meta_model
-from vision import VisionConfig
+from benchmarks.clock import print_table
+from benchmarks.fuzz import damaged_headers
+from convert import damage_of_state, newest_state, states_in, write_state
 
-SECONDS = 1.0  # of processor time that reading a small mutant may take
-HANG = 10.0  # seconds of the clock after which it is interrupted
-MEMORY = 500_000  # KB that a mutant may add to the peak of the process
-SENTENCE = 1000  # letters of an error message, at most
-Change = Callable[[random.Random, bytes], bytes]
-Mutation = Callable[[random.Random, Path], None]
-DENSE = ModelConfig(
-    hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=4, rope_theta=1e4, vocab_size=16, max_position_embeddings=64,
-    image_token_id=14, video_token_id=15,
-    vision=VisionConfig(depth=1, embed_dim=8, num_heads=2, intermediate_size=8, text_hidden_size=8))
-MIXED = replace(DENSE, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8)
-# names that lead a reader out of its directory, or to no file; {} is the directory with the decoys
-LEADING_OUT = ("../outside/{name}", "{outside}/{name}", "./../outside/{name}", "inner/../{name}",
-               "../{folder}/{name}", "/dev/zero", "/dev/stdin", "/proc/self/environ", "..", ".", "",
-               "/", "{name}\0", "{name}\n", "\x1b[2J", "~", "a" * 300, "\ud800", "file:{name}",
-               "model.safetensors/", "config.json", "-", "NUL", "{name} ")
-DTYPES = ("BOOL", "F4", "F6_E2M3", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16",
-          "BF16", "I32", "F32", "C64", "F64", "I64", "f32", "XX", "")
-# values for any place of a JSON file, as they are written
-VALUES = ("0", "-1", "1", "2", "3", "1000", "1048576", "1048577", "1000000000", "2147483648",
-          "9223372036854775807", "18446744073709551616", "1" + "0" * 400, "1" * 5000, "1.5", "2.0",
-          "1e18", "1e308", "1e999", "-1e999", "-0.0", "1e-320", "NaN", "Infinity", "-Infinity",
-          "true", "false", "null", "{}", "[]", "[[]]", "[0, 8]", "[8, 0]", "[-1]", "[8, 8, 8]",
-          '{"a": 1}', '""', '"x"', '"two\\nlines"', '"\\u0000"', '"\\ud800"', '"\\u001b[2J"',
-          f'"{"long " * 20_000}"', "tru", "'x'", "", "0x10", "[" * 100_000, '{"a":' * 100_000,
-          "[" * 100_000 + "]" * 100_000, "[" * 200 + "]" * 200)
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 300  # seconds until a run that does not do what it should is killed
+SAMPLES = 100
+# Flags of a run.  Four ranks can share 4 rows; in 24 steps most samples are seen twice.
+RUN = {"--start-from": "assets/tiny", "--stage": "mid", "--steps": 24, "--rows": 4,
+       "--seq-length": 256, "--save-every": 4, "--log-every": 100, "--device": "cpu"}
+Flags = dict[str, object]  # they replace those of RUN
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+MAY_MOUNT = "FAULTS_MAY_MOUNT"  # set in a process that may mount file systems
+TABLE: list[list[object]] = []
 
 
-class Found(NamedTuple):
-    """What came of a number of mutants."""
-
-    mutants: int
-    refused: int
-    valid: int  # read as usual
-    seconds: float  # of the slowest
-    failures: list[str]  # everything else
+# ------------------------------------------------------------------------------- runs and their end
 
 
-class Hang(BaseException):
-    """Raised by the clock; no handler of an ordinary error sees it."""
+class Process:
+    """train.py on one process, or on `ranks` of them under torchrun."""
+
+    def __init__(self, out: Path, flags: Flags | None = None, ranks: int = 0,
+                 agent: tuple[str, ...] = (), prefix: tuple[str, ...] = (),
+                 script: str | Path = "train.py", **environment: str) -> None:
+        self.out = out
+        self.output = out.with_name(f"{out.name}.txt")
+        data = out.with_name("data.json")
+        if not data.exists():
+            write_data(data)
+        launcher = [sys.executable]
+        if ranks:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks,
+                         *agent]
+        given = RUN | {"--data": data, "--out": out} | (flags or {})
+        command = [*prefix, *launcher, script, "--deterministic", "--ledger",
+                   *chain(*given.items())]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+        with open(self.output, "w") as output:
+            self.popen = subprocess.Popen(
+                [*map(str, command)], cwd=ROOT, env=variables, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True)
+
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self.output.read_text(errors="replace")
+
+    def wait_for(self, what: Callable[[], object]) -> bool:
+        """Wait until `what` holds; False if the process ends before."""
+        end = time.monotonic() + PATIENCE
+        while not what():
+            if self.popen.poll() is not None or time.monotonic() > end:
+                return False
+            time.sleep(0.001)
+        return True
+
+    def train(self, steps: int = 0) -> bool:
+        """Wait until it has trained so many steps; without a number, until it writes a state."""
+        # before it says this, the ledger has lines of steps that will come again
+        if not self.wait_for(lambda: " trained, " in self.said()):
+            return False
+        first = len(ledger(self.out))
+        return self.wait_for(lambda: len(ledger(self.out)) >= first + steps if steps else
+                             is_saving(self.out))
+
+    def ranks(self) -> dict[int, int]:
+        """The process id of each rank, a child of torchrun; none if it is one process."""
+        found = {}
+        for listed in Path(f"/proc/{self.popen.pid}/task").glob("*/children"):
+            for child in listed.read_text().split():
+                variables = Path(f"/proc/{child}/environ").read_text()
+                for rank_number in re.findall(r"\0RANK=(\d+)", variables):
+                    found[int(rank_number)] = int(child)
+        return found
+
+    def kill(self) -> None:
+        """Kill -9 all its processes.  Ranks have groups of their own."""
+        for leader in (self.popen.pid, *self.ranks().values()):
+            os.killpg(leader, signal.SIGKILL)
+        self.popen.wait()
+
+    def end(self, seconds: float = PATIENCE) -> int:
+        """Its exit code; one that does not end by itself is killed, and has -9."""
+        try:
+            return self.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self.popen.returncode
 
 
-# ------------------------------------------------------------------------ small whole checkpoints
+def write_data(file: Path) -> None:
+    """SAMPLES records, half of them with a picture; an epoch is about twelve steps."""
+    rng = random.Random(0)
+    words = "a red blue small round box tree on under beside the table".split()
+    records = []
+    for number in range(SAMPLES):
+        question, said = "What is there?", " ".join(rng.choices(words, k=rng.randint(5, 60)))
+        record = {"id": f"record-{number}"}
+        if number % 2:
+            picture = Image.new("RGB", (56, 56), (rng.randrange(256), number, 128))
+            picture.save(file.with_name(f"{number}.png"))
+            record["images"] = [f"{number}.png"]
+            question = "<image>" + question
+        record["messages"] = [{"role": "user", "content": question},
+                              {"role": "assistant", "content": said}]
+        records.append(record)
+    file.write_text(json.dumps(records))
 
 
-def small_tensors(config: ModelConfig, fp8: bool) -> convert.Tensors:
-    """Random tensors of a released checkpoint; the decoder's matrices in FP8 with their scales."""
-    model = meta_model(config)
-    for name, names in convert.released_names(model).items():
-        lines, *rest = model.get_parameter(name).shape
-        for piece in names:
-            tensor = torch.randn(lines // len(names), *rest).bfloat16()
-            if fp8 and name.startswith("model.layers.") and name.endswith("_proj.weight"):
-                yield piece, tensor.to(torch.float8_e4m3fn)
-                yield piece + convert.SCALES, torch.ones(1, 1)
-            else:
-                yield piece, tensor
+def is_saving(out: Path) -> bool:
+    """Is a state unfinished?"""
+    return any(out.glob("*-state/*.partial"))
 
 
-def write_small(folder: Path) -> list[Path]:
-    """Checkpoints in one file and in several, dense and mixed, plain and in FP8."""
-    words = {f"word {number}": number for number in range(2)}
-    tokenizer = Tokenizer(models.BPE(words, []))
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    paths = []
-    file_bytes = convert.FILE_BYTES  # the size of files is set for a while
-    for name, config, fp8, size in (("dense", DENSE, False, 5e9), ("parts", DENSE, False, 4e3),
-                                    ("mixed", MIXED, False, 4e3), ("dense-fp8", DENSE, True, 5e9),
-                                    ("mixed-fp8", MIXED, True, 4e3)):
-        about = convert.config_json(config, torch.bfloat16)
-        if fp8:
-            about["quantization_config"] = convert.FP8_SETTINGS
-        convert.FILE_BYTES = size
-        convert.write_directory(folder / name, small_tensors(config, fp8), {
-            "config.json": about, "tokenizer.json": tokenizer.to_str()})
-        paths.append(folder / name)
-    convert.FILE_BYTES = file_bytes
-    # decoys: a name that leads here would be read as a whole checkpoint
-    (folder / "outside").mkdir()
-    for file in folder.glob("*/model*.safetensors"):
-        (folder / "outside" / file.name).write_bytes(file.read_bytes())
-    return paths
+def ledger(out: Path) -> list[dict]:
+    """The lines of a run's ledger that are complete."""
+    file = out / "ledger.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-# --------------------------------------------------------------------------------------- mutations
-# A Change takes a source of random choices and the bytes of a file, and returns other bytes.  A
-# Mutation takes such a source and a file, and may change all of its directory.
+def undisturbed(folder: Path, flags: Flags | None = None, ranks: int = 0) -> Path:
+    """The directory of a run that nothing disturbs."""
+    process = Process(folder / f"whole-{ranks}", flags, ranks)
+    if process.end() != 0:
+        raise RuntimeError(f"a run that nothing disturbs fails: {process.said()}")
+    return process.out
 
 
-def change_bytes(rng: random.Random, content: bytes) -> bytes:
-    """Up to four times: overwrite, insert, delete or repeat a few bytes anywhere."""
-    changed = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        place, length = rng.randrange(len(changed) + 1), rng.choice([1, 1, 2, 8, 100])
-        noise = rng.choice([rng.randbytes(length), b"\0" * length, b"\xff" * length,
-                            bytes(rng.choices(b'{}[]",:0123456789-eE.\\', k=length)),
-                            bytes(changed[place:place + length])])
-        end = place + rng.choice([0, length])
-        changed[place:end] = rng.choice([noise, noise, b""])
-    return bytes(changed)
+def fault_of_end(process: Process, reference: Path) -> str:
+    """How the end of a run differs from that of one that nothing disturbed; empty if nowhere."""
+    out, seen = process.out, {}
+    if process.end() != 0:
+        return f"{out} does not go on to the end: {process.said()}"
+    names = [{str(file.relative_to(run)) for file in run.rglob("*")} for run in (out, reference)]
+    if names[0] != names[1]:
+        return f"{out} and {reference} have other files: {sorted(names[0] ^ names[1])}"
+    for name in sorted(names[0]):
+        if name == "ledger.jsonl" or name.endswith("model.safetensors"):
+            if (out / name).read_bytes() != (reference / name).read_bytes():
+                return f"{out / name} differs from that of {reference}"
 
-
-def change_end(rng: random.Random, content: bytes) -> bytes:
-    """Cut a file off, or append to it."""
-    if rng.random() < 0.6:
-        return content[:rng.choice([0, 1, 7, 8, 9, rng.randrange(len(content) + 1),
-                                    len(content) - 1, len(content) - 2])]
-    return content + rng.choice([b"\0", b" ", b"\n", b"}", rng.randbytes(100), content])
-
-
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) of a JSON value."""
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield value, key
-            yield from places(value[key])
-
-
-def change_json(rng: random.Random, content: bytes) -> bytes:
-    """Replace, remove, double or rename one or two values of a JSON file."""
-    whole, inserted = json.loads(content), {}
-    for number in range(rng.choice([1, 1, 1, 2])):
-        found = list(places(whole))
-        if not found:
-            break
-        container, key = rng.choice(found)
-        depth = rng.choice([900, 950, rng.randint(900, 1000)])
-        value = rng.choice([*VALUES, "[" * depth + "]" * depth, json.dumps(rng.choice(DTYPES))])
-        action = rng.choice(["replace"] * 6 + ["remove", "double", "rename"])
-        if action == "remove":
-            del container[key]
-        elif action == "rename" and isinstance(container, dict):
-            container[rng.choice([key + "x", key.upper(), "model." + key, "", "a\nb", "x" * 99999,
-                                  "__metadata__", "\ud800"])] = container.pop(key)
-        else:
-            # a word that is replaced in the text, since the value may be no JSON
-            if action == "double" and isinstance(container, dict):
-                value = f"{value}, {json.dumps(key)}: {json.dumps(container[key])}"
-            container[key] = f"<{number}>"
-            inserted[f'"<{number}>"'] = value
-    text = json.dumps(whole, indent=rng.choice([None, 2]))
-    for word, value in inserted.items():
-        text = text.replace(word, value)
-    return text.encode("utf-8", "surrogatepass")
-
-
-def encoded(header: bytes, rest: bytes) -> bytes:
-    return struct.pack("<Q", len(header)) + header + rest
-
-
-def split(content: bytes) -> tuple[bytes, bytes]:
-    """The JSON header of a safetensors file, and the numbers behind it."""
-    end = 8 + struct.unpack("<Q", content[:8])[0]
-    return content[8:end], content[end:]
-
-
-def header_length(rng: random.Random, content: bytes) -> bytes:
-    """Another length of the header: random, near the true one, or a power of two."""
-    length, = struct.unpack("<Q", content[:8])
-    near = max(0, length + rng.choice([-8, -1, 1, 8, len(content), -length]))
-    power = 2 ** rng.randrange(64)
-    length = rng.choice([near, power, power - 1, 2**64 - 1, 100_000_000, 100_000_001,
-                         rng.randrange(2**64), rng.randrange(len(content))])
-    return struct.pack("<Q", length) + content[8:]
-
-
-def header_bytes(rng: random.Random, content: bytes) -> bytes:
-    header, rest = split(content)
-    return encoded(change_bytes(rng, header), rest)
-
-
-def header_json(rng: random.Random, content: bytes) -> bytes:
-    header, rest = split(content)
-    return encoded(change_json(rng, header), rest)
-
-
-def header_tensor(rng: random.Random, content: bytes) -> bytes:
-    """Another type, shape, place or name of a tensor, of a kind that a writer could have meant."""
-    header, rest = split(content)
-    header = json.loads(header)
-    names = [name for name in header if name != "__metadata__"]
-    name, other = rng.choice(names), rng.choice(names)
-    tensor, shape = header[name], header[name]["shape"]
-    begin, end = tensor["data_offsets"]
-    action = rng.choice(["type", "shape", "offsets", "name", "swap", "same size"])
-    if action == "type":
-        tensor["dtype"] = rng.choice(DTYPES)
-    elif action == "shape":
-        tensor["shape"] = rng.choice([
-            shape[::-1], [*shape, 1], [1, *shape], shape[1:], [], [0], [-1], [2**62], [2**63],
-            [2**32, 2**32], [0, 2**63], [True, *shape], [1.0, *shape], [shape], str(shape)])
-    elif action == "offsets":
-        tensor["data_offsets"] = rng.choice([
-            [end, begin], [begin, end + 1], [begin - 1, end], header[other]["data_offsets"],
-            [begin, 2**63], [2**64 - 8, 2**64 - 1], [begin, begin], [0, len(rest)], [begin], [],
-            [begin, end, end], [float(begin), float(end)]])
-    elif action == "swap":
-        header[name], header[other] = header[other], header[name]
-    elif action == "same size":
-        # numbers of half the width, twice as many, or the same bits read as another type
-        tensor["dtype"] = rng.choice(["F16", "I16", "U16", "BF16"])
-        tensor["shape"] = rng.choice([shape, shape[::-1], [math.prod(shape)]])
-    else:
-        header[rng.choice([f"model.{name}", name.replace("model.", "model.language_model."), "",
-                           name + convert.SCALES, name + "\n", "\x1b[2J" + name, "\0", name * 2000,
-                           name.upper()])] = header.pop(name)
-    return encoded(json.dumps(header).encode(), rest)
-
-
-def index_names(rng: random.Random, file: Path) -> None:
-    """The name of a file in an index becomes one that leads somewhere else."""
-    index = json.loads(file.read_text())
-    name = rng.choice(list(index["weight_map"].values()))
-    leading = rng.choice(LEADING_OUT).format(
-        name=name, folder=file.parent.name, outside=file.parent.parent / "outside")
-    for key, value in index["weight_map"].items():
-        # a name that only some tensors have makes the index contradict the files
-        if value == name and rng.random() < 0.95:
-            index["weight_map"][key] = leading
-    file.write_text(json.dumps(index))
-
-
-def special_file(rng: random.Random, file: Path) -> None:
-    """Something else stands in the place of a file, or nothing."""
-    other = rng.choice(["nothing", "directory", "pipe", "circle", "nowhere", "endless", "decoy"])
-    file.unlink()
-    if other == "directory":
-        file.mkdir()
-    elif other == "pipe":
-        os.mkfifo(file)
-    elif other == "decoy":
-        # a file of another name; whoever may write links here may copy the files as well
-        file.symlink_to(rng.choice(sorted(file.parent.iterdir())).name)
-    elif other != "nothing":
-        targets = {"circle": file.name, "nowhere": "no-such-file", "endless": "/dev/zero"}
-        file.symlink_to(targets[other])
-
-
-def many(rng: random.Random, file: Path) -> None:
-    """A huge number in config.json, and a tensor whose name says that it is so."""
-    config = json.loads(file.read_text())
-    section, key, part = rng.choice([
-        ("text_config", "num_hidden_layers", "layers.1."), ("vision_config", "depth", "blocks.0."),
-        ("text_config", "num_experts", "experts.2.")])
-    number = 10 ** rng.randrange(2, 12)
-    config[section][key] = number
-    file.write_text(json.dumps(config))
-    weights = rng.choice(sorted(file.parent.glob("model*.safetensors")))
-    header, rest = split(weights.read_bytes())
-    last = f"{part.partition('.')[0]}.{number - 1}."
-    weights.write_bytes(encoded(header.replace(part.encode(), last.encode()), rest))
-
-
-def rewritten(change: Change) -> Mutation:
-    """The mutation that changes the bytes of a file."""
-    def mutate(rng: random.Random, file: Path) -> None:
-        file.write_bytes(change(rng, file.read_bytes()))
-    mutate.__name__ = change.__name__
-    return mutate
-
-
-# the files that a mutation is for; a mutation that stands here twice is made twice as often
-WEIGHTS, CONFIG, TOKENIZER = "model*.safetensors", "config.json", "tokenizer.json"
-KINDS = [
-    (WEIGHTS, rewritten(header_length)), (WEIGHTS, rewritten(header_bytes)),
-    (WEIGHTS, rewritten(header_json)), (WEIGHTS, rewritten(header_json)),
-    (WEIGHTS, rewritten(header_tensor)), (WEIGHTS, rewritten(header_tensor)),
-    (WEIGHTS, rewritten(change_end)), (CONFIG, rewritten(change_bytes)),
-    (CONFIG, rewritten(change_json)), (CONFIG, rewritten(change_json)),
-    (CONFIG, rewritten(change_json)), (CONFIG, rewritten(change_end)), (CONFIG, many),
-    (convert.INDEX, rewritten(change_bytes)), (convert.INDEX, rewritten(change_json)),
-    (convert.INDEX, index_names), (convert.INDEX, index_names),
-    ("*", special_file), (TOKENIZER, rewritten(change_bytes)), (TOKENIZER, rewritten(change_json))]
-
-
-# ------------------------------------------------------------------------------------- the verdict
-
-WATCHERS: list[list[Path]] = []  # each gets the files that are opened
-
-
-def note_open(event: str, arguments: tuple) -> None:
-    """An audit hook: Python tells of each file that it opens."""
-    if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
-        for opened in WATCHERS:
-            opened.append(Path(os.fsdecode(arguments[0])))
-
-
-sys.addaudithook(note_open)  # for good: a hook cannot be removed
-
-
-@contextmanager
-def watched() -> Iterator[list[Path]]:
-    """Yields a list that gets the files opened meanwhile; a hang is interrupted."""
-    def interrupt(number: int, frame: Any) -> None:
-        raise Hang(f"still busy after {HANG} seconds")
-
-    # safetensors opens files in Rust, of which Python does not tell
-    def noted_open(file: Path, **options: Any) -> Any:
-        opened.append(Path(file))
-        return original(file, **options)
-
-    opened: list[Path] = []
-    original, convert.safe_open = convert.safe_open, noted_open
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, HANG)
-    WATCHERS.append(opened)
-    try:
-        yield opened
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        WATCHERS.remove(opened)
-        signal.signal(signal.SIGALRM, before)
-        convert.safe_open = original
-
-
-def read(folder: Path) -> str:
-    """Read a checkpoint as the project does.  Returns the refusal, or "" if all of it is valid."""
-    try:
-        # calls read_config, load_tokenizer, check_tokenizer, find_checkpoint and load_model
-        convert.load_checkpoint(folder, torch.bfloat16, torch.device("cpu"))
-    except ValueError as error:
-        sentence = str(error)
-        assert str(folder) in sentence, f"names no file: {sentence[:300]!r}"
-        assert sentence.isprintable(), f"is no single line: {sentence[:300]!r}"
-        assert len(sentence) < SENTENCE, f"is {len(sentence)} letters long: {sentence[:300]!r}"
-        return sentence
+    # in an epoch each sample comes once: one has never been seen twice more often than another
+    for line in ledger(out):
+        counts = seen.setdefault(line["stage"], Counter(dict.fromkeys(range(SAMPLES), 0)))
+        counts.update(line["numbers"])
+        if len(counts) != SAMPLES or max(counts.values()) - min(counts.values()) > 1:
+            return f"{out}: a sample is lost or comes twice, at step {line['step']}"
     return ""
 
 
-def verdict(folder: Path) -> tuple[str, float]:
-    """Read a mutant: "" or its refusal, and seconds.  Raises whatever must not happen."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.process_time()
-    with watched() as opened:
-        refusal = read(folder)
-    seconds = time.process_time() - started
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-    assert seconds < SECONDS, f"took {seconds:.1f} seconds"
-    assert grown < MEMORY, f"took {grown} KB"
-    outside = [str(file) for file in opened if os.path.abspath(file.parent) != str(folder)]
-    assert not outside, f"opened {outside}"
-    return refusal, seconds
+def expect(holds: bool, sentence: str) -> int:
+    """1, and the sentence is printed, if something is not as promised; else 0."""
+    if not holds:
+        print(f"FAILED: {sentence}", flush=True)
+    return int(not holds)
 
 
-def damaged_headers(count: int) -> Found:
-    """Damage a file of a small checkpoint in `count` ways, and read the checkpoint each time."""
-    with tempfile.TemporaryDirectory() as name:
-        healthy = {}
-        for folder in write_small(Path(name)):
-            assert read(folder) == ""  # also imports what is imported late
-            healthy[folder] = {file.name: file.read_bytes() for file in folder.iterdir()}
-        files = {pattern: [file for folder in healthy for file in sorted(folder.glob(pattern))]
-                 for pattern, _ in KINDS}
-
-        refused, slowest, failures = 0, 0.0, []
-        for number in range(count):
-            rng = random.Random(number)
-            pattern, mutate = KINDS[number % len(KINDS)]
-            file = rng.choice(files[pattern])
-            mutate(rng, file)
-            try:
-                refusal, seconds = verdict(file.parent)
-                slowest = max(slowest, seconds)
-                refused += refusal != ""
-            except KeyboardInterrupt:
-                raise
-            except BaseException:  # a panic of a library in Rust is no Exception
-                failures.append(f"mutant {number}, {mutate.__name__} of {file.parent.name}/"
-                                f"{file.name}:\n{traceback.format_exc()}")
-            # the directory as it was
-            shutil.rmtree(file.parent)
-            file.parent.mkdir()
-            for file_name, content in healthy[file.parent].items():
-                (file.parent / file_name).write_bytes(content)
-    return Found(count, refused, count - refused - len(failures), slowest, failures)
+def figure(injection: str, started: float, failures: int, text: str) -> int:
+    """Print a figure, and keep it for the table; returns the number of failures."""
+    if failures:
+        text += f"; {failures} FAILURES"
+    TABLE.append([injection, text, f"{time.monotonic() - started:.0f}"])
+    print(f"{injection}: {text}", flush=True)
+    return failures
 
 
-PARTS: dict[str, Callable[[int], Found]] = {"headers": damaged_headers}
+# ----------------------------------------------------------------------------------- the injections
+
+
+def kill(folder: Path, count: int = 20) -> int:
+    """Kill -9 a run of three stages at random steps and inside saves; start it again and again."""
+    flags = {"--stage": "all", "--steps": 12, "--save-every": 2}
+    reference, out = undisturbed(folder, flags), folder / "killed"
+    started, rng = time.monotonic(), random.Random(0)
+    failures = inside = 0
+    for number in range(count):
+        process = Process(out, flags)
+        if number == count - 1:  # while the checkpoint of a stage is written
+            alive = process.wait_for(lambda: any(out.glob("*[0-9].partial")))
+        elif number % 2:
+            alive = process.train()
+        else:
+            alive = process.train(rng.randint(1, 3))
+            time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        inside += is_saving(out)
+        failures += expect(alive, f"kill {number} came too late: {process.said()}")
+        # behind the newest two there may be one that was being removed
+        for state in chain(*(states_in(path)[-2:] for path in out.glob("*-state"))):
+            failures += expect(damage_of_state(state) == "", damage_of_state(state))
+    fault = fault_of_end(Process(out, flags), reference)
+    failures += expect(not fault, fault) + expect(inside >= 0.4 * count, "few were inside a save")
+    return figure("kill -9 of a run", started, failures, f"{count} kills, {inside} inside a save; "
+                  "each time the same command goes on, end equal")
+
+
+def is_alive(pid: int) -> bool:
+    """Does a process run?  One that has ended is a zombie until torchrun asks for its code."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def rank(folder: Path, count: int = 3) -> int:
+    """Kill one of four ranks: with --max-restarts the run goes on by itself, without it ends."""
+    reference = undisturbed(folder, ranks=4)
+    failures, rng = 0, random.Random(0)
+    for restarts in ("3", "0")[:count]:
+        started, victim = time.monotonic(), rng.randrange(4)
+        process = Process(folder / restarts, ranks=4, agent=("--max-restarts", restarts))
+        broken = expect(process.train(7), f"it ends too early: {process.said()}")
+        pids = process.ranks()
+        os.kill(pids[victim], signal.SIGKILL)
+        killed = time.monotonic()
+        process.wait_for(lambda ids=pids: not any(map(is_alive, ids.values())))
+        gone = time.monotonic() - killed
+        broken += expect(gone < 60, f"survivors of rank {victim} stay {gone:.0f} s")
+        if restarts == "3":
+            fault = fault_of_end(process, reference)
+            text = "it restarts by itself, end equal"
+        else:
+            named = process.end(60) == 1 and re.search(rf"rank +: {victim}\b", process.said())
+            fault = "" if named else f"rank {victim} is not named: {process.said()}"
+            text = f"torchrun ends after {time.monotonic() - killed:.1f} s, names rank {victim}"
+        broken += expect(not fault, fault)
+        failures += figure(f"kill -9 of one rank of four, --max-restarts {restarts}", started,
+                           broken, f"survivors gone after {gone:.1f} s; {text}")
+    return failures + (without_torchrun(folder, reference) if count > 2 else 0)
+
+
+def without_torchrun(folder: Path, reference: Path) -> int:
+    """Kill torchrun alone: its ranks live on, here frozen, and must keep another run out."""
+    started, process = time.monotonic(), Process(folder / "alone", ranks=4)
+    failures = expect(process.train(7), f"it ends too early: {process.said()}")
+    pids = process.ranks().values()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    os.kill(process.popen.pid, signal.SIGKILL)
+    process.popen.wait()
+    second = Process(process.out, ranks=4)
+    failures += expect(second.end() == 1 and f"another run writes to {process.out}" in
+                       second.said(), f"not refused: {second.said()}")
+    for pid in pids:
+        os.killpg(pid, signal.SIGKILL)
+    fault = fault_of_end(Process(process.out, ranks=4), reference)
+    failures += expect(not fault, fault)
+    return figure("kill -9 of torchrun, not of its ranks", started, failures, "another run in the "
+                  "directory is refused while they live, then goes on, end equal")
+
+
+def stop(folder: Path, count: int = 20) -> int:
+    """Stop runs by signals, at steps and inside saves, on one process and on two ranks."""
+    total, flags = 0, {"--steps": 48}
+    for ranks, moments in ((0, count - count // 2), (2, count // 2)):
+        reference, out = undisturbed(folder, flags, ranks), folder / f"stopped-{ranks}"
+        started, rng, seconds = time.monotonic(), random.Random(ranks), [0.0]
+        failures = inside = 0
+        for number in range(moments):
+            # torchrun passes SIGUSR1 on if it is told to
+            process = Process(out, flags, ranks, ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"))
+            alive = process.train(steps=0 if number % 3 == 2 else 1)
+            time.sleep(0 if number % 3 == 2 else rng.uniform(0, 0.5))
+            inside += is_saving(out)
+            target = process.popen.pid
+            if number % 2 and ranks:
+                target = process.ranks()[rng.randrange(ranks)]
+            sent = time.monotonic()
+            # schedulers signal torchrun and its ranks: a rank may get the signal twice
+            for pause in (0, rng.uniform(0, 1))[:1 + (number % 4 == 3)]:
+                time.sleep(pause)
+                with suppress(ProcessLookupError):
+                    os.kill(target, SIGNALS[number // 2 % 3])
+            code = process.end(60)
+            seconds.append(time.monotonic() - sent)
+            failures += expect(alive, f"signal {number} came too late") + stopped_badly(
+                process, code, ranks, target)
+        fault = fault_of_end(Process(out, flags, ranks), reference)
+        failures += expect(not fault, fault)
+        failures += expect(max(seconds) < 25, f"a signal took {max(seconds):.0f} s")
+        total += figure(f"SIGTERM, SIGUSR1, SIGINT, ranks: {ranks or 1}", started, failures,
+                        f"{moments} signals, {inside} inside a save; exit code 10 after at most "
+                        f"{max(seconds):.1f} s, no step lost, end equal")
+    return total
+
+
+def stopped_badly(process: Process, code: int, ranks: int, target: int) -> int:
+    """Number of promises that a run which got a signal has broken."""
+    said, steps = process.said(), len(ledger(process.out))
+    said_before, _, _ = said.partition("train.py: stopped and saved")
+    failures = expect(said.count(f"stopped and saved after step {steps} of stage mid") == 1
+                      and "Traceback" not in said_before, f"not stopped after {steps}: {said}")
+    if not ranks:
+        failures += expect(code == 10, f"exit code {code}: {said}")
+    elif target != process.popen.pid:
+        # torchrun's own exit code is 1; it prints those of the ranks
+        failures += expect("exitcode  : 10" in said and code == 1, f"no exit code 10: {said}")
+    state, damaged = newest_state(process.out / "mid-state")
+    return failures + expect(not damaged and state.name == f"step-{steps:08}",
+                             f"{steps} steps, but the newest state is {state}; {damaged}")
+
+
+def ranks(folder: Path, count: int = 4) -> int:
+    """Go on with other numbers of ranks and workers, with shared rows, with shared experts."""
+    tiny = [(0, {"--workers": 0}), (2, {"--workers": 2}), (4, {"--workers": 1}),
+            (2, {"--workers": 3, "--context-parallel": 2})]
+    moe = {"--start-from": "", "--model": "tiny-moe", "--steps": 8}
+    total, sharing = 0, moe | {"--expert-parallel": 2}
+    for name, runs in (("1, 2, 4, 2 that share rows, 1", [*tiny[:count], (0, {})]),
+                       ("2 that share experts, 1", [(2, sharing), (0, moe)])):
+        place = folder / f"{len(runs)}-hops"
+        place.mkdir()
+        reference, started, failures = undisturbed(place, runs[-1][1]), time.monotonic(), 0
+        for number, (rank_count, flags) in enumerate(runs):
+            process = Process(place / "run", flags, rank_count)
+            if number < len(runs) - 1:
+                failures += expect(process.train(3), f"it ends too early: {process.said()}")
+                process.popen.terminate()
+            code = process.end()
+        failures += expect(code == 0, f"exit code {code}: {process.said()}")
+
+        pairs = list(zip(ledger(process.out), ledger(reference), strict=True))
+        for key in ("stage", "step", "numbers", "digest"):
+            failures += expect(all(ours[key] == theirs[key] for ours, theirs in pairs),
+                               f"{name}: {key} differs from that of one process")
+        apart = max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in pairs)
+        failures += expect(apart < 1e-5, f"{name}: losses are {apart:.1e} apart")
+        total += figure(f"number of ranks: {name}", started, failures, f"{len(pairs)} steps of the "
+                        f"same samples, losses {apart:.1e} apart")
+    return total
+
+
+def disk(folder: Path, count: int = 11) -> int:
+    """Fill the disk during saves; take away leave to write, and the directory."""
+    reference, out, prefix = undisturbed(folder), folder / "full", ()
+    started, failures, sentences = time.monotonic(), 0, []
+    out.mkdir()
+    if MAY_MOUNT in os.environ:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192m", "none", out], check=True)
+    process = Process(out)
+    process.train(9)
+    process.popen.terminate()
+    failures += expect(process.end() == 10, f"not stopped: {process.said()}")
+
+    # pages that are left for the next save: for a line of the ledger, for state.json, for a part
+    # of the tensors, for all but manifest.json; for a part of the last checkpoint; on two ranks
+    state = states_in(out / "mid-state")[-1]
+    pages = sum(-(-file.stat().st_size // 4096) for file in state.iterdir())
+    rooms = [0, 1, 2, *(pages * tenth // 10 for tenth in (1, 3, 5, 7)), pages - 2, pages - 1]
+    cases = [*((room, {}, 0) for room in rooms), (pages // 20, {"--save-every": 0}, 0),
+             (pages // 2, {}, 2)]
+    for room, flags, rank_count in cases[:count]:
+        if MAY_MOUNT in os.environ:
+            with open(out / "ballast", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(out).free - 4096 * room)
+        else:
+            prefix = ("prlimit", f"--fsize={4096 * room}")
+        process = Process(out, flags, rank_count, prefix=prefix)
+        failures += ended_badly(process, rank_count)
+        sentences += re.findall("^train.py: .*", process.said(), re.M)
+        (out / "ballast").unlink(missing_ok=True)
+    fault = fault_of_end(Process(out), reference)
+    failures += expect(not fault, fault)
+    print(*sentences, sep="\n")
+    figure("full disk", started, failures, f"{len(sentences)} times exit code 50, the states "
+           "before stay whole; with room again end equal")
+    return failures + out_of_reach(folder)
+
+
+def ended_badly(process: Process, rank_count: int = 0) -> int:
+    """Number of promises that a run which cannot write has broken, when it ends."""
+    code, said = process.end(60), process.said()
+    sentences = re.findall("^train.py: .*", said, re.M)
+    if rank_count:
+        good = code == 1 and "exitcode  : 50" in said
+    else:
+        # the sentence is the last word
+        good = code == 50 and said.endswith(f"{''.join(sentences)}\n")
+    failures = expect(good and len(sentences) == 1, f"exit code {code}: {said}")
+    for state in states_in(process.out / "mid-state"):
+        failures += expect(damage_of_state(state) == "", damage_of_state(state))
+    return failures + expect(not is_saving(process.out), "an unfinished state is left")
+
+
+def out_of_reach(folder: Path) -> int:
+    """A directory that cannot be written, and one that is deleted while a run goes on."""
+    started, failures, said = time.monotonic(), 0, []
+    if MAY_MOUNT in os.environ:
+        subprocess.run(["mount", "-o", "remount,ro", folder / "full"], check=True)
+        process = Process(folder / "full")
+        failures += ended_badly(process)
+        said.append(process.said().splitlines()[-1])
+        subprocess.run(["umount", folder / "full"], check=True)
+    process = Process(folder / "deleted")
+    process.train(5)
+    shutil.rmtree(process.out)
+    failures += ended_badly(process)
+    print(*said, process.said().splitlines()[-1], sep="\n")
+    return figure("directory read-only, deleted", started, failures, f"{len(said) + 1} times exit "
+                  "code 50 and a sentence")
+
+
+def damage(file: Path, rng: random.Random) -> str:
+    """Flip a bit of a file or cut it; returns what was done."""
+    content, place = bytearray(file.read_bytes()), rng.randrange(file.stat().st_size)
+    if rng.random() < 0.5:
+        file.write_bytes(content[:place])
+        return f"{file} cut after {place} bytes"
+    content[place] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+    return f"{file} with a flipped bit in byte {place}"
+
+
+def state(folder: Path, count: int = 120) -> int:
+    """Flip bits of saved states and cut their files; every sixth time it is the manifest."""
+    started, rng, failures = time.monotonic(), random.Random(0), 0
+    (folder / "states").mkdir()
+    for step in (4, 8):
+        write_state(folder / "states" / f"step-{step:08}", {"weight": torch.randn(64, 64)},
+                    {"step": step, "ranks": 1}, None)
+    for number in range(count):
+        copy = shutil.copytree(folder / "states", folder / f"copy-{number}")
+        newest = copy / "step-00000008"
+        how = damage(rng.choice(sorted(newest.glob("s*" if number % 6 else "man*"))), rng)
+        path, said = newest_state(copy)
+        good = path == copy / "step-00000004" and len(said) == 1 and str(newest) in said[0]
+        failures += expect(good, f"{how}: {path} is used, and said is {said}")
+    figure("flips and cuts in states", started, failures, f"{count} refused by name, each time the "
+           "state before is used")
+
+    reference, started, broken = undisturbed(folder), time.monotonic(), 0
+    process = Process(folder / "run")
+    process.train(9)
+    process.popen.terminate()
+    process.end()
+    for name in ("shard", "manifest"):
+        out = shutil.copytree(process.out, folder / name)
+        before, newest = states_in(out / "mid-state")
+        how = damage(next(newest.glob(f"{name}*")), rng)
+        again = Process(out)
+        fault = fault_of_end(again, reference)
+        told = re.search(f"{newest}.*it is not used\n(.*\n)*.* from {before}\n", again.said())
+        broken += expect(not fault and told, f"{how}: {fault}: {again.said()}")
+    return failures + figure("the same in two runs", started, broken, "said, goes on from the "
+                             "state before, end equal")
+
+
+# train.py with numbers that are not finite on rank 1, in the steps FAULT_STEPS
+DRIVER = """
+import math, os
+import torch
+import data, train
+
+kind, faulty = os.environ["FAULT"], [*map(int, os.environ["FAULT_STEPS"].split())]
+train_step, backward, normalize = train.train_step, train.backward, data.normalize_patches
+now = 0
+
+def local(tensor):
+    return getattr(tensor, "_local_tensor", tensor)
+
+def is_hit(word):
+    return kind == word and now in faulty and os.environ["RANK"] == "1"
+
+def watched_step(state, step, ranks, stop=False):
+    global now
+    now = state.step + 1
+    before = {name: local(x).clone() for name, x in state.tensors(ranks.rank).items()}
+    train_step(state, step, ranks, stop)
+    after = state.tensors(ranks.rank)
+    same = all(torch.equal(local(after[name]), before[name]) for name in before)
+    os.write(1, f"rank {ranks.rank} step {now} unchanged {same}\\n".encode())
+
+def bad_backward(model, step, ranks):
+    sums = backward(model, step, ranks)
+    if is_hit("NaN in a gradient"):
+        local(model.lm_head.weight.grad)[0, 0] = math.nan
+    return sums
+
+def bad_pixels(patches):
+    patches = normalize(patches)
+    if is_hit("Inf in a picture"):
+        patches[0, 0] = math.inf
+    return patches
+
+train.train_step, train.backward, data.normalize_patches = watched_step, bad_backward, bad_pixels
+train.main()
+"""
+
+
+def numerics(folder: Path, count: int = 4) -> int:
+    """Numbers that are not finite on one of two ranks, in one step and in three in a row."""
+    (folder / "driver.py").write_text(DRIVER)
+    total, kinds = 0, ("NaN in a gradient", "Inf in a picture")
+    for number, (kind, faulty, steps, code, text) in enumerate([
+            *((kind, [5], 12, 0, "the run goes on") for kind in kinds),
+            *((kind, [6, 7, 8], 8, 1, "the third ends it with exit code 40") for kind in kinds),
+            ][:count]):
+        started = time.monotonic()
+        process = Process(folder / f"run-{number}", {"--steps": 12}, 2, FAULT=kind,
+                          FAULT_STEPS=" ".join(map(str, faulty)), script=folder / "driver.py")
+        ended, said, lines = process.end(), process.said(), ledger(process.out)
+        failures = expect(ended == code and ("exitcode  : 40" in said) == code, said)
+        failures += expect(len(lines) == steps, f"{len(lines)} steps: {said}")
+        refused = [line for line in lines if not math.isfinite(line["loss"] + line["norm"])]
+        failures += expect([line["step"] for line in refused] == faulty, f"refused: {refused}")
+        # on both ranks these steps change nothing, and the others change something
+        seen = set(re.findall(r"rank (\d) step (\d+) unchanged (\w+)", said))
+        wanted = {(rank_number, str(line["step"]), str(line in refused))
+                  for line in lines for rank_number in "01"}
+        failures += expect(seen == wanted, f"{kind}: {sorted(seen ^ wanted)}")
+        logged = map(json.loads, open(process.out / "log.jsonl"))
+        named = [{*entry["samples"]} for entry in logged if isinstance(entry.get("samples"), list)]
+        numbers = [{f"record-{sample}" for sample in line["numbers"]} for line in refused]
+        failures += expect(named == numbers, f"{kind}: named {named}, not {numbers}")
+        total += figure(f"{kind} of one of two ranks, steps {faulty}", started, failures,
+                        f"both refuse {len(refused)}, weights and moments unchanged, samples "
+                        f"named; {text}")
+    return total
+
+
+def headers(folder: Path, count: int = 50_000) -> int:
+    """Damaged checkpoints: see benchmarks/fuzz.py."""
+    started = time.monotonic()
+    torch.set_num_threads(1)  # tensors this small are faster so
+    found = damaged_headers(count)
+    return figure(f"{count:,} damaged headers, configurations, indexes and tokenizers", started,
+                  len(found.failures), f"{found.refused:,} refused by name, {found.valid:,} read as "
+                  f"valid; the slowest took {found.seconds:.2f} s")
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "kill": kill, "rank": rank, "stop": stop, "ranks": ranks, "disk": disk, "state": state,
+    "numerics": numerics, "headers": headers}
 
 
 def main() -> None:
+    """Run the commands that are named, or all; print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--count", type=int, default=50_000, help="mutants")
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("--count", type=int, help="injections of a command, at most")
     flags = parser.parse_args()
-    torch.set_num_threads(1)  # tensors this small are faster so
-    found = PARTS[flags.part](flags.count)
-    for failure in found.failures:
-        print(failure.encode("ascii", "backslashreplace").decode())
-    print(f"{found.mutants:,} mutants: {found.refused:,} refused, {found.valid:,} read as valid, "
-          f"{len(found.failures):,} failed; the slowest took {found.seconds:.3f} seconds")
-    sys.exit(bool(found.failures))
+    names, failures = flags.commands or [*COMMANDS], 0
+    if "disk" in names and MAY_MOUNT not in os.environ:
+        # in a namespace of our own we may mount, and the mounts end with us
+        enter = ["unshare", "--map-root-user", "--mount"]
+        if subprocess.run([*enter, "true"], stderr=subprocess.DEVNULL).returncode == 0:
+            os.environ[MAY_MOUNT] = "yes"
+            os.execvp(enter[0], [*enter, sys.executable, "-m", __spec__.name, *sys.argv[1:]])
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+            options = {"count": flags.count} if flags.count else {}
+            failures += COMMANDS[name](Path(folder), **options)
+    print()
+    print_table(["injection", "figure", "seconds"], TABLE)
+    sys.exit(failures > 0)
 
 
 if __name__ == "__main__":

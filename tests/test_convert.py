@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models
 
 import convert
 import sample
-from benchmarks.faults import damaged_headers
+from benchmarks.fuzz import damaged_headers
 from convert import (CHAT_TEMPLATE, INDEX, Stored, find_checkpoint, from_fp8, load_model,
                      load_tokenizer, read_parameter, read_tensors, released_names)
 from data import render
