@@ -629,7 +629,10 @@ def media_part(path: str) -> dict:
     """A file as a part of a message: a video if it is a folder, a film or an animation."""
     moves = os.path.isdir(path) or Path(path).suffix.lower() in VIDEOS
     if not moves:
-        moves = getattr(open_image(path, decode=False), "n_frames", 1) > 1
+        open_image(path, decode=False)  # refuses what is no picture
+        with Image.open(path) as opened:
+            # a photograph of a telephone may hold a second picture, but does not move
+            moves = opened.format in ("GIF", "WEBP", "PNG") and opened.is_animated
     kind = "video" if moves else "image"
     return {"type": kind, kind: path}
 
