@@ -38,14 +38,18 @@ import json
 import math
 import os
 import re
+import select
+import socket
 import sys
+import threading
 import time
 import urllib.request
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +68,10 @@ from vision import (MAX_PIXELS, MIN_PIXELS, Picture, Video, normalize_patches, o
 
 VIDEOS = {".mp4", ".mkv", ".mov", ".webm", ".avi"}  # films; animations say so themselves
 DOWNLOAD = 2**26  # bytes of a picture from the net, at most
+PAGE = Path(__file__).parent / "assets" / "page.html"
+BODY = 2**25  # bytes of a request to the server, at most
+AREA = 2**25  # pixels of a picture in such a request, at most
+CONNECTIONS = 512  # of clients at a time
 
 
 # ----------------------------------------------------------------------------------- what is asked
@@ -338,6 +346,13 @@ class Engine:
             slot.request.take(token, self.stop_ids, self.cache.capacity - len(slot.ids))
         return True
 
+    def abandon(self, reason: str) -> None:
+        """End all requests that are being answered."""
+        for slot in self.slots:
+            if slot.request is not None:
+                slot.request.end(reason)
+            slot.ids = []  # their keys may not be there
+
     def place_waiting(self) -> list[int]:
         """Give free slots to requests that wait; returns these slots, in rising order."""
         placed = []
@@ -412,8 +427,14 @@ class Chat:
 
     def request(self, messages: list[dict], local: bool = True, **settings: Any) -> Request:
         """A request for a conversation; settings: see Settings."""
-        return Request(to_record(messages, local), self.tokenizer, Settings(**settings),
-                       self.max_pixels)
+        record = to_record(messages, local)
+        for image in [] if local else record["images"]:
+            # a small file may hold more pixels than there is memory for
+            file = image.file if isinstance(image, Video) else image
+            width, height = open_image(file, decode=False).size
+            if width * height > AREA:
+                raise ValueError(f"a picture may have {AREA:,} pixels, one has {width} x {height}")
+        return Request(record, self.tokenizer, Settings(**settings), self.max_pixels)
 
     def stream(self, messages: list[dict], **settings: Any) -> Iterator[str]:
         """The answer in pieces, as they come."""
@@ -589,7 +610,253 @@ def held_out(per_category: int) -> list[dict]:
     return questions
 
 
-# ----------------------------------------------------------------------------------- the terminal
+# -------------------------------------------------------------------------------------- the server
+
+
+class Refusal(Exception):
+    """An answer to a client that is an error: its status of HTTP, and a sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+# Fields of OpenAI's requests whose only value here is that of a request without them.
+FIXED = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False,
+         "response_format": {"type": "text"}, "tools": [], "tool_choice": "none"}
+
+
+def read_body(body: bytes, name: str) -> tuple[list, dict, bool, bool]:
+    """Messages, settings, whether to stream and whether with usage, of a request's JSON.
+
+    name: of the model.  Raises ValueError, or Refusal for another model.
+    """
+    content = load_json(body, "the body")
+    if not isinstance(content, dict):
+        raise ValueError("the body must be a JSON object")
+    fields_given = {key: value for key, value in content.items() if value is not None}
+    messages = fields_given.pop("messages", None)
+    model = fields_given.pop("model", name)
+    if model != name:
+        raise Refusal(404, f"there is no model {str(model)[:80]!r}, only {name}")
+    stream = fields_given.pop("stream", False)
+    options = fields_given.pop("stream_options", {})
+    usage = options.get("include_usage", False) if isinstance(options, dict) else None
+    if type(stream) is not bool or type(usage) is not bool or options.keys() - {"include_usage"}:
+        raise ValueError("stream and stream_options.include_usage must be true or false")
+    for key, value in FIXED.items():
+        if fields_given.pop(key, value) != value:
+            raise ValueError(f"{key} can only be {json.dumps(value)}")
+    fields_given.pop("user", None)  # who asks changes no answer
+
+    # OpenAI has two names for the length of an answer
+    names = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+    names |= {entry.name: entry.name for entry in fields(Settings)}
+    settings = {ours: fields_given.pop(key) for key, ours in names.items() if key in fields_given}
+    stop = settings.pop("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list):
+        raise ValueError(f"stop must be a text or a list of texts, not {str(stop)[:80]}")
+    settings["stop"] = tuple(stop)
+    if fields_given:
+        raise ValueError(f"there is no field {', '.join(sorted(fields_given))[:80]}")
+    return messages, settings, stream, usage
+
+
+class Server(ThreadingHTTPServer):
+    """The page and OpenAI's API, on a thread for each connection; one thread runs the model."""
+
+    daemon_threads = True
+    request_queue_size = 256  # connections that wait to be accepted
+
+    def __init__(self, host: str, port: int, chat: Chat, name: str, queue: int = 64) -> None:
+        self.chat, self.name, self.queue = chat, name, queue
+        self.wake = threading.Event()  # there is work for the model
+        self.decoders = threading.Semaphore(2)  # pictures are decoded two at a time
+        self.connections = threading.Semaphore(CONNECTIONS)
+        super().__init__((host, port), Handler)
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def work(self) -> None:
+        """Answer requests for ever."""
+        engine = self.chat.engine
+        while True:
+            self.wake.wait()
+            self.wake.clear()
+            try:
+                while engine.step():
+                    pass
+            except RuntimeError as error:  # as of a GPU that has no memory left
+                print(f"sample.py: {error}", file=sys.stderr)
+                engine.abandon("error")
+
+    def begin(self, messages: list, settings: dict) -> Request:
+        """Queue a request.  Raises ValueError if it is malformed, Refusal if the queue is full."""
+        if len(self.chat.engine.waiting) >= self.queue:
+            raise Refusal(429, f"{self.queue} requests are waiting already: try again later")
+        with self.decoders:
+            request = self.chat.request(messages, local=False, **settings)
+        self.chat.engine.submit(request)
+        self.wake.set()
+        return request
+
+    def process_request(self, request: socket.socket, address: Any) -> None:
+        """Serve a connection in a thread of its own, or close it if there are too many."""
+        if not self.connections.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, address)
+
+    def process_request_thread(self, request: socket.socket, address: Any) -> None:
+        """Serve a connection to its end."""
+        try:
+            super().process_request_thread(request, address)
+        finally:
+            self.connections.release()
+
+    def handle_error(self, request: socket.socket, address: Any) -> None:
+        """A connection that breaks is no event."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection of a client."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    timeout = 30  # seconds that a client may be silent
+
+    def handle_one_request(self) -> None:
+        """As in the base class, but a request must arrive within a minute."""
+        self.late = threading.Timer(60, self.connection.shutdown, [socket.SHUT_RD])
+        self.late.start()
+        try:
+            super().handle_one_request()
+        finally:
+            self.late.cancel()
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing about each request."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer with an error as OpenAI's API does: of ours, or of the base class."""
+        kind = "invalid_request_error" if code < 500 else "server_error"
+        error = {"message": message or explain or "?", "type": kind, "param": None, "code": code}
+        self.close_connection = True  # what is left of the request was not read
+        self.send_json({"error": error}, code)
+        # a connection that closes over unread bytes is reset, and the answer may be lost
+        self.connection.shutdown(socket.SHUT_WR)
+        end = time.monotonic() + 2
+        while time.monotonic() < end and self.connection.recv(2**16):
+            pass
+
+    def send_json(self, content: dict, status: int = 200) -> None:
+        """Answer with JSON."""
+        self.send(json.dumps(content).encode(), "application/json", status)
+
+    def send(self, content: bytes, kind: str, status: int = 200) -> None:
+        """Answer with a whole body."""
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:  # noqa: N802
+        """The page, or the list of models."""
+        if self.path == "/":
+            self.send(PAGE.read_bytes(), "text/html; charset=utf-8")
+        elif self.path == "/v1/models":
+            model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "local"}
+            self.send_json({"object": "list", "data": [model]})
+        else:
+            self.send_error(404, "there are /, /v1/models and /v1/chat/completions")
+
+    def do_POST(self) -> None:  # noqa: N802
+        """An answer, whole or in pieces."""
+        try:
+            messages, settings, stream, usage = read_body(self.read(), self.server.name)
+            self.late.cancel()  # the request has arrived; the answer may take longer
+            request = self.server.begin(messages, settings)
+        except ValueError as error:
+            self.send_error(400, str(error))
+        except Refusal as error:
+            self.send_error(error.status, str(error))
+        else:
+            try:
+                self.answer(request, stream, usage)
+            finally:
+                request.end("cancelled")  # if the client has gone; else it has ended already
+
+    def read(self) -> bytes:
+        """The body of a request.  Raises Refusal if it is not one that may be read."""
+        if self.path != "/v1/chat/completions":
+            raise Refusal(404, "there is only /v1/chat/completions to post to")
+        origin = self.headers.get("Origin")
+        # a page of another site could ask through the browser of somebody who is here
+        if origin and origin.partition("://")[2] != self.headers.get("Host"):
+            raise Refusal(403, f"requests from pages of {origin[:80]} are not answered")
+        length = self.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdigit():
+            raise Refusal(411, "a request must have a Content-Length")
+        if int(length) > BODY:
+            raise Refusal(413, f"a request may have {BODY:,} bytes, this one has {length[:20]}")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise Refusal(408, "the request ended before its Content-Length")
+        return body
+
+    def answer(self, request: Request, stream: bool, usage: bool) -> None:
+        """Send an answer as it comes, or when it is complete."""
+        about = {"id": f"chatcmpl-{id(request):x}", "created": int(time.time()),
+                 "model": self.server.name}
+        chunk = about | {"object": "chat.completion.chunk"}
+        if stream:
+            self.close_connection = True  # the end of the connection is the end of the answer
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Connection", "close")
+            self.end_headers()
+        while (piece := self.next_piece(request)) is not None:
+            if stream:
+                delta = {"role": "assistant", "content": piece}
+                self.event(chunk, [{"index": 0, "delta": delta, "finish_reason": None}])
+        tokens = {"prompt_tokens": len(request.ids), "completion_tokens": len(request.answer),
+                  "total_tokens": len(request.ids) + len(request.answer)}
+        if stream:
+            self.event(chunk, [{"index": 0, "delta": {}, "finish_reason": request.reason}])
+            if usage:
+                self.event(chunk | {"usage": tokens}, [])
+            self.wfile.write(b"data: [DONE]\n\n")
+            return
+        if request.reason == "error":
+            self.send_error(500, "the model could not answer")
+            return
+        message = {"role": "assistant", "content": request.text}
+        choice = {"index": 0, "message": message, "finish_reason": request.reason}
+        self.send_json(about | {"object": "chat.completion", "choices": [choice], "usage": tokens})
+
+    def event(self, chunk: dict, choices: list[dict]) -> None:
+        """Send a piece of a streamed answer."""
+        self.wfile.write(f"data: {json.dumps(chunk | {'choices': choices})}\n\n".encode())
+
+    def next_piece(self, request: Request) -> str | None:
+        """Wait for the next piece of an answer.  Raises ConnectionError if the client has gone."""
+        while True:
+            # readable without a byte to read: closed
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionAbortedError
+            try:
+                return request.pieces.get(timeout=0.5)
+            except Empty:
+                pass  # it may still come
+
+
+# ------------------------------------------------------------------------------------ the terminal
 
 
 def trace(model: LlavaOneVision, request: Request) -> None:
@@ -748,6 +1015,10 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, Settings]:
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     parser.add_argument("--messages", action="store_true",
                         help="answer messages, as JSON on standard input")
+    parser.add_argument("--serve", type=int, default=0, metavar="PORT",
+                        help="a page to chat in, and OpenAI's API under /v1")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="address that --serve listens on, default 127.0.0.1, this machine")
     parser.add_argument("--evaluate", default="", metavar="FILE",
                         help="ask the questions of a JSON-lines file, and print scores")
     parser.add_argument("--predictions", default="", metavar="FILE",
@@ -771,9 +1042,11 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, Settings]:
     # "intermixed": a flag may stand between the pictures and the prompt
     flags = parser.parse_intermixed_args(arguments)
     settings = Settings(**{entry.name: getattr(flags, entry.name) for entry in fields(Settings)})
-    ways = [name for name in ("chat", "messages", "evaluate", "inputs") if getattr(flags, name)]
+    ways = [name for name in ("chat", "messages", "serve", "evaluate", "inputs")
+            if getattr(flags, name)]
     if len(ways) != 1:
-        raise ValueError("give pictures and a prompt, or one of --chat, --messages, --evaluate")
+        raise ValueError("give pictures and a prompt, or one of --chat, --messages, --serve, "
+                         "--evaluate")
     if flags.max_pixels < MIN_PIXELS or flags.context < 2 or flags.slots < 1:
         raise ValueError(f"--max-pixels must be at least {MIN_PIXELS}, --context 2, --slots 1")
     # `Path.is_file` raises an error for a long prompt; os.path.isfile answers False
@@ -791,6 +1064,12 @@ def run(flags: argparse.Namespace, settings: Settings) -> None:
     chat = Chat(model, tokenizer, flags.context, slots, flags.max_pixels)
     if flags.chat:
         converse(chat, settings)
+    elif flags.serve:
+        name = Path(flags.checkpoint or "llava-onevision-1.5").name
+        server = Server(flags.host, flags.serve, chat, name)
+        print(f"http://{flags.host}:{flags.serve}/ is a page to chat in, and /v1 OpenAI's API for "
+              f"the model {name}", file=sys.stderr, flush=True)
+        server.serve_forever()
     else:
         done = Path(flags.predictions) if flags.predictions else None
         evaluate_file(chat, Path(flags.evaluate), done, settings)
