@@ -59,8 +59,9 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
+from inspect import getsource
 from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1762,6 +1763,22 @@ def flag_parser(description: str, arguments: Sequence[str] = ()) -> argparse.Arg
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.error = refuse
     return parser
+
+
+def add_fields(parser: argparse.ArgumentParser, config: type) -> None:
+    """A flag for each field of a dataclass; the comment beside a field is the help of its flag."""
+    comments = dict(re.findall(r"^    (\w+): .*#  ?(.*)$", getsource(config), re.M))
+    for entry in fields(config):
+        flag = f"--{entry.name.replace('_', '-')}"
+        comment = comments[entry.name].replace("%", "%%")  # argparse formats with %
+        # a flag of type bool takes no value: its presence means True
+        options = {"action": "store_true"} if entry.type is bool else {"type": entry.type}
+        if entry.default is True:
+            options = {"action": argparse.BooleanOptionalAction}
+        if isinstance(entry.default, tuple):
+            options = {"nargs": "+"}
+        parser.add_argument(flag, default=entry.default, help=f"{comment} (default "
+                            f"{entry.default!r})", **options)
 
 
 def refuse_in_one_sentence(script: str, command: Callable[[], None]) -> None:

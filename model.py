@@ -98,7 +98,7 @@ class Where(NamedTuple):
 
 
 class Keys(Protocol):
-    """A source of keys beside those of the tokens at hand: `KVCache` or `parallel.GatheredKeys`.
+    """A source of keys beside those of the tokens at hand: `CachedKeys`, `parallel.GatheredKeys`.
 
     `begin` is called once for each forward pass, then `of_layer` by each layer.
     """
@@ -108,41 +108,55 @@ class Keys(Protocol):
 
 
 class KVCache:
-    """Keys and values of S growing segments, each with room for `capacity` tokens.
+    """Keys and values of growing segments, each in a slot with room for `capacity` tokens.
 
-    Segment s owns the slots s * capacity to (s + 1) * capacity.  With a capacity of 4:
+    With a capacity of 4, and segments a and b in slots 0 and 2:
 
-        two prompts, of 3 and 1 tokens    a0 a1 a2 .  | b0 .  .  .
-        after one new token for each      a0 a1 a2 a3 | b0 b1 .  .
+        two prompts, of 3 and 1 tokens    a0 a1 a2 .  | .  .  .  .  | b0 .  .  .
+        after one new token for each      a0 a1 a2 a3 | .  .  .  .  | b0 b1 .  .
 
-    Old keys never move.  The position of a query says how many slots of its segment it sees.
+    Old keys never move.  The position of a query says how many keys of its segment it sees.
     """
 
-    def __init__(self, config: ModelConfig, segments: int, capacity: int, like: Tensor) -> None:
-        shape = (config.num_hidden_layers, segments * capacity,
-                 config.num_key_value_heads, config.head_dim)
+    def __init__(self, config: ModelConfig, slots: int, capacity: int, like: Tensor) -> None:
+        shape = (config.num_hidden_layers, slots * capacity, config.num_key_value_heads,
+                 config.head_dim)
         self.k = like.new_zeros(shape)
         self.v = like.new_zeros(shape)
         self.capacity = capacity
-        self.cu_seqlens = torch.arange(segments + 1, device=like.device) * capacity
-        self.passes = 0  # of the decoder, so far
+
+
+class CachedKeys:
+    """The keys of one forward pass, on segments in some slots of a cache, in rising order.
+
+    fresh: the segments begin in this pass, so that the keys at hand are all that they have.
+    """
+
+    def __init__(self, cache: KVCache, slots: list[int], fresh: bool) -> None:
+        self.cache, self.fresh = cache, fresh
+        # Attention reads segments end to end.  So a segment reaches to the next one, over slots
+        # that take no part: no query sees that far.
+        firsts = [slot * cache.capacity for slot in slots]
+        self.begin_key, self.end_key = firsts[0], firsts[-1] + cache.capacity
+        edges = [first - self.begin_key for first in [*firsts, self.end_key]]
+        self.edges = torch.tensor(edges, device=cache.k.device)  # (S + 1,)
 
     def begin(self, cu_seqlens: Tensor, positions: Tensor) -> None:
-        """Find the slots of new tokens: cu_seqlens (S + 1,), positions (T,) in their segments."""
-        self.passes += 1
-        first_slots = self.cu_seqlens[segment_ids(cu_seqlens)]  # (T,)
-        self.slots = first_slots + positions
-        self.new_keys = Where(cu_seqlens, len(positions))
-        self.all_keys = Where(self.cu_seqlens, self.capacity, positions)
+        """Find the places of new tokens: cu_seqlens (S + 1,), positions (T,) in their segments."""
+        self.places = self.begin_key + self.edges[segment_ids(cu_seqlens)] + positions  # (T,)
+        if self.fresh:
+            self.where = Where(cu_seqlens, len(positions))
+        else:
+            self.where = Where(self.edges, self.cache.capacity, positions)
 
     def of_layer(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Where]:
         """Store k, v (T, G, E) of the new tokens.  Return the keys and values that they see."""
-        self.k[layer, self.slots] = k
-        self.v[layer, self.slots] = v
-        if self.passes == 1:
-            # nothing else is in the cache yet: k and v have no empty slots between segments
-            return k, v, self.new_keys
-        return self.k[layer], self.v[layer], self.all_keys
+        self.cache.k[layer, self.places] = k
+        self.cache.v[layer, self.places] = v
+        if not self.fresh:
+            own = slice(self.begin_key, self.end_key)
+            k, v = self.cache.k[layer, own], self.cache.v[layer, own]
+        return k, v, self.where
 
 
 class SelfAttention(nn.Module):
@@ -410,25 +424,26 @@ class Head(nn.Linear):
         return torch.stack(losses).sum()
 
 
-def sample_tokens(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+def sample_tokens(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+                  generator: torch.Generator | None = None) -> Tensor:
     """Choose a token for each of S segments, (S,), from logits (S, V).
 
-    At temperature 0, the likeliest.  Else draw from the nucleus: the smallest set of likeliest
-    tokens whose probabilities add up to `top_p`.
+    At temperature 0, the likeliest.  Else draw from the `top_k` likeliest (0: from all), and of
+    these from the nucleus: the smallest set of likeliest whose probabilities add up to `top_p`.
     """
     if temperature == 0:
         return logits.argmax(-1)
     # now the largest is 0, and no temperature, however small, makes it infinite
     logits = logits.float() - logits.amax(-1, keepdim=True)
-    probabilities = (logits / temperature).softmax(-1)
-    probabilities, order = probabilities.sort(descending=True)
+    logits, order = (logits / temperature).topk(top_k or logits.shape[-1])  # sorted
+    probabilities = logits.softmax(-1)
     # The nucleus ends where the likelier tokens have reached top_p.  For top_p = 0.7:
     #     probabilities  0.5  0.3  0.2
     #     likelier       0.0  0.5  0.8     the third token is outside
     likelier = probabilities.cumsum(-1) - probabilities
     probabilities[likelier >= top_p] = 0
     # multinomial divides by the sum itself; it draws a place in the sorted order
-    place = torch.multinomial(probabilities, 1)
+    place = torch.multinomial(probabilities, 1, generator=generator)
     return order.gather(-1, place)[:, 0]
 
 
@@ -546,41 +561,42 @@ class LlavaOneVision(nn.Module):
         return self.lm_head.loss(x, targets.index_select(0, learnt))
 
     @torch.inference_mode()
+    def next_logits(self, input_ids: Tensor, cu_seqlens: Tensor, position_ids: Tensor,
+                    keys: CachedKeys, patches: Tensor | None = None,
+                    grid_thw: Tensor | None = None) -> Tensor:
+        """Logits (S, V) of the token behind each segment; for the arguments see `forward`."""
+        x = self.embed(input_ids, patches, grid_thw)  # (T, C)
+        x = self.model(x, cu_seqlens, position_ids, keys)
+        # the last token of each segment predicts the next one
+        return self.lm_head(x.index_select(0, cu_seqlens[1:] - 1))
+
     def generate(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None = None,
                  grid_thw: Tensor | None = None, max_new_tokens: int = 1024,
-                 stop_ids: tuple[int, ...] = (), temperature: float = 0.0,
-                 top_p: float = 1.0) -> Iterator[Tensor]:
-        """Continue S packed prompts.  Yields the next token of each, (S,), one tensor a pass.
+                 stop_ids: tuple[int, ...] = ()) -> Iterator[Tensor]:
+        """Continue S packed prompts with the likeliest tokens; `sample.Engine` can do more.
 
-        A prompt that has produced one of `stop_ids` repeats it.  The generator ends when all
-        prompts have, or after max_new_tokens.  See `sample_tokens` for temperature and top_p.
+        Yields the next token of each, (S,), one tensor a pass.  A prompt that has produced one of
+        `stop_ids` repeats it.  Ends when all prompts have, or after max_new_tokens.
         """
-        prompts = len(cu_seqlens) - 1
+        slots = list(range(len(cu_seqlens) - 1))
         lengths = cu_seqlens.diff()  # (S,)
-        x = self.embed(input_ids, patches, grid_thw)  # (T, C)
-        capacity = int(lengths.max()) + max_new_tokens
-        keys = KVCache(self.config, prompts, capacity, like=x)
-        position_ids = packed_positions(cu_seqlens)
-        stops = torch.tensor(stop_ids, dtype=torch.int64, device=x.device)
-        tokens = torch.full_like(lengths, -1)  # (S,)
-        done = torch.isin(tokens, stops)  # (S,)
-        for _ in range(max_new_tokens):
-            x = self.model(x, cu_seqlens, position_ids, keys)
-            # the last token of each prompt predicts the next one
-            last = cu_seqlens[1:] - 1  # (S,)
-            logits = self.lm_head(x.index_select(0, last))  # (S, V)
-            sampled = sample_tokens(logits, temperature, top_p)
-            tokens = torch.where(done, tokens, sampled)
+        cache = KVCache(self.config, len(slots), int(lengths.max()) + max_new_tokens,
+                        like=self.model.embed_tokens.weight)
+        stops = torch.tensor(stop_ids, dtype=torch.int64, device=input_ids.device)
+        logits = self.next_logits(input_ids, cu_seqlens, packed_positions(cu_seqlens),
+                                  CachedKeys(cache, slots, fresh=True), patches, grid_thw)
+        done = torch.zeros_like(lengths, dtype=torch.bool)  # (S,)
+        tokens = sample_tokens(logits)  # (S,)
+        # from now on, a row has one token of each prompt: T = S
+        each = torch.arange(len(slots) + 1, device=input_ids.device)
+        for number in range(max_new_tokens):
             yield tokens
             done = torch.isin(tokens, stops)
-            if done.all():
+            if done.all() or number == max_new_tokens - 1:
                 return
-
-            # from the second pass on, a row has one token of each prompt: T = S
-            x = self.model.embed_tokens(tokens)  # (S, C)
-            position_ids = lengths
+            logits = self.next_logits(tokens, each, lengths, CachedKeys(cache, slots, fresh=False))
+            tokens = torch.where(done, tokens, sample_tokens(logits))
             lengths = lengths + 1
-            cu_seqlens = torch.arange(prompts + 1, device=x.device)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None,

@@ -79,17 +79,14 @@ minutes on two CPU cores, and prints its accuracies.  A checkpoint of any size:
 all flags; `python -m benchmarks.plan` computes what a run needs.
 """
 
-import argparse
 import errno
 import fcntl
 import gc
 import hashlib
-import inspect
 import json
 import math
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 import signal
@@ -117,14 +114,14 @@ from assets.scenes import drawn_texts, train_tokenizer
 from convert import (StateWriter, check_tokenizer, find_checkpoint, load_model, load_tokenizer,
                      newest_state, on_all_ranks, read_json_object, read_state, save_checkpoint,
                      sync, write_file)
-from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, flag_parser, lay_out,
-                  open_index, reason_of, source_files, weight_of)
+from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, add_fields, flag_parser,
+                  lay_out, open_index, reason_of, source_files, weight_of)
 from fp8_kernel import check_device, convert_to_fp8
 from model import (PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
                    parameters_by_part, part_of)
 from parallel import (Ranks, RowShare, clip_gradients, find_ranks, forget_lost, gradient_norm,
                       join_ranks, loss_arguments, mixtures, shard, share_row)
-from sample import evaluate
+from sample import Chat, evaluate, held_out
 from vision import MAX_PIXELS, MIN_PIXELS
 
 
@@ -1156,8 +1153,9 @@ def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
                        "goes on", common=True)
 
 
-def report(scores: dict[str, float], log: Log) -> None:
-    """Log the accuracies by category, and their means over scenes and over flags."""
+def report(found: dict[str, list[float]], log: Log) -> None:
+    """Log the accuracies by category, in per cent, and their means over scenes and over flags."""
+    scores = {name: 100 * sum(values) / len(values) for name, values in found.items()}
     flags = {k: v for k, v in scores.items() if k.startswith("flag")}
     scenes = {k: v for k, v in scores.items() if k not in flags}
     for name, group in (("flags", flags), ("scenes", scenes)):
@@ -1304,26 +1302,18 @@ def run(config: TrainConfig) -> Path:
         dist.destroy_process_group()
     if ranks.rank == 0 and config.questions and not config.data:
         model = load_model(start, ranks.dtype, ranks.device)
-        report(evaluate(model, tokenizer, config.questions), log)
+        questions = held_out(config.questions)
+        # a question and its answer have at most some hundred tokens
+        chat = Chat(model, tokenizer, context=512, slots=50)
+        report(evaluate(chat, questions, max_new_tokens=24), log)
     log.line(f"saved: {start}", saved=start)
     return Path(start)
 
 
 def parse_flags(arguments: list[str]) -> TrainConfig:
-    """Build the command line from TrainConfig's fields; the comment beside a field is its help."""
+    """Build the command line from TrainConfig's fields."""
     parser = flag_parser(__doc__.splitlines()[0], arguments)
-    comments = dict(re.findall(r"^    (\w+): .*#  ?(.*)$", inspect.getsource(TrainConfig), re.M))
-    for entry in fields(TrainConfig):
-        flag = f"--{entry.name.replace('_', '-')}"
-        comment = comments[entry.name].replace("%", "%%")  # argparse formats with %
-        text = f"{comment} (default {entry.default!r})"
-        # a flag of type bool takes no value: its presence means True
-        options = {"action": "store_true"} if entry.type is bool else {"type": entry.type}
-        if entry.default is True:
-            options = {"action": argparse.BooleanOptionalAction}
-        if isinstance(entry.default, tuple):
-            options = {"nargs": "+"}
-        parser.add_argument(flag, default=entry.default, help=text, **options)
+    add_fields(parser, TrainConfig)
     flags = vars(parser.parse_args(arguments))
     return TrainConfig(**{**flags, "data": tuple(flags["data"])})
 

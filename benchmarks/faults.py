@@ -563,9 +563,10 @@ def headers(folder: Path, count: int = 50_000) -> int:
     started = time.monotonic()
     torch.set_num_threads(1)  # tensors this small are faster so
     found = damaged_headers(count)
+    text = (f"{found.refused:,} refused by name, {found.valid:,} read as valid; the slowest took "
+            f"{found.seconds:.2f} s")
     return figure(f"{count:,} damaged headers, configurations, indexes and tokenizers", started,
-                  len(found.failures), f"{found.refused:,} refused by name, {found.valid:,} read as "
-                  f"valid; the slowest took {found.seconds:.2f} s")
+                  len(found.failures), text)
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -255,6 +256,21 @@ def readme_commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line]
 
 
+def run_server(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A command that serves, until its page has been read."""
+    # not the port in the README, which may be taken; and without a shell, so that it can be ended
+    words = line.replace("--serve 8000", "--serve 8765").split()
+    process = subprocess.Popen(words, cwd=folder, text=True, env=ENVIRONMENT,
+                               stderr=subprocess.PIPE)
+    lines = iter(process.stderr.readline, "")
+    said = next((line for line in lines if "http://127.0.0.1:8765/" in line), "")
+    try:
+        page = urllib.request.urlopen("http://127.0.0.1:8765/", timeout=30).read().decode()
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(words, 0 if said else 1, page, said)
+
+
 def run_readme_commands() -> tuple[list[tuple[str, subprocess.CompletedProcess[str]]], str]:
     """All but the tests themselves, in the order in which one makes what another reads; and the log
     of the runs on several ranks.
@@ -276,6 +292,8 @@ def run_readme_commands() -> tuple[list[tuple[str, subprocess.CompletedProcess[s
         records = json.loads((here / "captions.json").read_text())
         (here / "captions.jsonl").write_text("\n".join(map(json.dumps, records)))
         (here / "CONCEPTS").write_text("red\nblue\n")
+        asked = {"image": "red.png", "question": "What colour?", "answer": "red"}
+        (here / "questions.jsonl").write_text(json.dumps(asked))
         finished = []
         for line in sorted(readme_commands(), key=lambda line: "convert.py merge" not in line):
             if "pytest" in line:
@@ -284,10 +302,13 @@ def run_readme_commands() -> tuple[list[tuple[str, subprocess.CompletedProcess[s
             if "train.py" in line:
                 line += " --steps 1 --rows 2 --questions 1"
             line = line.replace("--nproc-per-node 8", "--nproc-per-node 2")
+            if "--serve" in line:
+                finished.append((line, run_server(line, here)))
+                continue
             # tests change the environment meanwhile
-            finished.append((line, subprocess.run(["bash", "-c", line], cwd=here, text=True,
-                                                  env=ENVIRONMENT, capture_output=True,
-                                                  timeout=1200)))
+            finished.append((line, subprocess.run(
+                ["bash", "-c", line], cwd=here, text=True, env=ENVIRONMENT, capture_output=True,
+                timeout=1200, input="What is this?\n/quit\n")))
         log = here / "runs" / "8b" / "log.jsonl"
         return finished, log.read_text() if log.exists() else ""
 
@@ -329,15 +350,18 @@ def test_shipped_checkpoint_answers(tmp_path: Path) -> None:
     (["sample.py", "narrow.png", "What?"], "too narrow"),
     (["sample.py", "narrow.png"], "the prompt is missing"),
     (["sample.py", "What?", "--device", "banana"], "there is no device banana"),
-    (["sample.py", "What?", "--temperature", "nan"], "--temperature"),
-    (["sample.py", "word " * 5000], "the model's context is 4096"),
-    (["sample.py", "What?", "--max-new-tokens", "0"], "--max-new-tokens"),
+    (["sample.py", "What?", "--temperature", "nan"], "temperature must be from 0"),
+    (["sample.py", "word " * 5000], "room for 4096, the model's context or --context"),
+    (["sample.py", "What?", "--max-new-tokens", "0"], "max_new_tokens must be"),
     (["train.py", "--vision-lr", "inf"], "--vision-lr"),
     (["train.py", "--longer", "2"], "--longer"),
     (["train.py", "--data", "odd.json"], "is not a list of from and value"),
     (["sample.py", "What?", "--colour", "red"], "--colour"),
     (["sample.py", "What?", "--temperature", "hot"], "--temperature"),
-    (["sample.py", "What?", "--top-p", "2"], "--top-p"),
+    (["sample.py", "What?", "--top-p", "2"], "top_p must be"),
+    (["sample.py", "What?", "--chat"], "give pictures and a prompt, or one of"),
+    (["sample.py", "--evaluate", "broken.json"], "broken.json, line 1 is not valid JSON"),
+    (["sample.py", "--checkpoint", "OWNER/NAME", "What?"], "OWNER/NAME"),
     (["sample.py", "What?", "--checkpoint", "nowhere"], "nowhere"),
     (["train.py", "--stpes", "3"], "--stpes"),
     (["train.py", "--steps", "many"], "--steps"),

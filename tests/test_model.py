@@ -14,8 +14,8 @@ from torch import Tensor
 
 import model as model_module
 from conftest import DEVICE
-from model import (PRESETS, GroupedLinear, KVCache, LlavaOneVision, MixtureOfExperts, ModelConfig,
-                   sample_tokens)
+from model import (PRESETS, CachedKeys, GroupedLinear, KVCache, LlavaOneVision, MixtureOfExperts,
+                   ModelConfig, sample_tokens)
 from parallel import Ranks, shard
 from vision import VisionConfig, patch_positions
 
@@ -126,7 +126,13 @@ def test_nucleus() -> None:
     drawn = sample_tokens(logits, temperature=1.0, top_p=0.7)
     assert set(drawn.tolist()) == {0, 1}
     assert abs((drawn == 0).float().mean() - 0.5 / 0.8) < 0.04
-    assert (sample_tokens(logits, 0.0, 0.7) == 0).all()
+    assert (sample_tokens(logits, 0.0, top_p=0.7) == 0).all()
+    # of the three likeliest, 0.8 of 0.95 is reached with two
+    drawn = sample_tokens(logits, temperature=1.0, top_k=3)
+    assert set(drawn.tolist()) == {0, 1, 2}
+    assert abs((drawn == 0).float().mean() - 0.5 / 0.95) < 0.04
+    drawn = sample_tokens(logits, temperature=1.0, top_k=3, top_p=0.8)
+    assert set(drawn.tolist()) == {0, 1}
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -164,17 +170,24 @@ def test_mismatched_merger_width() -> None:
 
 
 def test_cache_keeps_segments_apart() -> None:
+    """Slots 0 and 2 of a cache: the keys at hand in the first pass, then those of the slots."""
     config = replace(PRESETS["tiny"], num_hidden_layers=1, num_key_value_heads=1, head_dim=1)
-    cache = KVCache(config, segments=2, capacity=4, like=torch.zeros(1))
-    cache.begin(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 0]))
+    cache = KVCache(config, slots=3, capacity=4, like=torch.zeros(1))
+    first = CachedKeys(cache, [0, 2], fresh=True)
+    first.begin(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 0]))
     keys = torch.tensor([1.0, 2.0, 10.0]).view(3, 1, 1)
-    k, _, where = cache.of_layer(0, keys, keys)
+    k, _, where = first.of_layer(0, keys, keys)
     assert k is keys and where.cu_seqlens.tolist() == [0, 2, 3] and where.q_positions is None
-    cache.begin(torch.tensor([0, 1, 2]), torch.tensor([2, 1]))
+    later = CachedKeys(cache, [0, 2], fresh=False)
+    later.begin(torch.tensor([0, 1, 2]), torch.tensor([2, 1]))
     keys = torch.tensor([3.0, 11.0]).view(2, 1, 1)
-    k, _, where = cache.of_layer(0, keys, keys)
-    assert k.flatten().tolist() == [1, 2, 3, 0, 10, 11, 0, 0]
-    assert where.cu_seqlens.tolist() == [0, 4, 8] and where.q_positions.tolist() == [2, 1]
+    k, _, where = later.of_layer(0, keys, keys)
+    assert k.flatten().tolist() == [1, 2, 3, 0, 0, 0, 0, 0, 10, 11, 0, 0]
+    assert where.cu_seqlens.tolist() == [0, 8, 12] and where.q_positions.tolist() == [2, 1]
+    alone = CachedKeys(cache, [2], fresh=False)
+    alone.begin(torch.tensor([0, 1]), torch.tensor([2]))
+    k, _, where = alone.of_layer(0, keys[:1], keys[:1])
+    assert k.flatten().tolist() == [10, 11, 3, 0] and where.cu_seqlens.tolist() == [0, 4]
 
 
 # ------------------------------------------------------------------------------ mixtures of experts
