@@ -601,7 +601,7 @@ def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> No
     If the loss or the gradient is not finite, weights and moments stay as they are, on all ranks.
     stop: does this rank ask all ranks to stop after the step?
     """
-    sums = backward(state.model, step, ranks)  # (2,)
+    sums = backward(state.model, step, ranks)
     parameters = trained(state.optimizer)
     norm = gradient_norm(parameters, ranks.device)
     # ranks that share a row have the same samples: the first of them counts them
@@ -609,7 +609,7 @@ def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> No
     rest = torch.tensor([*digest_halves(own), stop], dtype=torch.float64, device=ranks.device)
     # all that the ranks tell each other, in one message: a NaN or a wish of one of them is in the
     # sum, and so all decide alike
-    message = torch.cat([sums, norm.double()[None], rest])  # (6,)
+    message = torch.cat([sums, norm.double()[None], rest])
     if ranks.count > 1:
         dist.all_reduce(message)
     step.loss, labels, norms, upper, lower, wishes = message.tolist()

@@ -2,7 +2,7 @@
 
 In: `captions`, `questions` or `mixed`, a seed and a number.  Out: the record of this number, of the
 form in which `data.py` reads records from files; and the tiny tokenizer.
-Called by `data.py` and `train.py`; calls `vision.py`, and `data.py` for the shard of flags.
+Called by `data.py`, `sample.py` and `train.py`; calls `vision.py`, and `data.py` for the flags.
 
 The idea.  A scene is a small picture that is drawn on the fly: shapes on a board, a word and a
 number, a bar chart, or two of these side by side.  One scene in ten is held out for the test; a
