@@ -806,9 +806,13 @@ class Run:
 
     def append(self, file: str, *entries: dict) -> None:
         """Append JSON lines to a file of the run; the first rank does."""
-        if self.ranks.rank == 0:
+        if self.ranks.rank:
+            return
+        try:
             with open(self.out / file, "a") as lines:
                 lines.writelines(json.dumps(entry) + "\n" for entry in entries)
+        except OSError as error:
+            raise OSError(f"{self.out / file} cannot be written: {error}") from error
 
 
 class Meter:

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,3 +226,10 @@ def test_notes_of_steps_that_come_again_are_dropped(tmp_path: Path) -> None:
     file.write_text("".join(lines) + lines[-1][:9])  # the last one was cut
     drop_after(file, "mid", 3)
     assert file.read_text() == "".join(lines[:8])
+
+
+@pytest.mark.beside("-m", "benchmarks.faults", "kill", "stop", "disk", "numerics", "--count", "2")
+def test_a_sample_of_faults(done: subprocess.CompletedProcess[str]) -> None:
+    """Some of what `python -m benchmarks.faults` does to runs, each ending as if undisturbed."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "end equal" in done.stdout and "FAILURES" not in done.stdout
