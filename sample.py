@@ -47,6 +47,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -171,7 +172,9 @@ def to_record(messages: Any, local: bool = True) -> Record:
         raise ValueError("the messages must be a list, not empty")
     turns, images = [], []
     for message in messages:
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+        # OpenAI's package has fields without a value, such as "tool_calls": null
+        given = isinstance(message, dict) and {key for key in message if message[key] is not None}
+        if given != {"role", "content"}:
             raise ValueError(f"{str(message)[:80]} is no message with role and content alone")
         content = message["content"]
         # as a part, since in a text of its own `<image>` would be the place of a picture
@@ -203,19 +206,10 @@ class Request:
 
     def __init__(self, record: Record, tokenizer: Tokenizer, settings: Settings = Settings(),
                  max_pixels: int = MAX_PIXELS) -> None:
-        """Encode the prompt and decode its pictures.  Raises ValueError for what is malformed."""
+        """Encode the prompt.  Raises ValueError for what is malformed."""
         sample = encode(record, tokenizer, (MIN_PIXELS, max_pixels), generation_prompt=True)
-        self.tokenizer, self.settings = tokenizer, settings
+        self.sample, self.tokenizer, self.settings = sample, tokenizer, settings
         self.ids: list[int] = sample.input_ids.tolist()
-        self.pictures: list[Cut] = []
-        pads = [tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
-        holes = torch.isin(sample.input_ids, torch.tensor(pads)).nonzero()[:, 0].tolist()
-        counts = visual_tokens(sample.grid_thw).tolist()
-        for i, count in enumerate(counts):
-            patches = sample.patches(i)
-            digest = hashlib.sha256(patches.numpy()).digest()
-            self.pictures.append(Cut(holes[sum(counts[:i])], count, digest, patches,
-                                     sample.grid_thw[i:i + 1]))
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.answer: list[int] = []  # tokens
         self.text = ""
@@ -223,10 +217,26 @@ class Request:
         self.reason = ""  # why it has ended: "stop", "length" or "cancelled"
         self.pieces: SimpleQueue[str | None] = SimpleQueue()
 
+    @cached_property
+    def pictures(self) -> list[Cut]:
+        """The pictures of the prompt, decoded.  Raises ValueError if that is not possible."""
+        sample, cuts = self.sample, []
+        pads = [self.tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
+        holes = torch.isin(sample.input_ids, torch.tensor(pads)).nonzero()[:, 0].tolist()
+        counts = visual_tokens(sample.grid_thw).tolist()
+        for i, count in enumerate(counts):
+            patches, grid = sample.patches(i), sample.grid_thw[i:i + 1]
+            # with the grid: blank pictures of 4 x 6 and of 6 x 4 patches have the same patches
+            digest = hashlib.sha256(grid.numpy().tobytes() + patches.numpy().tobytes()).digest()
+            cuts.append(Cut(holes[sum(counts[:i])], count, digest, patches, grid))
+        return cuts
+
     def choose(self, logits: Tensor, likeliest: int) -> int:
         """The next token, from logits (V,)."""
         settings = self.settings
-        if settings.temperature == 0 and settings.repetition_penalty == 1:
+        # what is smaller becomes 0 in float32, and nothing can be divided by it
+        temperature = settings.temperature if settings.temperature > 1e-30 else 0.0
+        if temperature == 0 and settings.repetition_penalty == 1:
             return likeliest
         if settings.repetition_penalty != 1:
             logits = logits.float()
@@ -237,7 +247,7 @@ class Request:
                                  there * settings.repetition_penalty)
             logits = logits.index_copy(0, seen, weaker)
         logits = logits.cpu()  # the generator's numbers are the same with any device
-        return int(sample_tokens(logits[None], settings.temperature,
+        return int(sample_tokens(logits[None], temperature,
                                  min(settings.top_k, len(logits)), settings.top_p, self.generator))
 
     def take(self, token: int, stop_ids: Sequence[int], room: int) -> None:
@@ -322,6 +332,7 @@ class Engine:
         if len(request.ids) >= self.cache.capacity:
             raise ValueError(f"the prompt has {len(request.ids)} tokens, but there is room for "
                              f"{self.cache.capacity}, the model's context or --context")
+        _ = request.pictures  # decoded here, not on the thread that runs the model
         self.waiting.append(request)
 
     def step(self) -> bool:
@@ -332,6 +343,10 @@ class Engine:
         for slot in self.slots:
             if slot.request is not None and slot.request.reason:
                 slot.request = None  # ended, or cancelled from outside
+        for _ in range(len(self.waiting)):  # meanwhile other threads may append
+            request = self.waiting.popleft()
+            if not request.reason:
+                self.waiting.append(request)
         begun = self.place_waiting()
         chosen = begun or [i for i, slot in enumerate(self.slots) if slot.request is not None]
         if not chosen:
@@ -361,8 +376,6 @@ class Engine:
             if not free:
                 break
             request = self.waiting.popleft()
-            if request.reason:
-                continue  # it was cancelled
             # the slot with the longest common beginning, of these the one unused for longest
             shared = {i: self.slots[i].shared_with(request) for i in free}
             best = max(free, key=lambda i: (shared[i], -self.slots[i].used))
@@ -381,7 +394,6 @@ class Engine:
         for slot, start in zip(slots, starts):
             parts.append((slot.request.ids + slot.request.answer)[start:])
             cuts += [cut for cut in slot.pictures if cut.first >= start]
-            slot.ids = slot.ids + parts[-1]
         lengths = torch.tensor([len(part) for part in parts])
         ids = torch.tensor([token for part in parts for token in part])  # (T,)
         positions = torch.cat([torch.arange(start, start + len(part))
@@ -392,27 +404,38 @@ class Engine:
             pictures = {"patches": normalize_patches(patches),
                         "grid_thw": torch.cat([cut.grid for cut in cuts]).to(self.device)}
         keys = CachedKeys(self.cache, numbers, fresh=not any(starts))
-        return self.model.next_logits(
+        logits = self.model.next_logits(
             ids.to(self.device), F.pad(lengths.cumsum(0), (1, 0)).to(self.device),
             positions.to(self.device), keys, **pictures)
+        # not before: a pass that was interrupted has left no keys
+        for slot, part in zip(slots, parts):
+            slot.ids = slot.ids + part
+        return logits
 
     def stream(self, request: Request) -> Iterator[str]:
         """The answer in pieces of complete characters; other requests go on meanwhile."""
         self.submit(request)
-        while True:
-            while request.pieces.empty():
-                self.step()
-            piece = request.pieces.get()
-            if piece is None:
-                return
-            yield piece
+        try:
+            while True:
+                while request.pieces.empty():
+                    self.step()
+                piece = request.pieces.get()
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            request.end("cancelled")  # if nobody reads on; else it has ended already
 
     def answers(self, requests: Sequence[Request]) -> list[str]:
         """The answers to several requests, computed together."""
-        for request in requests:
-            self.submit(request)
-        while self.step():
-            pass
+        try:
+            for request in requests:
+                self.submit(request)
+            while self.step():
+                pass
+        finally:
+            for request in requests:
+                request.end("cancelled")  # if one does not fit; else they have ended already
         return [request.text for request in requests]
 
 
@@ -901,7 +924,7 @@ def media_part(path: str) -> dict:
             # a photograph of a telephone may hold a second picture, but does not move
             moves = opened.format in ("GIF", "WEBP", "PNG") and opened.is_animated
     kind = "video" if moves else "image"
-    return {"type": kind, kind: path}
+    return {"type": kind, kind: Path(path)}  # a text may be a URL
 
 
 def say(engine: Engine, request: Request) -> None:
@@ -962,11 +985,11 @@ def converse(chat: Chat, settings: Settings) -> None:
                 parts.append(media_part(rest.strip()))
             elif line:
                 turn = {"role": "user", "content": [*parts, {"type": "text", "text": line}]}
+                parts = []  # a damaged picture would spoil the next turn, too
                 request = Request(to_record([*messages, turn]), chat.tokenizer, settings,
                                   chat.max_pixels)
                 say(chat.engine, request)
                 messages += [turn, {"role": "assistant", "content": request.text}]
-                parts = []
         except ValueError as error:
             print(error, file=sys.stderr)
 

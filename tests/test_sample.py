@@ -301,6 +301,96 @@ def test_a_chat_in_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert chat.engine.slots[0].pictures[0].grid[0, 0] > 1
 
 
+def test_blank_pictures_of_other_shapes_are_told_apart(loaded: tuple) -> None:
+    """Their patches are the same, but not their places in the picture."""
+    chat = Chat(*loaded, slots=1)
+    for size in ((84, 168), (168, 84)):
+        messages = user({"type": "image", "image": Image.new("RGB", size, "white")},
+                        {"type": "text", "text": "What is this?"})
+        assert chat(messages, max_new_tokens=8) == greedy(*loaded, messages, 8)
+    first, second = (Request(to_record(user({"type": "image", "image": Image.new("RGB", size)})),
+                             loaded[1]).pictures[0] for size in ((84, 168), (168, 84)))
+    assert first.patches.equal(second.patches) and first.digest != second.digest
+
+
+def test_an_interrupted_pass_leaves_no_keys(loaded: tuple, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture) -> None:
+    """Ctrl-C while a prompt is computed: the chat goes on, and computes it again."""
+    chat, real = Chat(*loaded, slots=1), loaded[0].next_logits
+    messages = user({"type": "image", "image": str(EXAMPLES / "scene.png")},
+                    {"type": "text", "text": "How many objects are there?"})
+
+    def interrupted(*arguments: object, **pictures: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loaded[0], "next_logits", interrupted)
+    request = chat.request(messages)
+    sample.say(chat.engine, request)
+    assert request.reason == "cancelled" and capsys.readouterr().out == "\n"
+    monkeypatch.setattr(loaded[0], "next_logits", real)
+    assert chat(messages) == "3"
+
+
+def test_answers_that_nobody_reads_free_their_slots(loaded: tuple) -> None:
+    """A stream that is not read to its end; several requests of which one is too long."""
+    chat = Chat(*loaded, context=100, slots=2)
+    chat.engine.stop_ids = []
+    messages = user({"type": "text", "text": "What is this?"})
+    stream = chat.stream(messages, max_new_tokens=60)
+    next(stream)
+    stream.close()
+    long = user({"type": "text", "text": "word " * 200})
+    with pytest.raises(ValueError, match="the prompt has"):
+        chat([messages, long], max_new_tokens=60)
+    assert not chat.engine.step()
+    assert not chat.engine.waiting and all(slot.request is None for slot in chat.engine.slots)
+
+
+def test_pictures_of_a_prompt_that_is_too_long_are_not_decoded(
+        loaded: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.cut_patches", None)
+    picture = {"type": "image", "image": str(EXAMPLES / "scene.png")}
+    with pytest.raises(ValueError, match="the prompt has"):
+        Chat(*loaded, context=50, slots=1)(user(*[picture] * 20))
+
+
+def test_a_tiny_temperature_takes_the_likeliest(loaded: tuple) -> None:
+    """In float32, 1e-46 is 0: nothing may be divided by it."""
+    messages = conversations(3)[0]
+    chat = Chat(*loaded, slots=1)
+    for temperature in (1e-300, 1e-46, 1e-30):
+        assert chat(messages, temperature=temperature, max_new_tokens=6) == chat(
+            messages, max_new_tokens=6)
+
+
+def test_a_damaged_picture_does_not_stay_in_a_chat(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+        loaded: tuple) -> None:
+    """It is found when it is decoded, with the turn that it belongs to; the next turn goes on."""
+    content = (EXAMPLES / "scene.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[:len(content) // 2])
+    # a name that looks like a URL is a file's name all the same
+    (tmp_path / "data:a b.png").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    lines = iter(["/image cut.png", "What is this?", "/image data:a b.png",
+                  "How many objects are there?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    sample.converse(Chat(*loaded, slots=1), Settings(max_new_tokens=8))
+    said = capsys.readouterr()
+    assert said.out == "3\n" and "record prompt" in said.err
+
+
+def test_nulls_of_a_clients_message_are_absent() -> None:
+    """As in `model_dump()` of an answer of OpenAI's package, appended to the messages."""
+    answer = {"role": "assistant", "content": "3", "refusal": None, "annotations": None,
+              "audio": None, "function_call": None, "tool_calls": None}
+    turns = [*user({"type": "text", "text": "x"}), answer, *user({"type": "text", "text": "y"})]
+    assert to_record(turns)["messages"][1] == {
+        "role": "assistant", "content": [{"type": "text", "text": "3"}]}
+    with pytest.raises(ValueError, match="alone"):
+        to_record([{"role": "user", "content": "x", "tool_calls": [1]}])
+
+
 def test_messages_on_standard_input(monkeypatch: pytest.MonkeyPatch,
                                     capsys: pytest.CaptureFixture) -> None:
     content = [{"type": "image", "image": str(EXAMPLES / "scene.png")},
