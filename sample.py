@@ -143,7 +143,7 @@ def read_part(part: Any, images: list[Picture | Video], local: bool) -> dict:
     {"type": "image_url", "image_url": {"url": SOURCE}}; "video" likewise.
     """
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and part.keys() == {"type", "text"}:
+    if kind == "text" and part.keys() == {"type", "text"} and isinstance(part["text"], str):
         return part
     name = kind.removesuffix("_url") if isinstance(kind, str) else ""
     if name not in ("image", "video"):
@@ -511,12 +511,15 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def as_number(text: str) -> float | None:
-    """The number that a text is, with a sign of per cent or thousands perhaps; or None."""
+    """The number that a text is, with commas between thousands or in per cent perhaps; or None."""
+    text = plain(text).replace(",", "")
     try:
-        number = float(text.strip().rstrip(".%").replace(",", ""))
+        number = float(text.removesuffix("%"))
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    if not math.isfinite(number):
+        return None
+    return number / 100 if text.endswith("%") else number
 
 
 def plain(text: str) -> str:
@@ -545,12 +548,16 @@ def anls(answer: str, wanted: str) -> float:
 
 
 def choice(answer: str, wanted: str) -> float:
-    """Is the first capital that stands alone the wanted one?  "(B) a cat" and "B" are B."""
-    found = re.search(r"\b[A-Z]\b", answer)
+    """Is the first capital that stands alone the wanted one?  "(B) a cat" and "I say B" are B."""
+    found = re.search(r"(?!I[ '][a-z])\b[A-Z]\b", answer)
     return float(found is not None and found[0] == wanted.strip().strip("().").upper())
 
 
 METRICS = {metric.__name__: metric for metric in (exact, relaxed, anls, choice)}
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def read_question(entry: Any, number: int, folder: Path) -> dict:
@@ -562,20 +569,54 @@ def read_question(entry: Any, number: int, folder: Path) -> dict:
         raise ValueError(f"it must be an object with no other keys than {', '.join(sorted(known))}")
     wanted = entry.get("answer")
     wanted = [wanted] if isinstance(wanted, str) else wanted
-    if not isinstance(wanted, list) or not all(isinstance(text, str) for text in wanted):
+    if not wanted or not is_texts(wanted):
         raise ValueError("answer must be a text or a list of accepted texts")
     metric = entry.get("metric", "exact")
-    if metric not in METRICS:
+    if metric not in [*METRICS]:
         raise ValueError(f"there is no metric {metric!r}, only {', '.join(METRICS)}")
+    if len(entry.keys() & {"messages", "question"}) != 1 or len(
+            entry.keys() & {"messages", "image", "images"}) > 1:
+        raise ValueError("it must have messages, or a question and perhaps image or images")
     messages = entry.get("messages")
     if messages is None:
         images = entry.get("images", entry.get("image", []))
         images = [images] if isinstance(images, str) else images
-        parts = [{"type": "image", "image": str(folder / name)} for name in images]
-        parts.append({"type": "text", "text": entry.get("question")})
+        if not is_texts(images):
+            raise ValueError(f"image or images must be names of files, not {images!r}")
+        parts = [{"type": "image", "image": folder / name} for name in images]
+        parts.append({"type": "text", "text": entry["question"]})
         messages = [{"role": "user", "content": parts}]
     return {"id": str(entry.get("id", number)), "messages": messages, "answers": wanted,
             "metric": metric, "category": str(entry.get("category", "all"))}
+
+
+def kept_of(question: dict) -> dict:
+    """What a file of predictions keeps of a question: the texts of its messages, not the pictures.
+    """
+    texts = [part["text"] for turn in to_record(question["messages"])["messages"]
+             for part in turn["content"] if part["type"] == "text"]
+    return {**question, "messages": texts}
+
+
+def read_predictions(done: Path, questions: list[dict]) -> dict[str, dict]:
+    """The predictions in a file, by the ids of their questions; none if there is no file.
+
+    Raises ValueError if they are not of these questions.
+    """
+    if not done.is_file():
+        return {}
+    content = done.read_bytes()
+    whole = content.rfind(b"\n") + 1  # the last line may have been cut
+    entries = [load_json(line, done) for line in content[:whole].splitlines()]
+    if not all(isinstance(entry, dict) and "prediction" in entry for entry in entries):
+        raise ValueError(f"{done} is there already, and holds no predictions")
+    kept = {entry["id"]: entry for entry in entries}
+    for question in questions:
+        entry = kept.get(question["id"], {})
+        if entry and {**entry, **kept_of(question)} != entry:
+            raise ValueError(f"{done} has another question with the id {question['id']}")
+    os.truncate(done, whole)
+    return kept
 
 
 def evaluate(chat: Chat, questions: list[dict], done: Path | None = None,
@@ -584,11 +625,7 @@ def evaluate(chat: Chat, questions: list[dict], done: Path | None = None,
 
     done: a file that keeps the predictions, as JSON lines, so that a second run goes on.
     """
-    kept: dict[str, dict] = {}
-    if done is not None and done.is_file():
-        lines = [line for line in done.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-        done.write_text("".join(lines))  # the last one may have been cut
-        kept = {entry["id"]: entry for entry in map(json.loads, lines)}
+    kept = {} if done is None else read_predictions(done, questions)
     left = [question for question in questions if question["id"] not in kept]
     slots = len(chat.engine.slots)
     for start in range(0, len(left), slots):
@@ -597,8 +634,7 @@ def evaluate(chat: Chat, questions: list[dict], done: Path | None = None,
         for question, answer in zip(asked, answers):
             metric = METRICS[question["metric"]]
             score = max(metric(answer, wanted) for wanted in question["answers"])
-            entry = {**question, "prediction": answer, "score": score}
-            del entry["messages"]
+            entry = {**kept_of(question), "prediction": answer, "score": score}
             kept[question["id"]] = entry
             if done is not None:
                 with open(done, "a") as file:
@@ -615,7 +651,7 @@ def interval(scores: list[float]) -> tuple[float, float]:
     middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
     spread = math.sqrt(mean * (1 - mean) / count + (z / (2 * count))**2)
     half = spread * z / (1 + z * z / count)
-    return middle - half, middle + half
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def held_out(per_category: int) -> list[dict]:

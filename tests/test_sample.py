@@ -407,7 +407,9 @@ def test_messages_on_standard_input(monkeypatch: pytest.MonkeyPatch,
     ("relaxed", "red", "Red", 1), ("relaxed", "0.1", "0", 0), ("relaxed", "-100", "100", 0),
     ("anls", "kitten", "sitten", 5 / 6), ("anls", "abcd", "wxyz", 0), ("anls", "", "", 1),
     ("choice", "(B) a cat", "B", 1), ("choice", "The answer is C.", "(c)", 1),
-    ("choice", "A or B", "B", 0), ("choice", "cat", "C", 0)])
+    ("choice", "A or B", "B", 0), ("choice", "cat", "C", 0), ("choice", "I think (D).", "D", 1),
+    ("choice", "I'd say B", "B", 1), ("choice", "I", "I", 1), ("relaxed", "5%", "0.05", 1),
+    ("relaxed", "5%", "5", 0), ("relaxed", "35 %", "36%", 1)])
 def test_metrics(metric: str, answer: str, wanted: str, score: float) -> None:
     assert METRICS[metric](answer, wanted) == pytest.approx(score)
 
@@ -435,6 +437,8 @@ def test_intervals_cover() -> None:
         assert 0 <= low < high <= 1
         inside += low <= share <= high
     assert 360 <= inside <= 396
+    for count in range(1, 60):  # not -0.0 either
+        assert f"{interval([0.0] * count)[0]:.1f}" == "0.0" and interval([1.0] * count)[1] <= 1
 
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path, loaded: tuple) -> None:
@@ -451,6 +455,27 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path, loaded: tuple) -
     assert [entry["id"] for entry in entries] == [question["id"] for question in questions]
     scores = [score for category in whole.values() for score in category]
     assert sum(entry["score"] for entry in entries) == sum(scores) > len(scores) / 2
+
+
+def test_predictions_of_other_questions_are_refused(tmp_path: Path, loaded: tuple) -> None:
+    """The file stays as it is, also one that holds no predictions."""
+    chat, done = Chat(*loaded, context=300, slots=4), tmp_path / "predictions.jsonl"
+
+    def asked(text: str, answer: str) -> list[dict]:
+        entry = {"id": 1, "question": text, "answer": answer}
+        return [read_question(entry, 1, tmp_path)]
+
+    evaluate(chat, asked("What is this?", "x"), done, max_new_tokens=4)
+    kept = done.read_text()
+    for questions in (asked("What is that?", "x"), asked("What is this?", "y")):
+        with pytest.raises(ValueError, match="another question"):
+            evaluate(chat, questions, done, max_new_tokens=4)
+    assert done.read_text() == kept
+    for text in ('{"question": "x"}\n{"question', "[]\n", "no JSON\n"):
+        done.write_text(text)
+        with pytest.raises(ValueError, match="predictions.jsonl"):
+            evaluate(chat, asked("What is this?", "x"), done, max_new_tokens=4)
+        assert done.read_text() == text
 
 
 def test_the_command_evaluates_a_file(tmp_path: Path) -> None:
@@ -472,7 +497,12 @@ def test_the_command_evaluates_a_file(tmp_path: Path) -> None:
     ([], "an object"), ({"question": "x", "answer": 3}, "answer must be"),
     ({"question": "x"}, "answer must be"), ({"question": "x", "answer": "y", "metric": "bleu"},
                                             "no metric 'bleu'"),
-    ({"question": "x", "answer": "y", "weight": 2}, "no other keys")])
+    ({"question": "x", "answer": "y", "weight": 2}, "no other keys"),
+    ({"question": "x", "answer": []}, "answer must be"), ({"answer": "y"}, "question"),
+    ({"question": "x", "answer": "y", "metric": []}, "no metric"),
+    ({"question": "x", "answer": "y", "images": 5}, "images"),
+    ({"question": "x", "answer": "y", "image": "a", "images": ["b"]}, "image"),
+    ({"question": "x", "messages": [], "answer": "y"}, "question")])
 def test_malformed_questions_are_refused(entry: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_question(entry, 1, Path())
