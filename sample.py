@@ -34,6 +34,7 @@ import argparse
 import base64
 import binascii
 import hashlib
+import io
 import json
 import math
 import os
@@ -65,13 +66,14 @@ from data import (Record, add_fields, choose_device, choose_dtype, encode, flag_
                   refuse_in_one_sentence)
 from model import CachedKeys, KVCache, LlavaOneVision, sample_tokens
 from vision import (MAX_PIXELS, MIN_PIXELS, Picture, Video, normalize_patches, open_image,
-                    visual_tokens)
+                    visual_tokens, UNREADABLE)
 
 VIDEOS = {".mp4", ".mkv", ".mov", ".webm", ".avi"}  # films; animations say so themselves
 DOWNLOAD = 2**26  # bytes of a picture from the net, at most
 PAGE = Path(__file__).parent / "assets" / "page.html"
 BODY = 2**25  # bytes of a request to the server, at most
 AREA = 2**25  # pixels of a picture in such a request, at most
+HERE = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")  # Host of a request from here
 CONNECTIONS = 512  # of clients at a time
 
 
@@ -439,6 +441,22 @@ class Engine:
         return [request.text for request in requests]
 
 
+def check_size(image: Picture | Video) -> None:
+    """Raise ValueError if a small file holds more pixels than there may be memory for."""
+    file = image.file if isinstance(image, Video) else image
+    width, height = open_image(file, decode=False).size
+    frames = 1
+    if isinstance(image, Video):
+        try:
+            with Image.open(io.BytesIO(file)) as opened:
+                frames = getattr(opened, "n_frames", 1)
+        except UNREADABLE as error:
+            raise ValueError(f"a video cannot be read: {error}") from error
+    if frames * width * height > AREA:
+        raise ValueError(f"a picture or video may have {AREA:,} pixels, one has {frames} times "
+                         f"{width} x {height}")
+
+
 class Chat:
     """Answers conversations: `chat(messages)`."""
 
@@ -452,11 +470,7 @@ class Chat:
         """A request for a conversation; settings: see Settings."""
         record = to_record(messages, local)
         for image in [] if local else record["images"]:
-            # a small file may hold more pixels than there is memory for
-            file = image.file if isinstance(image, Video) else image
-            width, height = open_image(file, decode=False).size
-            if width * height > AREA:
-                raise ValueError(f"a picture may have {AREA:,} pixels, one has {width} x {height}")
+            check_size(image)
         return Request(record, self.tokenizer, Settings(**settings), self.max_pixels)
 
     def stream(self, messages: list[dict], **settings: Any) -> Iterator[str]:
@@ -682,7 +696,9 @@ class Refusal(Exception):
 
 # Fields of OpenAI's requests whose only value here is that of a request without them.
 FIXED = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False,
-         "response_format": {"type": "text"}, "tools": [], "tool_choice": "none"}
+         "response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "logit_bias": {}}
+# Fields that change no answer: who asks, and what OpenAI keeps.
+IDLE = ("user", "safety_identifier", "store", "metadata", "service_tier", "prompt_cache_key")
 
 
 def read_body(body: bytes, name: str) -> tuple[list, dict, bool, bool]:
@@ -706,7 +722,10 @@ def read_body(body: bytes, name: str) -> tuple[list, dict, bool, bool]:
     for key, value in FIXED.items():
         if fields_given.pop(key, value) != value:
             raise ValueError(f"{key} can only be {json.dumps(value)}")
-    fields_given.pop("user", None)  # who asks changes no answer
+    for key in IDLE:
+        fields_given.pop(key, None)
+    if {"max_tokens", "max_completion_tokens"} <= fields_given.keys():
+        raise ValueError("max_tokens and max_completion_tokens are two names of one thing")
 
     # OpenAI has two names for the length of an answer
     names = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
@@ -733,7 +752,9 @@ class Server(ThreadingHTTPServer):
         self.wake = threading.Event()  # there is work for the model
         self.decoders = threading.Semaphore(2)  # pictures are decoded two at a time
         self.connections = threading.Semaphore(CONNECTIONS)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
+        self.local = host in ("127.0.0.1", "::1", "localhost")
         threading.Thread(target=self.work, daemon=True).start()
 
     def work(self) -> None:
@@ -748,14 +769,16 @@ class Server(ThreadingHTTPServer):
             except RuntimeError as error:  # as of a GPU that has no memory left
                 print(f"sample.py: {error}", file=sys.stderr)
                 engine.abandon("error")
+                self.wake.set()  # others may wait
 
     def begin(self, messages: list, settings: dict) -> Request:
         """Queue a request.  Raises ValueError if it is malformed, Refusal if the queue is full."""
-        if len(self.chat.engine.waiting) >= self.queue:
-            raise Refusal(429, f"{self.queue} requests are waiting already: try again later")
         with self.decoders:
+            # asked here, so that no more than two at a time are let in
+            if len(self.chat.engine.waiting) >= self.queue:
+                raise Refusal(429, f"{self.queue} requests are waiting already: try again later")
             request = self.chat.request(messages, local=False, **settings)
-        self.chat.engine.submit(request)
+            self.chat.engine.submit(request)
         self.wake.set()
         return request
 
@@ -801,7 +824,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer with an error as OpenAI's API does: of ours, or of the base class."""
         kind = "invalid_request_error" if code < 500 else "server_error"
-        error = {"message": message or explain or "?", "type": kind, "param": None, "code": code}
+        # cut, since it may quote what was sent
+        error = {"message": (message or "?")[:400], "type": kind, "param": None, "code": code}
         self.close_connection = True  # what is left of the request was not read
         self.send_json({"error": error}, code)
         # a connection that closes over unread bytes is reset, and the answer may be lost
@@ -822,17 +846,21 @@ class Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def do_GET(self) -> None:  # noqa: N802
         """The page, or the list of models."""
-        if self.path == "/":
+        path = self.path.partition("?")[0]
+        if path == "/":
             self.send(PAGE.read_bytes(), "text/html; charset=utf-8")
-        elif self.path == "/v1/models":
+        elif path == "/v1/models":
             model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "local"}
             self.send_json({"object": "list", "data": [model]})
         else:
             self.send_error(404, "there are /, /v1/models and /v1/chat/completions")
+
+    do_HEAD = do_GET  # `send` leaves out the body
 
     def do_POST(self) -> None:  # noqa: N802
         """An answer, whole or in pieces."""
@@ -855,8 +883,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/chat/completions":
             raise Refusal(404, "there is only /v1/chat/completions to post to")
         origin = self.headers.get("Origin")
-        # a page of another site could ask through the browser of somebody who is here
-        if origin and origin.partition("://")[2] != self.headers.get("Host"):
+        host = self.headers.get("Host", "")
+        # A page of another site could ask through the browser of somebody who is here, also with a
+        # name that was made to lead to this machine.
+        foreign = self.server.local and not HERE.fullmatch(host)
+        if origin and (foreign or origin.partition("://")[2] != host):
             raise Refusal(403, f"requests from pages of {origin[:80]} are not answered")
         length = self.headers.get("Content-Length", "")
         if not length.isascii() or not length.isdigit():
@@ -885,10 +916,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.event(chunk, [{"index": 0, "delta": delta, "finish_reason": None}])
         tokens = {"prompt_tokens": len(request.ids), "completion_tokens": len(request.answer),
                   "total_tokens": len(request.ids) + len(request.answer)}
-        if stream:
+        if request.reason == "error" and stream:
+            self.wfile.write(b'data: {"error": {"message": "the model could not answer"}}\n\n')
+        elif stream:
             self.event(chunk, [{"index": 0, "delta": {}, "finish_reason": request.reason}])
             if usage:
                 self.event(chunk | {"usage": tokens}, [])
+        if stream:
             self.wfile.write(b"data: [DONE]\n\n")
             return
         if request.reason == "error":
@@ -1106,6 +1140,8 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, Settings]:
     if len(ways) != 1:
         raise ValueError("give pictures and a prompt, or one of --chat, --messages, --serve, "
                          "--evaluate")
+    if not 0 <= flags.serve < 2**16:
+        raise ValueError(f"--serve must be a port from 1 to 65535, it is {flags.serve}")
     if flags.max_pixels < MIN_PIXELS or flags.context < 2 or flags.slots < 1:
         raise ValueError(f"--max-pixels must be at least {MIN_PIXELS}, --context 2, --slots 1")
     # `Path.is_file` raises an error for a long prompt; os.path.isfile answers False
@@ -1124,7 +1160,7 @@ def run(flags: argparse.Namespace, settings: Settings) -> None:
     if flags.chat:
         converse(chat, settings)
     elif flags.serve:
-        name = Path(flags.checkpoint or "llava-onevision-1.5").name
+        name = Path(flags.checkpoint or "llava-onevision-1.5").absolute().name
         server = Server(flags.host, flags.serve, chat, name)
         print(f"http://{flags.host}:{flags.serve}/ is a page to chat in, and /v1 OpenAI's API for "
               f"the model {name}", file=sys.stderr, flush=True)
