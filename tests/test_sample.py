@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 import sample
 from convert import load_checkpoint
 from model import LlavaOneVision
-from sample import (METRICS, Chat, Engine, Request, Settings, edit_distance, evaluate, held_out,
+from sample import (METRICS, Chat, Request, Settings, edit_distance, evaluate, held_out,
                     interval, load_chat, read_question, to_record)
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def test_answers_do_not_depend_on_company(loaded: tuple) -> None:
     assert len({*expected}) > 10
     settings = Settings(max_new_tokens=12)
     for slots in (1, 3, 8):
-        engine = Engine(*loaded, slots, 200)
+        engine = Chat(*loaded, 200, slots)
         requests = [Request(to_record(messages), loaded[1], settings) for messages in asked]
         assert engine.answers(requests) == expected
         # a second time, the prompts are in the slots already, or in the place of others
@@ -82,7 +82,7 @@ def test_requests_that_come_and_go(loaded: tuple) -> None:
     """Requests join at any pass, some are cancelled: the others' words stay, and slots are free."""
     asked = conversations(24)
     settings = Settings(max_new_tokens=12)
-    engine, rng = Engine(*loaded, 4, 200), random.Random(1)
+    engine, rng = Chat(*loaded, 200, 4), random.Random(1)
     requests = [Request(to_record(messages), loaded[1], settings) for messages in asked]
     cancelled = {*requests[5:24:6]}
     left = list(requests)
@@ -95,7 +95,7 @@ def test_requests_that_come_and_go(loaded: tuple) -> None:
             if rng.random() < 0.5:
                 request.end("cancelled")
     engine.step()
-    assert not engine.waiting and all(slot.request is None for slot in engine.slots)
+    assert not engine.waiting and not any(slot.busy for slot in engine.slots)
     for messages, request in zip(asked, requests):
         if request not in cancelled:
             assert request.text == greedy(*loaded, messages, 12)
@@ -113,7 +113,7 @@ def test_the_next_turn_computes_only_what_is_new(loaded: tuple) -> None:
     def computed(picture: Image.Image, history: list[dict]) -> tuple[list[dict], list[int]]:
         seen.clear()
         request = chat.request(history_and_turn(picture, history), max_new_tokens=8)
-        chat.engine.answers([request])
+        chat.answers([request])
         found = list(seen)
         answer = {"role": "assistant", "content": request.text}
         assert request.text == greedy(*loaded, history_and_turn(picture, history), 8)
@@ -174,7 +174,7 @@ def test_draws_depend_on_the_seed_alone(loaded: tuple) -> None:
 
     def answers(slots: int, seeds: list[int]) -> list[str]:
         requests = [Request(record, loaded[1], Settings(seed=seed, **drawn)) for seed in seeds]
-        return Engine(*loaded, slots, 200).answers(requests)
+        return Chat(*loaded, 200, slots).answers(requests)
 
     first = answers(1, [0, 1, 2, 3])
     assert answers(3, [3, 2, 1, 0]) == first[::-1] and len({*first}) == 4
@@ -298,7 +298,7 @@ def test_a_chat_in_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert (first, second) == ("3", "top right") and third
     assert "there is no picture nowhere.png" in said.err
     assert next(lines) == "never" and len(prompts) == 9
-    assert chat.engine.slots[0].pictures[0].grid[0, 0] > 1
+    assert chat.slots[0].request.pictures[0].grid[0, 0] > 1
 
 
 def test_blank_pictures_of_other_shapes_are_told_apart(loaded: tuple) -> None:
@@ -325,7 +325,7 @@ def test_an_interrupted_pass_leaves_no_keys(loaded: tuple, monkeypatch: pytest.M
 
     monkeypatch.setattr(loaded[0], "next_logits", interrupted)
     request = chat.request(messages)
-    sample.say(chat.engine, request)
+    sample.say(chat, request)
     assert request.reason == "cancelled" and capsys.readouterr().out == "\n"
     monkeypatch.setattr(loaded[0], "next_logits", real)
     assert chat(messages) == "3"
@@ -334,7 +334,7 @@ def test_an_interrupted_pass_leaves_no_keys(loaded: tuple, monkeypatch: pytest.M
 def test_answers_that_nobody_reads_free_their_slots(loaded: tuple) -> None:
     """A stream that is not read to its end; several requests of which one is too long."""
     chat = Chat(*loaded, context=100, slots=2)
-    chat.engine.stop_ids = []
+    chat.stop_ids = []
     messages = user({"type": "text", "text": "What is this?"})
     stream = chat.stream(messages, max_new_tokens=60)
     next(stream)
@@ -342,8 +342,8 @@ def test_answers_that_nobody_reads_free_their_slots(loaded: tuple) -> None:
     long = user({"type": "text", "text": "word " * 200})
     with pytest.raises(ValueError, match="the prompt has"):
         chat([messages, long], max_new_tokens=60)
-    assert not chat.engine.step()
-    assert not chat.engine.waiting and all(slot.request is None for slot in chat.engine.slots)
+    assert not chat.step()
+    assert not chat.waiting and not any(slot.busy for slot in chat.slots)
 
 
 def test_pictures_of_a_prompt_that_is_too_long_are_not_decoded(

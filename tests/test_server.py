@@ -83,10 +83,9 @@ def answer_of(reply: dict | list[dict]) -> str:
 def wait_until_idle(server: Server) -> None:
     """All slots are free, and nothing waits."""
     end = time.monotonic() + 20
-    engine = server.chat.engine
+    engine = server.chat
     while time.monotonic() < end:
-        if not engine.waiting and all(slot.request is None or slot.request.reason
-                                      for slot in engine.slots):
+        if not engine.waiting and not any(slot.busy for slot in engine.slots):
             return
         time.sleep(0.05)
     raise AssertionError("a slot is stuck")
@@ -149,7 +148,7 @@ def test_a_full_queue_says_so(server: Server, monkeypatch: pytest.MonkeyPatch) -
 def test_a_client_that_leaves_frees_its_slot(server: Server,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """Streamed or not: the answer is not computed to its end."""
-    engine = server.chat.engine
+    engine = server.chat
     step = engine.step
     monkeypatch.setattr(engine, "stop_ids", [])  # answers never end by themselves
     monkeypatch.setattr(engine, "step", lambda: time.sleep(0.01) or step())
@@ -159,9 +158,9 @@ def test_a_client_that_leaves_frees_its_slot(server: Server,
             client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
                            b"Content-Length: %d\r\n\r\n" % len(body) + body)
             end = time.monotonic() + 10
-            while not any(slot.request for slot in engine.slots) and time.monotonic() < end:
+            while not any(slot.busy for slot in engine.slots) and time.monotonic() < end:
                 time.sleep(0.005)
-            request, = (slot.request for slot in engine.slots if slot.request)
+            request, = (slot.request for slot in engine.slots if slot.busy)
         wait_until_idle(server)
         assert request.reason == "cancelled" and len(request.answer) < 400
 
@@ -288,7 +287,7 @@ def test_slow_and_cut_connections_hold_nothing(server: Server,
 def test_an_error_of_the_model_ends_every_answer(server: Server,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """Those in slots are told; those that wait are answered, although nobody asks after them."""
-    engine, failed = server.chat.engine, threading.Event()
+    engine, failed = server.chat, threading.Event()
     forward = engine.forward
 
     def out_of_memory(numbers: list[int]) -> torch.Tensor:
@@ -302,18 +301,20 @@ def test_an_error_of_the_model_ends_every_answer(server: Server,
     with ThreadPoolExecutor(20) as threads:
         found = list(threads.map(lambda number: post(server, question(
             "What is this?", max_tokens=3, stream=number % 2 == 0)), range(20)))
-    assert {status for status, _ in found} == {200, 500}
+    assert {status for status, _ in found} <= {200, 500}
     last = [reply[-1] if isinstance(reply, list) else reply for _, reply in found]
     told = [reply for reply in last if "error" in reply]
     assert 1 <= len(told) <= 8
     assert all(reply["error"]["message"] == "the model could not answer" for reply in told)
+    failed.clear()
+    assert post(server, question("What is this?"))[0] == 500
     wait_until_idle(server)
 
 
 def test_the_queue_is_limited_while_pictures_are_decoded(server: Server,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """Many who come at once are told, not only those who come later; those who leave are gone."""
-    engine, request, step = server.chat.engine, server.chat.request, server.chat.engine.step
+    engine, request, step = server.chat, server.chat.request, server.chat.step
     longest = [0]
 
     def slow_request(*arguments: Any, **settings: Any) -> Any:
@@ -343,7 +344,7 @@ def test_the_queue_is_limited_while_pictures_are_decoded(server: Server,
         clients[-1].sendall(head % len(body) + body)
         end = time.monotonic() + 10
         while time.monotonic() < end and number >= len(engine.waiting) + sum(
-                slot.request is not None and not slot.request.reason for slot in engine.slots):
+                slot.busy for slot in engine.slots):
             time.sleep(0.01)
     assert post(server, question("What is this?"))[0] == 429
     for client in clients[-3:]:
@@ -533,7 +534,7 @@ class Tab:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_the_page_in_a_browser(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture, a streamed answer, a second turn, stop, two tabs at once, a phone's width."""
-    engine = server.chat.engine
+    engine = server.chat
     step, pause = engine.step, [0.0]
 
     def slow_step() -> bool:
