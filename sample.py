@@ -162,6 +162,7 @@ def read_part(part: Any, images: list[Picture | Video], local: bool) -> dict:
         raise ValueError(f"a part of type {kind} must have one source and nothing else, it has "
                          f"{', '.join(sorted(keys))}")
     source = part[keys.pop()]
+    # OpenAI's detail chooses a size, which here is --max-pixels for all pictures
     if isinstance(source, dict) and source.keys() <= {"url", "detail"}:
         source = source.get("url")
     picture = read_source(source, local)
@@ -202,6 +203,7 @@ def check_size(image: Picture | Video, most: int) -> None:
     width, height = open_image(file, decode=False).size
     frames = 1
     if moves:
+        # to count the frames of an animation, Pillow reads the whole file, but decodes none
         try:
             with Image.open(io.BytesIO(file)) as opened:
                 frames = getattr(opened, "n_frames", 1)
@@ -435,15 +437,14 @@ class Chat:
 
     def pieces(self, request: Request) -> Iterator[str]:
         """The answer in pieces of complete characters; other requests go on meanwhile."""
+        def next_piece() -> str | None:
+            while request.pieces.empty():
+                self.step()
+            return request.pieces.get()
+
         self.submit(request)
         try:
-            while True:
-                while request.pieces.empty():
-                    self.step()
-                piece = request.pieces.get()
-                if piece is None:
-                    return
-                yield piece
+            yield from iter(next_piece, None)
         finally:
             request.end("cancelled")  # if nobody reads on; else it has ended already
 
@@ -671,6 +672,7 @@ class Refusal(ValueError):
 # Fields of OpenAI's requests whose only value here is that of a request without them.
 FIXED = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False,
          "response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "logit_bias": {}}
+WITH_USAGE = [{}, {"include_usage": False}, {"include_usage": True}]  # stream_options
 # Fields that change no answer: who asks, and what OpenAI keeps.
 IDLE = {"user", "safety_identifier", "store", "metadata", "service_tier", "prompt_cache_key"}
 
@@ -687,10 +689,11 @@ def read_body(body: bytes, name: str) -> tuple[list, dict, bool, bool]:
     for key, value in {"model": name, **FIXED}.items():
         if given.pop(key, value) != value:
             raise ValueError(f"{key} can only be {json.dumps(value)}")
+    # what is left in the end must be settings
     messages = given.pop("messages", None)
     stream = given.pop("stream", False)
     options = given.pop("stream_options", {})
-    if type(stream) is not bool or options not in [{}, *({"include_usage": x} for x in (0, 1))]:
+    if type(stream) is not bool or options not in WITH_USAGE:
         raise ValueError("stream and stream_options.include_usage must be true or false")
 
     for key in ("max_tokens", "max_completion_tokens"):

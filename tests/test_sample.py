@@ -205,6 +205,20 @@ def test_settings_are_checked(settings: dict, words: str) -> None:
         Settings(**settings)
 
 
+def test_one_stop_string_is_not_its_letters() -> None:
+    assert Settings(stop="abc").stop == Settings(stop=["abc"]).stop == ("abc",)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["x", "--serve", "70000"], "a port"), (["--serve", "-1"], "a port"),
+    (["x", "--dtype", "int8"], "--dtype must be"), (["x", "--chat"], "one of --chat"),
+    (["x", "--max-new-tokens", "0"], "--max-new-tokens must be"),
+    (["--slots", "0", "x"], "--slots")])
+def test_flags_are_checked(flags: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        sample.parse_flags(flags)
+
+
 def test_every_format_of_messages_is_read_alike(tmp_path: Path, loaded: tuple) -> None:
     """A path, a file URL, a PIL image, a data URL, in the parts of Hugging Face and OpenAI."""
     path = EXAMPLES / "scene.png"
