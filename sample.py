@@ -30,10 +30,10 @@ Run `python sample.py assets/examples/scene.png "Where is the red circle?"`.  `-
 prompt's way through the files, with shapes.
 """
 
-import argparse
 import base64
 import binascii
 import hashlib
+import io
 import json
 import math
 import os
@@ -46,14 +46,14 @@ import time
 import urllib.request
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -64,13 +64,14 @@ from data import (Record, add_fields, choose_device, choose_dtype, encode, flag_
                   refuse_in_one_sentence)
 from model import CachedKeys, KVCache, LlavaOneVision, sample_tokens
 from vision import (MAX_PIXELS, MIN_PIXELS, Picture, Video, normalize_patches, open_image,
-                    visual_tokens)
+                    visual_tokens, UNREADABLE)
 
 VIDEOS = {".mp4", ".mkv", ".mov", ".webm", ".avi"}  # films; animations say so themselves
 DOWNLOAD = 2**26  # bytes of a picture from the net, at most
 PAGE = Path(__file__).parent / "assets" / "page.html"
 BODY = 2**25  # bytes of a request to the server, at most
-AREA = 2**25  # pixels of a picture in such a request, at most
+AREA = 2**25  # pixels of a picture or video in such a request, at most
+HERE = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")  # Host of a request from here
 CONNECTIONS = 512  # of clients at a time
 
 
@@ -95,13 +96,22 @@ class Settings:
                   "top_p": (1e-9, 1), "repetition_penalty": (1e-3, 1e3), "seed": (0, 2**63 - 1)}
         for name, (least, most) in ranges.items():
             value = getattr(self, name)
-            kinds = (int, float) if isinstance(getattr(Settings, name), float) else (int,)
+            whole = isinstance(getattr(Settings, name), int)
+            kinds = (int,) if whole else (int, float)
             # type(), since for isinstance() true is an int; NaN fails the comparison
             if type(value) not in kinds or not least <= value <= most:
-                raise ValueError(f"{name} must be {'' if len(kinds) == 2 else 'a whole number '}"
-                                 f"from {least:g} to {most:g}, it is {value!r}")
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop must be strings, none empty, it is {self.stop!r}")
+                kind = "a whole number " if whole else ""
+                raise ValueError(f"{name} must be {kind}from {least:g} to {most:g}, it is "
+                                 f"{value!r}")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        if not is_texts(stop) or "" in stop:
+            raise ValueError(f"stop must be strings, none empty, it is {str(stop)[:80]}")
+        object.__setattr__(self, "stop", tuple(stop))
+
+
+def is_texts(value: Any) -> bool:
+    """Is this a list or tuple of texts?"""
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
 def read_source(source: Any, local: bool) -> Picture:
@@ -110,13 +120,12 @@ def read_source(source: Any, local: bool) -> Picture:
     Raises ValueError if it cannot be had.
     """
     if isinstance(source, str) and source.startswith("data:"):
-        _, comma, content = source.partition(";base64,")
+        content = source.partition(";base64,")[2]
         try:
-            if comma:
-                return base64.b64decode(content, validate=True)
+            return base64.b64decode(content or "?", validate=True)  # ? is no base64
         except binascii.Error:
-            pass
-        raise ValueError("a data URL must be data:image/TYPE;base64, and the bytes in base64")
+            raise ValueError("a data URL must be data:image/TYPE;base64, and the bytes in base64"
+                             ) from None
     if not local:
         raise ValueError(f"pictures must come as data URLs, not as {str(source)[:80]!r}")
     if isinstance(source, str) and source.startswith(("http://", "https://")):
@@ -128,10 +137,10 @@ def read_source(source: Any, local: bool) -> Picture:
         if len(content) > DOWNLOAD:
             raise ValueError(f"{source} has more than {DOWNLOAD:,} bytes")
         return content
-    if isinstance(source, Image.Image | Path):
-        return source
     if isinstance(source, str) and source:
         return Path(source.removeprefix("file://"))
+    if isinstance(source, Image.Image | Path):
+        return source
     raise ValueError(f"{source!r} is no picture: give a path, a URL or a PIL image")
 
 
@@ -141,19 +150,19 @@ def read_part(part: Any, images: list[Picture | Video], local: bool) -> dict:
     In Hugging Face's formats {"type": "image", "image" or "url" or "path": SOURCE}, in OpenAI's
     {"type": "image_url", "image_url": {"url": SOURCE}}; "video" likewise.
     """
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and part.keys() == {"type", "text"}:
+    kind = str(part.get("type")) if isinstance(part, dict) else ""
+    if kind == "text" and part.keys() == {"type", "text"} and isinstance(part["text"], str):
         return part
-    name = kind.removesuffix("_url") if isinstance(kind, str) else ""
+    name = kind.removesuffix("_url")
     if name not in ("image", "video"):
         raise ValueError(f"{str(part)[:80]} is no part of a message, neither text nor image nor "
                          "video")
-    sources = [part[key] for key in (name, f"{name}_url", "url", "path") if key in part]
-    unknown = part.keys() - {"type", name, f"{name}_url", "url", "path"}
-    if unknown or len(sources) != 1:
+    keys = part.keys() - {"type"}
+    if len(keys) != 1 or not keys <= {name, f"{name}_url", "url", "path"}:
         raise ValueError(f"a part of type {kind} must have one source and nothing else, it has "
-                         f"{', '.join(sorted(part.keys() - {'type'}))}")
-    source = sources[0]
+                         f"{', '.join(sorted(keys))}")
+    source = part[keys.pop()]
+    # OpenAI's detail chooses a size, which here is --max-pixels for all pictures
     if isinstance(source, dict) and source.keys() <= {"url", "detail"}:
         source = source.get("url")
     picture = read_source(source, local)
@@ -171,7 +180,9 @@ def to_record(messages: Any, local: bool = True) -> Record:
         raise ValueError("the messages must be a list, not empty")
     turns, images = [], []
     for message in messages:
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+        # OpenAI's package has fields without a value, such as "tool_calls": null
+        given = message.items() if isinstance(message, dict) else ()
+        if {key for key, value in given if value is not None} != {"role", "content"}:
             raise ValueError(f"{str(message)[:80]} is no message with role and content alone")
         content = message["content"]
         # as a part, since in a text of its own `<image>` would be the place of a picture
@@ -185,6 +196,24 @@ def to_record(messages: Any, local: bool = True) -> Record:
     return {"messages": turns, "images": images, "id": "prompt"}
 
 
+def check_size(image: Picture | Video, most: int) -> None:
+    """Raise ValueError for a picture or video that cannot be read, or has more pixels than that."""
+    moves = isinstance(image, Video)
+    file = image.file if moves else image
+    width, height = open_image(file, decode=False).size
+    frames = 1
+    if moves:
+        # to count the frames of an animation, Pillow reads the whole file, but decodes none
+        try:
+            with Image.open(io.BytesIO(file)) as opened:
+                frames = getattr(opened, "n_frames", 1)
+        except UNREADABLE as error:
+            raise ValueError(f"a video cannot be read: {error}") from error
+    if frames * width * height > most:
+        raise ValueError(f"a picture or video may have {most:,} pixels, one has {frames} times "
+                         f"{width} x {height}")
+
+
 # ------------------------------------------------------------------------------------- the answers
 
 
@@ -192,8 +221,7 @@ class Cut(NamedTuple):
     """A picture of a prompt, cut into patches."""
 
     first: int  # the place of its first hole
-    count: int  # holes
-    digest: bytes  # of the patches: tells it from another picture in the same place
+    digest: bytes  # tells it from another picture in the same place
     patches: Tensor  # (P, 588) uint8
     grid: Tensor  # (1, 3)
 
@@ -203,30 +231,37 @@ class Request:
 
     def __init__(self, record: Record, tokenizer: Tokenizer, settings: Settings = Settings(),
                  max_pixels: int = MAX_PIXELS) -> None:
-        """Encode the prompt and decode its pictures.  Raises ValueError for what is malformed."""
-        sample = encode(record, tokenizer, (MIN_PIXELS, max_pixels), generation_prompt=True)
+        """Encode the prompt.  Raises ValueError for what is malformed."""
+        self.sample = encode(record, tokenizer, (MIN_PIXELS, max_pixels), generation_prompt=True)
         self.tokenizer, self.settings = tokenizer, settings
-        self.ids: list[int] = sample.input_ids.tolist()
-        self.pictures: list[Cut] = []
-        pads = [tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
-        holes = torch.isin(sample.input_ids, torch.tensor(pads)).nonzero()[:, 0].tolist()
-        counts = visual_tokens(sample.grid_thw).tolist()
-        for i, count in enumerate(counts):
-            patches = sample.patches(i)
-            digest = hashlib.sha256(patches.numpy()).digest()
-            self.pictures.append(Cut(holes[sum(counts[:i])], count, digest, patches,
-                                     sample.grid_thw[i:i + 1]))
+        self.ids: list[int] = self.sample.input_ids.tolist()
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.answer: list[int] = []  # tokens
         self.text = ""
         self.shown = 0  # characters
-        self.reason = ""  # why it has ended: "stop", "length" or "cancelled"
+        self.reason = ""  # why it has ended: "stop", "length", "cancelled" or "error"
         self.pieces: SimpleQueue[str | None] = SimpleQueue()
+
+    @cached_property
+    def pictures(self) -> list[Cut]:
+        """The pictures of the prompt, decoded.  Raises ValueError if that is not possible."""
+        cuts = []
+        pads = [self.tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
+        holes = torch.isin(self.sample.input_ids, torch.tensor(pads)).nonzero()[:, 0].tolist()
+        counts = visual_tokens(self.sample.grid_thw).tolist()
+        for i in range(len(counts)):
+            patches, grid = self.sample.patches(i), self.sample.grid_thw[i:i + 1]
+            # with the grid: blank pictures of 4 x 6 and of 6 x 4 patches have the same patches
+            digest = hashlib.sha256(grid.numpy().tobytes() + patches.numpy().tobytes()).digest()
+            cuts.append(Cut(holes[sum(counts[:i])], digest, patches, grid))
+        return cuts
 
     def choose(self, logits: Tensor, likeliest: int) -> int:
         """The next token, from logits (V,)."""
         settings = self.settings
-        if settings.temperature == 0 and settings.repetition_penalty == 1:
+        # what is smaller becomes 0 in float32, and nothing can be divided by it
+        temperature = settings.temperature if settings.temperature > 1e-30 else 0.0
+        if temperature == 0 and settings.repetition_penalty == 1:
             return likeliest
         if settings.repetition_penalty != 1:
             logits = logits.float()
@@ -237,8 +272,8 @@ class Request:
                                  there * settings.repetition_penalty)
             logits = logits.index_copy(0, seen, weaker)
         logits = logits.cpu()  # the generator's numbers are the same with any device
-        return int(sample_tokens(logits[None], settings.temperature,
-                                 min(settings.top_k, len(logits)), settings.top_p, self.generator))
+        return int(sample_tokens(logits[None], temperature, min(settings.top_k, len(logits)),
+                                 settings.top_p, self.generator))
 
     def take(self, token: int, stop_ids: Sequence[int], room: int) -> None:
         """Add a token to the answer, and give out the text that is certain by now.
@@ -251,7 +286,8 @@ class Request:
         self.answer.append(token)
         # special tokens are part of an answer, for example those around a box
         self.text = self.tokenizer.decode(self.answer, skip_special_tokens=False)
-        found = [at for at in map(self.text.find, self.settings.stop) if at >= 0]
+        stops = self.settings.stop
+        found = [at for at in map(self.text.find, stops) if at >= 0]
         if found:
             self.text = self.text[:min(found)]
             self.end("stop")
@@ -259,12 +295,10 @@ class Request:
             self.end("length")
         # U+FFFD stands for a part of a character of several bytes: wait for the other bytes
         elif not self.text.endswith("\ufffd"):
-            self.show(len(self.text) - self.possible_stop())
-
-    def possible_stop(self) -> int:
-        """Characters at the end of the text that may be the beginning of a stop string."""
-        return max((n for stop in self.settings.stop for n in range(1, len(stop))
-                    if self.text.endswith(stop[:n])), default=0)
+            # the end of the text may be the beginning of a stop string
+            possible = [n for stop in stops for n in range(1, len(stop))
+                        if self.text.endswith(stop[:n])]
+            self.show(len(self.text) - max(possible, default=0))
 
     def show(self, end: int) -> None:
         """Give out the text up to a character."""
@@ -273,7 +307,7 @@ class Request:
             self.shown = end
 
     def end(self, reason: str) -> None:
-        """The answer is complete."""
+        """The answer is complete, or nobody wants it any more.  Only the first reason counts."""
         if not self.reason:
             self.reason = reason
             self.show(len(self.text))
@@ -282,46 +316,61 @@ class Request:
 
 @dataclass
 class Slot:
-    """What a slot of the cache holds, and the request that uses it."""
+    """A slot of the cache: its last request, and how far the request's keys are there."""
 
-    ids: list[int] = field(default_factory=list)  # tokens whose keys are there
-    pictures: list[Cut] = field(default_factory=list)
     request: Request | None = None
+    filled: int = 0  # tokens of its prompt and answer
     used: int = 0  # the pass that used it last
+
+    @property
+    def busy(self) -> bool:
+        return self.request is not None and not self.request.reason
+
+    @property
+    def ids(self) -> list[int]:
+        return self.request.ids + self.request.answer if self.request else []
 
     def shared_with(self, request: Request) -> int:
         """How many tokens at the beginning of a prompt need not be computed again."""
-        pairs = enumerate(zip(self.ids, request.ids))
-        shared = next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(request.ids)))
-        # the last token is computed anyway: its logits are wanted
-        shared = min(shared, len(request.ids) - 1)
-        here = {(cut.first, cut.digest) for cut in self.pictures}
-        for cut in request.pictures:
-            whole = cut.first + cut.count <= shared
-            if cut.first < shared and not (whole and (cut.first, cut.digest) in here):
-                return cut.first
-        return shared
+        # the last token of the prompt is computed anyway: its logits are wanted
+        shared = len(os.path.commonprefix([self.ids[:self.filled], request.ids[:-1]]))
+        here = {(cut.first, cut.digest) for cut in self.request.pictures} if self.request else set()
+        # all pictures have the same ids, so that another one is found by its digest
+        others = [cut.first for cut in request.pictures if (cut.first, cut.digest) not in here]
+        return min([shared, *others])
 
 
-class Engine:
-    """Answers several requests at a time, each in a slot of a cache."""
+class Chat:
+    """Answers conversations, several at a time, each in a slot of a cache: `chat(messages)`."""
 
-    def __init__(self, model: LlavaOneVision, tokenizer: Tokenizer, slots: int,
-                 capacity: int) -> None:
-        self.model = model
-        self.device = model.lm_head.weight.device
-        self.cache = KVCache(model.config, slots, capacity, like=model.model.embed_tokens.weight)
+    def __init__(self, model: LlavaOneVision, tokenizer: Tokenizer, context: int = 8192,
+                 slots: int = 8, max_pixels: int = MAX_PIXELS) -> None:
+        self.model, self.tokenizer, self.max_pixels = model, tokenizer, max_pixels
+        self.capacity = min(context, model.config.max_position_embeddings)
+        self.cache = KVCache(model.config, slots, self.capacity,
+                             like=model.model.embed_tokens.weight)
         self.slots = [Slot() for _ in range(slots)]
         self.waiting: deque[Request] = deque()
         # <|im_end|> ends a turn of a conversation, <|endoftext|> a plain text
         self.stop_ids = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
         self.passes = 0
 
+    def request(self, messages: list[dict], local: bool = True, **settings: Any) -> Request:
+        """A request for a conversation; settings: see Settings."""
+        record = to_record(messages, local)
+        if not local:
+            # a small file may hold more pixels than there is memory for
+            for image in record["images"]:
+                check_size(image, AREA)
+        return Request(record, self.tokenizer, Settings(**settings), self.max_pixels)
+
     def submit(self, request: Request) -> None:
         """Queue a request.  Raises ValueError if its prompt does not fit a slot."""
-        if len(request.ids) >= self.cache.capacity:
+        if len(request.ids) >= self.capacity:
             raise ValueError(f"the prompt has {len(request.ids)} tokens, but there is room for "
-                             f"{self.cache.capacity}, the model's context or --context")
+                             f"{self.capacity}: the model's context is "
+                             f"{self.model.config.max_position_embeddings}, --context may be less")
+        _ = request.pictures  # decoded here, not on the thread that runs the model
         self.waiting.append(request)
 
     def step(self) -> bool:
@@ -329,11 +378,8 @@ class Engine:
 
         Returns False if there is nothing to do.
         """
-        for slot in self.slots:
-            if slot.request is not None and slot.request.reason:
-                slot.request = None  # ended, or cancelled from outside
-        begun = self.place_waiting()
-        chosen = begun or [i for i, slot in enumerate(self.slots) if slot.request is not None]
+        busy = [i for i, slot in enumerate(self.slots) if slot.busy]
+        chosen = self.place_waiting() or busy
         if not chosen:
             return False
         self.passes += 1
@@ -343,107 +389,85 @@ class Engine:
             slot = self.slots[number]
             slot.used = self.passes
             token = slot.request.choose(logits[i], likeliest[i])
-            slot.request.take(token, self.stop_ids, self.cache.capacity - len(slot.ids))
+            slot.request.take(token, self.stop_ids, self.capacity - slot.filled)
         return True
-
-    def abandon(self, reason: str) -> None:
-        """End all requests that are being answered."""
-        for slot in self.slots:
-            if slot.request is not None:
-                slot.request.end(reason)
-            slot.ids = []  # their keys may not be there
 
     def place_waiting(self) -> list[int]:
         """Give free slots to requests that wait; returns these slots, in rising order."""
         placed = []
-        while self.waiting:
-            free = [i for i, slot in enumerate(self.slots) if slot.request is None]
-            if not free:
-                break
+        for _ in range(len(self.waiting)):  # meanwhile other threads may append
             request = self.waiting.popleft()
             if request.reason:
                 continue  # it was cancelled
+            free = [i for i, slot in enumerate(self.slots) if not slot.busy]
+            if not free:
+                self.waiting.append(request)
+                continue
             # the slot with the longest common beginning, of these the one unused for longest
             shared = {i: self.slots[i].shared_with(request) for i in free}
             best = max(free, key=lambda i: (shared[i], -self.slots[i].used))
-            slot = self.slots[best]
-            slot.request = request
-            slot.ids = slot.ids[:shared[best]]
-            slot.pictures = request.pictures
+            self.slots[best] = Slot(request, shared[best])
             placed.append(best)
         return sorted(placed)
 
     def forward(self, numbers: list[int]) -> Tensor:
         """Logits (S, V) behind the tokens that these slots lack: the rest of a prompt, or one."""
         slots = [self.slots[number] for number in numbers]
-        starts = [len(slot.ids) for slot in slots]
-        parts, cuts = [], []
-        for slot, start in zip(slots, starts):
-            parts.append((slot.request.ids + slot.request.answer)[start:])
-            cuts += [cut for cut in slot.pictures if cut.first >= start]
-            slot.ids = slot.ids + parts[-1]
-        lengths = torch.tensor([len(part) for part in parts])
-        ids = torch.tensor([token for part in parts for token in part])  # (T,)
-        positions = torch.cat([torch.arange(start, start + len(part))
-                               for start, part in zip(starts, parts)])  # (T,)
+        device = self.cache.k.device
+        ids, positions, cuts, lengths = [], [], [], [0]
+        for slot in slots:
+            rest = slot.ids[slot.filled:]
+            ids += rest
+            positions += range(slot.filled, slot.filled + len(rest))
+            lengths.append(len(rest))
+            cuts += [cut for cut in slot.request.pictures if cut.first >= slot.filled]
         pictures = {}
         if cuts:
-            patches = torch.cat([cut.patches for cut in cuts]).to(self.device)
+            patches = torch.cat([cut.patches for cut in cuts]).to(device)
             pictures = {"patches": normalize_patches(patches),
-                        "grid_thw": torch.cat([cut.grid for cut in cuts]).to(self.device)}
-        keys = CachedKeys(self.cache, numbers, fresh=not any(starts))
-        return self.model.next_logits(
-            ids.to(self.device), F.pad(lengths.cumsum(0), (1, 0)).to(self.device),
-            positions.to(self.device), keys, **pictures)
+                        "grid_thw": torch.cat([cut.grid for cut in cuts]).to(device)}
+        keys = CachedKeys(self.cache, numbers, fresh=not any(slot.filled for slot in slots))
+        logits = self.model.next_logits(
+            torch.tensor(ids, device=device), torch.tensor(lengths, device=device).cumsum(0),
+            torch.tensor(positions, device=device), keys, **pictures)
+        # not before: a pass that was interrupted has left no keys
+        for slot, length in zip(slots, lengths[1:]):
+            slot.filled += length
+        return logits
 
-    def stream(self, request: Request) -> Iterator[str]:
+    def pieces(self, request: Request) -> Iterator[str]:
         """The answer in pieces of complete characters; other requests go on meanwhile."""
-        self.submit(request)
-        while True:
+        def next_piece() -> str | None:
             while request.pieces.empty():
                 self.step()
-            piece = request.pieces.get()
-            if piece is None:
-                return
-            yield piece
+            return request.pieces.get()
+
+        self.submit(request)
+        try:
+            yield from iter(next_piece, None)
+        finally:
+            request.end("cancelled")  # if nobody reads on; else it has ended already
 
     def answers(self, requests: Sequence[Request]) -> list[str]:
         """The answers to several requests, computed together."""
-        for request in requests:
-            self.submit(request)
-        while self.step():
-            pass
+        try:
+            for request in requests:
+                self.submit(request)
+            while self.step():
+                pass
+        finally:
+            for request in requests:
+                request.end("cancelled")  # if one does not fit; else they have ended already
         return [request.text for request in requests]
 
-
-class Chat:
-    """Answers conversations: `chat(messages)`."""
-
-    def __init__(self, model: LlavaOneVision, tokenizer: Tokenizer, context: int = 8192,
-                 slots: int = 8, max_pixels: int = MAX_PIXELS) -> None:
-        capacity = min(context, model.config.max_position_embeddings)
-        self.engine = Engine(model, tokenizer, slots, capacity)
-        self.tokenizer, self.max_pixels = tokenizer, max_pixels
-
-    def request(self, messages: list[dict], local: bool = True, **settings: Any) -> Request:
-        """A request for a conversation; settings: see Settings."""
-        record = to_record(messages, local)
-        for image in [] if local else record["images"]:
-            # a small file may hold more pixels than there is memory for
-            file = image.file if isinstance(image, Video) else image
-            width, height = open_image(file, decode=False).size
-            if width * height > AREA:
-                raise ValueError(f"a picture may have {AREA:,} pixels, one has {width} x {height}")
-        return Request(record, self.tokenizer, Settings(**settings), self.max_pixels)
-
     def stream(self, messages: list[dict], **settings: Any) -> Iterator[str]:
-        """The answer in pieces, as they come."""
-        return self.engine.stream(self.request(messages, **settings))
+        """The answer to a conversation in pieces, as they come."""
+        return self.pieces(self.request(messages, **settings))
 
     def __call__(self, messages: list, **settings: Any) -> Any:
         """The answer to a conversation; of a list of conversations, the list of answers."""
         if messages and isinstance(messages[0], list):
-            return self.engine.answers([self.request(one, **settings) for one in messages])
+            return self.answers([self.request(one, **settings) for one in messages])
         return "".join(self.stream(messages, **settings))
 
 
@@ -456,20 +480,28 @@ def find_directory(name: str) -> Path:
         return Path(name)
     try:
         from huggingface_hub import snapshot_download
+        return Path(snapshot_download(name))
     except ImportError:
         raise ValueError(f"there is no directory {name}; to fetch it, pip install huggingface_hub, "
                          f"or run `git clone https://huggingface.co/{name}`") from None
-    try:
-        return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} cannot be fetched: {error}") from error
 
 
-def load_chat(path: str, device: str = "", dtype: str = "", **options: int) -> Chat:
-    """A checkpoint, ready to answer; options: context, slots and max_pixels of Chat."""
+def load(checkpoint: str, device: str, dtype: str) -> tuple[LlavaOneVision, Tokenizer]:
+    """The checkpoint of this name, else the newest; says which it is."""
+    path, origin = newest_checkpoint()
+    if checkpoint:
+        path, origin = find_directory(checkpoint), "as told"
     place = choose_device(device)
-    model, tokenizer = load_checkpoint(find_directory(path), choose_dtype(dtype, place), place)
-    return Chat(model, tokenizer, **options)
+    loaded = load_checkpoint(path, choose_dtype(dtype, place), place)
+    print(f"checkpoint: {path} ({origin})", file=sys.stderr)
+    return loaded
+
+
+def load_chat(path: str = "", device: str = "", dtype: str = "", **options: int) -> Chat:
+    """A checkpoint, ready to answer; options: context, slots and max_pixels of Chat."""
+    return Chat(*load(path, device, dtype), **options)
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -488,12 +520,15 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def as_number(text: str) -> float | None:
-    """The number that a text is, with a sign of per cent or thousands perhaps; or None."""
+    """The number that a text is, with commas between thousands or in per cent perhaps; or None."""
+    text = plain(text).replace(",", "")
     try:
-        number = float(text.strip().rstrip(".%").replace(",", ""))
+        number = float(text.removesuffix("%"))
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    if not math.isfinite(number):
+        return None
+    return number / 100 if text.endswith("%") else number
 
 
 def plain(text: str) -> str:
@@ -522,8 +557,8 @@ def anls(answer: str, wanted: str) -> float:
 
 
 def choice(answer: str, wanted: str) -> float:
-    """Is the first capital that stands alone the wanted one?  "(B) a cat" and "B" are B."""
-    found = re.search(r"\b[A-Z]\b", answer)
+    """Is the first capital that stands alone the wanted one?  "(B) a cat" and "I say B" are B."""
+    found = re.search(r"(?!I[ '][a-z])\b[A-Z]\b", answer)
     return float(found is not None and found[0] == wanted.strip().strip("().").upper())
 
 
@@ -531,28 +566,47 @@ METRICS = {metric.__name__: metric for metric in (exact, relaxed, anls, choice)}
 
 
 def read_question(entry: Any, number: int, folder: Path) -> dict:
-    """A question from a line of a file: `messages`, or `image` or `images` and `question`; `answer`
-    (a text or several accepted ones); perhaps `id`, `category` and `metric`.
+    """A question from a line of a file: `messages`, or `question` and perhaps `image` or `images`;
+    `answer` (a text or several accepted ones); perhaps `id`, `category` and `metric`.
     Raises ValueError for what is wrong."""
     known = {"messages", "image", "images", "question", "answer", "id", "category", "metric"}
     if not isinstance(entry, dict) or not entry.keys() <= known:
         raise ValueError(f"it must be an object with no other keys than {', '.join(sorted(known))}")
-    wanted = entry.get("answer")
-    wanted = [wanted] if isinstance(wanted, str) else wanted
-    if not isinstance(wanted, list) or not all(isinstance(text, str) for text in wanted):
+    asked = entry.keys() & {"messages", "question", "image", "images"}
+    if asked != {"messages"} and (len(asked) > 2 or asked - {"image", "images"} != {"question"}):
+        raise ValueError("it must have messages, or a question and perhaps image or images")
+    answers = entry.get("answer")
+    answers = [answers] if isinstance(answers, str) else answers
+    if not answers or not is_texts(answers):
         raise ValueError("answer must be a text or a list of accepted texts")
     metric = entry.get("metric", "exact")
-    if metric not in METRICS:
+    if metric not in [*METRICS]:
         raise ValueError(f"there is no metric {metric!r}, only {', '.join(METRICS)}")
+
     messages = entry.get("messages")
     if messages is None:
         images = entry.get("images", entry.get("image", []))
         images = [images] if isinstance(images, str) else images
-        parts = [{"type": "image", "image": str(folder / name)} for name in images]
-        parts.append({"type": "text", "text": entry.get("question")})
+        if not is_texts(images):
+            raise ValueError(f"image or images must be names of files, not {images!r}")
+        parts = [{"type": "image", "image": folder / name} for name in images]
+        parts.append({"type": "text", "text": entry["question"]})
         messages = [{"role": "user", "content": parts}]
-    return {"id": str(entry.get("id", number)), "messages": messages, "answers": wanted,
+    to_record(messages)  # raises ValueError if it is none
+    return {"id": str(entry.get("id", number)), "messages": messages, "answers": answers,
             "metric": metric, "category": str(entry.get("category", "all"))}
+
+
+def read_predictions(file: Path, asked: list[dict]) -> list[dict]:
+    """The lines of a file of predictions.  Raises ValueError if they are of other questions."""
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1  # the last line may have been cut
+    kept = [load_json(line, file) for line in content[:whole].splitlines()][:len(asked)]
+    for number, (entry, about) in enumerate(zip(kept, asked), 1):
+        if not isinstance(entry, dict) or not about.items() <= entry.items():
+            raise ValueError(f"{file}, line {number} is about another question")
+    os.truncate(file, whole)
+    return kept
 
 
 def evaluate(chat: Chat, questions: list[dict], done: Path | None = None,
@@ -561,28 +615,26 @@ def evaluate(chat: Chat, questions: list[dict], done: Path | None = None,
 
     done: a file that keeps the predictions, as JSON lines, so that a second run goes on.
     """
-    kept: dict[str, dict] = {}
-    if done is not None and done.is_file():
-        lines = [line for line in done.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-        done.write_text("".join(lines))  # the last one may have been cut
-        kept = {entry["id"]: entry for entry in map(json.loads, lines)}
-    left = [question for question in questions if question["id"] not in kept]
-    slots = len(chat.engine.slots)
-    for start in range(0, len(left), slots):
-        asked = left[start:start + slots]
-        answers = chat([question["messages"] for question in asked], **settings)
-        for question, answer in zip(asked, answers):
-            metric = METRICS[question["metric"]]
-            score = max(metric(answer, wanted) for wanted in question["answers"])
-            entry = {**question, "prediction": answer, "score": score}
-            del entry["messages"]
-            kept[question["id"]] = entry
+    asked = []
+    for question in questions:
+        # of the messages the texts, to know the question again
+        turns = to_record(question["messages"])["messages"]
+        texts = [part.get("text") for turn in turns for part in turn["content"]]
+        asked.append({**question, "messages": texts})
+    kept = read_predictions(done, asked) if done is not None and done.is_file() else []
+    for start in range(len(kept), len(questions), len(chat.slots)):
+        group = asked[start:start + len(chat.slots)]
+        messages = [question["messages"] for question in questions[start:start + len(group)]]
+        for about, answer in zip(group, chat(messages, **settings)):
+            metric = METRICS[about["metric"]]
+            score = max(metric(answer, wanted) for wanted in about["answers"])
+            kept.append({**about, "prediction": answer, "score": score})
             if done is not None:
                 with open(done, "a") as file:
-                    print(json.dumps(entry), file=file)
+                    print(json.dumps(kept[-1]), file=file)
     scores: dict[str, list[float]] = {}
-    for question in questions:
-        scores.setdefault(question["category"], []).append(kept[question["id"]]["score"])
+    for entry in kept:
+        scores.setdefault(entry["category"], []).append(entry["score"])
     return scores
 
 
@@ -592,7 +644,7 @@ def interval(scores: list[float]) -> tuple[float, float]:
     middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
     spread = math.sqrt(mean * (1 - mean) / count + (z / (2 * count))**2)
     half = spread * z / (1 + z * z / count)
-    return middle - half, middle + half
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def held_out(per_category: int) -> list[dict]:
@@ -613,54 +665,46 @@ def held_out(per_category: int) -> list[dict]:
 # -------------------------------------------------------------------------------------- the server
 
 
-class Refusal(Exception):
-    """An answer to a client that is an error: its status of HTTP, and a sentence."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
+class Refusal(ValueError):
+    """An error of a client with its own status of HTTP: Refusal(status, sentence)."""
 
 
 # Fields of OpenAI's requests whose only value here is that of a request without them.
 FIXED = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False,
-         "response_format": {"type": "text"}, "tools": [], "tool_choice": "none"}
+         "response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "logit_bias": {}}
+WITH_USAGE = [{}, {"include_usage": False}, {"include_usage": True}]  # stream_options
+# Fields that change no answer: who asks, and what OpenAI keeps.
+IDLE = {"user", "safety_identifier", "store", "metadata", "service_tier", "prompt_cache_key"}
 
 
 def read_body(body: bytes, name: str) -> tuple[list, dict, bool, bool]:
     """Messages, settings, whether to stream and whether with usage, of a request's JSON.
 
-    name: of the model.  Raises ValueError, or Refusal for another model.
+    name: of the model.  Raises ValueError.
     """
     content = load_json(body, "the body")
     if not isinstance(content, dict):
         raise ValueError("the body must be a JSON object")
-    fields_given = {key: value for key, value in content.items() if value is not None}
-    messages = fields_given.pop("messages", None)
-    model = fields_given.pop("model", name)
-    if model != name:
-        raise Refusal(404, f"there is no model {str(model)[:80]!r}, only {name}")
-    stream = fields_given.pop("stream", False)
-    options = fields_given.pop("stream_options", {})
-    usage = options.get("include_usage", False) if isinstance(options, dict) else None
-    if type(stream) is not bool or type(usage) is not bool or options.keys() - {"include_usage"}:
-        raise ValueError("stream and stream_options.include_usage must be true or false")
-    for key, value in FIXED.items():
-        if fields_given.pop(key, value) != value:
+    given = {key: value for key, value in content.items() if value is not None and key not in IDLE}
+    for key, value in {"model": name, **FIXED}.items():
+        if given.pop(key, value) != value:
             raise ValueError(f"{key} can only be {json.dumps(value)}")
-    fields_given.pop("user", None)  # who asks changes no answer
+    # what is left in the end must be settings
+    messages = given.pop("messages", None)
+    stream = given.pop("stream", False)
+    options = given.pop("stream_options", {})
+    if type(stream) is not bool or options not in WITH_USAGE:
+        raise ValueError("stream and stream_options.include_usage must be true or false")
 
-    # OpenAI has two names for the length of an answer
-    names = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-    names |= {entry.name: entry.name for entry in fields(Settings)}
-    settings = {ours: fields_given.pop(key) for key, ours in names.items() if key in fields_given}
-    stop = settings.pop("stop", [])
-    stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list):
-        raise ValueError(f"stop must be a text or a list of texts, not {str(stop)[:80]}")
-    settings["stop"] = tuple(stop)
-    if fields_given:
-        raise ValueError(f"there is no field {', '.join(sorted(fields_given))[:80]}")
-    return messages, settings, stream, usage
+    for key in ("max_tokens", "max_completion_tokens"):
+        if key in given and "max_new_tokens" in given:
+            raise ValueError(f"{key} is another name of a field that is there already")
+        if key in given:
+            given["max_new_tokens"] = given.pop(key)
+    unknown = given.keys() - {entry.name for entry in fields(Settings)}
+    if unknown:
+        raise ValueError(f"there is no field {', '.join(sorted(unknown))[:80]}")
+    return messages, given, stream, bool(options.get("include_usage"))
 
 
 class Server(ThreadingHTTPServer):
@@ -674,45 +718,45 @@ class Server(ThreadingHTTPServer):
         self.wake = threading.Event()  # there is work for the model
         self.decoders = threading.Semaphore(2)  # pictures are decoded two at a time
         self.connections = threading.Semaphore(CONNECTIONS)
+        self.local = host in ("127.0.0.1", "::1", "localhost")
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
         threading.Thread(target=self.work, daemon=True).start()
 
     def work(self) -> None:
         """Answer requests for ever."""
-        engine = self.chat.engine
         while True:
             self.wake.wait()
             self.wake.clear()
             try:
-                while engine.step():
+                while self.chat.step():
                     pass
             except RuntimeError as error:  # as of a GPU that has no memory left
                 print(f"sample.py: {error}", file=sys.stderr)
-                engine.abandon("error")
+                for slot in self.chat.slots:
+                    if slot.busy:
+                        slot.request.end("error")
+                self.wake.set()  # others may wait
 
     def begin(self, messages: list, settings: dict) -> Request:
-        """Queue a request.  Raises ValueError if it is malformed, Refusal if the queue is full."""
-        if len(self.chat.engine.waiting) >= self.queue:
-            raise Refusal(429, f"{self.queue} requests are waiting already: try again later")
+        """Queue a request.  Raises ValueError if it is malformed, or the queue is full."""
         with self.decoders:
+            # asked here, so that no more than two at a time are let in
+            if len(self.chat.waiting) >= self.queue:
+                raise Refusal(429, f"{self.queue} requests are waiting already: try again later")
             request = self.chat.request(messages, local=False, **settings)
-        self.chat.engine.submit(request)
+            self.chat.submit(request)
         self.wake.set()
         return request
 
     def process_request(self, request: socket.socket, address: Any) -> None:
-        """Serve a connection in a thread of its own, or close it if there are too many."""
-        if not self.connections.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+        """Serve a connection in a thread of its own; if there are too many, the next one waits."""
+        self.connections.acquire()
         super().process_request(request, address)
 
     def process_request_thread(self, request: socket.socket, address: Any) -> None:
-        """Serve a connection to its end."""
-        try:
-            super().process_request_thread(request, address)
-        finally:
-            self.connections.release()
+        super().process_request_thread(request, address)
+        self.connections.release()
 
     def handle_error(self, request: socket.socket, address: Any) -> None:
         """A connection that breaks is no event."""
@@ -742,38 +786,41 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer with an error as OpenAI's API does: of ours, or of the base class."""
         kind = "invalid_request_error" if code < 500 else "server_error"
-        error = {"message": message or explain or "?", "type": kind, "param": None, "code": code}
+        # cut, since it may quote what was sent
+        error = {"message": (message or "?")[:400], "type": kind, "param": None, "code": code}
         self.close_connection = True  # what is left of the request was not read
-        self.send_json({"error": error}, code)
+        self.send({"error": error}, status=code)
         # a connection that closes over unread bytes is reset, and the answer may be lost
         self.connection.shutdown(socket.SHUT_WR)
         end = time.monotonic() + 2
         while time.monotonic() < end and self.connection.recv(2**16):
             pass
 
-    def send_json(self, content: dict, status: int = 200) -> None:
-        """Answer with JSON."""
-        self.send(json.dumps(content).encode(), "application/json", status)
-
-    def send(self, content: bytes, kind: str, status: int = 200) -> None:
-        """Answer with a whole body."""
+    def send(self, content: dict | bytes, kind: str = "application/json",
+             status: int = 200) -> None:
+        """Answer with a whole body, which a HEAD leaves out."""
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Length", str(len(body)))
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def do_GET(self) -> None:  # noqa: N802
         """The page, or the list of models."""
-        if self.path == "/":
+        path = self.path.partition("?")[0]
+        if path == "/":
             self.send(PAGE.read_bytes(), "text/html; charset=utf-8")
-        elif self.path == "/v1/models":
+        elif path == "/v1/models":
             model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "local"}
-            self.send_json({"object": "list", "data": [model]})
+            self.send({"object": "list", "data": [model]})
         else:
             self.send_error(404, "there are /, /v1/models and /v1/chat/completions")
+
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:  # noqa: N802
         """An answer, whole or in pieces."""
@@ -781,26 +828,30 @@ class Handler(BaseHTTPRequestHandler):
             messages, settings, stream, usage = read_body(self.read(), self.server.name)
             self.late.cancel()  # the request has arrived; the answer may take longer
             request = self.server.begin(messages, settings)
+        except Refusal as error:
+            self.send_error(*error.args)
+            return
         except ValueError as error:
             self.send_error(400, str(error))
-        except Refusal as error:
-            self.send_error(error.status, str(error))
-        else:
-            try:
-                self.answer(request, stream, usage)
-            finally:
-                request.end("cancelled")  # if the client has gone; else it has ended already
+            return
+        try:
+            self.answer(request, stream, usage)
+        finally:
+            request.end("cancelled")  # if the client has gone; else it has ended already
 
     def read(self) -> bytes:
         """The body of a request.  Raises Refusal if it is not one that may be read."""
         if self.path != "/v1/chat/completions":
             raise Refusal(404, "there is only /v1/chat/completions to post to")
         origin = self.headers.get("Origin")
-        # a page of another site could ask through the browser of somebody who is here
-        if origin and origin.partition("://")[2] != self.headers.get("Host"):
+        host = self.headers.get("Host", "")
+        # A page of another site could ask through the browser of somebody who is here, also with a
+        # name that was made to lead to this machine.
+        foreign = self.server.local and not HERE.fullmatch(host)
+        if origin and (foreign or origin.partition("://")[2] != host):
             raise Refusal(403, f"requests from pages of {origin[:80]} are not answered")
         length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdigit():
+        if not re.fullmatch("[0-9]+", length):
             raise Refusal(411, "a request must have a Content-Length")
         if int(length) > BODY:
             raise Refusal(413, f"a request may have {BODY:,} bytes, this one has {length[:20]}")
@@ -812,9 +863,10 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, request: Request, stream: bool, usage: bool) -> None:
         """Send an answer as it comes, or when it is complete."""
         about = {"id": f"chatcmpl-{id(request):x}", "created": int(time.time()),
-                 "model": self.server.name}
-        chunk = about | {"object": "chat.completion.chunk"}
+                 "model": self.server.name, "object": "chat.completion"}
+        failure = "the model could not answer"
         if stream:
+            about["object"] = "chat.completion.chunk"
             self.close_connection = True  # the end of the connection is the end of the answer
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
@@ -823,25 +875,29 @@ class Handler(BaseHTTPRequestHandler):
         while (piece := self.next_piece(request)) is not None:
             if stream:
                 delta = {"role": "assistant", "content": piece}
-                self.event(chunk, [{"index": 0, "delta": delta, "finish_reason": None}])
+                choice = {"index": 0, "delta": delta, "finish_reason": None}
+                self.event(about | {"choices": [choice]})
+
         tokens = {"prompt_tokens": len(request.ids), "completion_tokens": len(request.answer),
                   "total_tokens": len(request.ids) + len(request.answer)}
+        choice = {"index": 0, "finish_reason": request.reason}
+        if not stream and request.reason == "error":
+            self.send_error(500, failure)
+        elif not stream:
+            choice["message"] = {"role": "assistant", "content": request.text}
+            self.send(about | {"choices": [choice], "usage": tokens})
+        elif request.reason == "error":
+            self.event({"error": {"message": failure}})
+        else:
+            self.event(about | {"choices": [choice | {"delta": {}}]})
+        if stream and usage:
+            self.event(about | {"choices": [], "usage": tokens})
         if stream:
-            self.event(chunk, [{"index": 0, "delta": {}, "finish_reason": request.reason}])
-            if usage:
-                self.event(chunk | {"usage": tokens}, [])
             self.wfile.write(b"data: [DONE]\n\n")
-            return
-        if request.reason == "error":
-            self.send_error(500, "the model could not answer")
-            return
-        message = {"role": "assistant", "content": request.text}
-        choice = {"index": 0, "message": message, "finish_reason": request.reason}
-        self.send_json(about | {"object": "chat.completion", "choices": [choice], "usage": tokens})
 
-    def event(self, chunk: dict, choices: list[dict]) -> None:
+    def event(self, content: dict) -> None:
         """Send a piece of a streamed answer."""
-        self.wfile.write(f"data: {json.dumps(chunk | {'choices': choices})}\n\n".encode())
+        self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
 
     def next_piece(self, request: Request) -> str | None:
         """Wait for the next piece of an answer.  Raises ConnectionError if the client has gone."""
@@ -859,37 +915,66 @@ class Handler(BaseHTTPRequestHandler):
 # ------------------------------------------------------------------------------------ the terminal
 
 
+@dataclass(frozen=True)
+class Flags:
+    """What the command does.  IMAGE... PROMPT, or one of the first four, says what is asked."""
+
+    chat: bool = False  # a conversation in the terminal
+    messages: bool = False  # answer messages, as JSON on standard input
+    serve: int = 0  # port of a page to chat in, and of OpenAI's API under /v1
+    evaluate: str = ""  # file of JSON lines: ask its questions, and print scores
+    host: str = "127.0.0.1"  # address that --serve listens on; 127.0.0.1 is for this machine alone
+    predictions: str = ""  # file where --evaluate keeps its answers, to go on if interrupted
+    checkpoint: str = ""  # directory, or OWNER/NAME at Hugging Face; else runs/'s newest, or ours
+    max_pixels: int = MAX_PIXELS  # largest area of a picture
+    context: int = 8192  # tokens of a conversation at most
+    slots: int = 8  # conversations that are answered together
+    device: str = ""  # else cuda if there is a GPU, else cpu
+    dtype: str = ""  # float32 or bfloat16; else bfloat16 on a GPU, float32 on a CPU
+    trace: bool = False  # print the prompt's way through the files, with shapes
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value out of range."""
+        if not 0 <= self.serve < 2**16:
+            raise ValueError(f"--serve must be a port from 1 to 65535, it is {self.serve}")
+        if self.max_pixels < MIN_PIXELS or self.context < 2 or self.slots < 1:
+            raise ValueError(f"--max-pixels must be at least {MIN_PIXELS}, --context 2, --slots 1")
+        if self.dtype not in ("", "float32", "bfloat16"):
+            raise ValueError(f"--dtype must be float32 or bfloat16, it is {self.dtype}")
+
+
 def trace(model: LlavaOneVision, request: Request) -> None:
     """Print the shapes of the prompt, then those of each station of the next forward pass."""
+    stations = {
+        "visual.patch_embed": "patch_embed: a vector per patch",
+        "visual.pre_layernorm": "class tokens in front of each picture",
+        f"visual.blocks.{len(model.visual.blocks) - 1}": f"after {len(model.visual.blocks)} blocks",
+        "visual.merger": "merger: visual tokens, placed in their holes",
+        "model.embed_tokens": "embed_tokens: a vector per token",
+        "model.layers.0.self_attn.q_proj": "first layer: all query heads",
+        "model.layers.0.self_attn.k_proj": "first layer: all key heads",
+        "model.layers.0.self_attn": "first layer: attention, after o_proj",
+        "model.norm": f"after {len(model.model.layers)} layers",
+        "lm_head": "logits of the first word"}
 
     def show(file: str, what: str, shape: Sequence[int]) -> None:
         print(f"  {file:20} {what:45}({', '.join(f'{n:,}' for n in shape)})", file=sys.stderr)
 
-    def station(module: nn.Module, file: str, what: str) -> None:
+    def station(name: str, what: str) -> None:
         # the hook removes itself: later passes, of one token each, print nothing
-        def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
+        def hook(module: nn.Module, arguments: tuple, out: Tensor) -> None:
+            file = "vision.py" if name.startswith("visual") else "model.py"
             show(file, what, out.shape)
             handle.remove()
-        handle = module.register_forward_hook(hook)
+        handle = model.get_submodule(name).register_forward_hook(hook)
 
     show("data.py", "encode: token ids of the prompt", [len(request.ids)])
     if request.pictures:
         patches = sum(len(cut.patches) for cut in request.pictures)
         show("vision.py", "image_to_patches: patches of the pictures", [patches, 588])
     # without pictures the ViT does not run, so its stations print nothing
-    visual = model.visual
-    station(visual.patch_embed, "vision.py", "patch_embed: a vector per patch")
-    station(visual.pre_layernorm, "vision.py", "class tokens in front of each picture")
-    station(visual.blocks[-1], "vision.py", f"after {len(visual.blocks)} blocks")
-    station(visual.merger, "vision.py", "merger: visual tokens, placed in their holes")
-    decoder = model.model
-    attention = decoder.layers[0].self_attn
-    station(decoder.embed_tokens, "model.py", "embed_tokens: a vector per token")
-    station(attention.q_proj, "model.py", "first layer: all query heads")
-    station(attention.k_proj, "model.py", "first layer: all key heads")
-    station(attention, "model.py", "first layer: attention, after o_proj")
-    station(decoder.norm, "model.py", f"after {len(decoder.layers)} layers")
-    station(model.lm_head, "model.py", "logits of the first word")
+    for name, what in stations.items():
+        station(name, what)
 
 
 def media_part(path: str) -> dict:
@@ -901,25 +986,25 @@ def media_part(path: str) -> dict:
             # a photograph of a telephone may hold a second picture, but does not move
             moves = opened.format in ("GIF", "WEBP", "PNG") and opened.is_animated
     kind = "video" if moves else "image"
-    return {"type": kind, kind: path}
+    return {"type": kind, kind: Path(path)}  # a text may be a URL
 
 
-def say(engine: Engine, request: Request) -> None:
+def say(chat: Chat, request: Request) -> None:
     """Print an answer as it comes; Ctrl-C ends it."""
     try:
-        for piece in engine.stream(request):
+        for piece in chat.pieces(request):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         request.end("cancelled")
     print()
 
 
-def ask(flags: argparse.Namespace, settings: Settings) -> None:
+def ask(inputs: list[str], flags: Flags, settings: Settings) -> None:
     """Answer one prompt, from the command line or, as messages, from standard input."""
     if flags.messages:
         messages = load_json(sys.stdin.buffer.read(), "standard input")
     else:
-        *files, prompt = flags.inputs
+        *files, prompt = inputs
         parts = [*map(media_part, files), {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": parts}]
     record = to_record(messages)
@@ -927,16 +1012,14 @@ def ask(flags: argparse.Namespace, settings: Settings) -> None:
     for image in record["images"]:
         if not isinstance(image, Video):
             open_image(image, decode=False)
-    model, tokenizer = load(flags)
+    model, tokenizer = load(flags.checkpoint, flags.device, flags.dtype)
     request = Request(record, tokenizer, settings, flags.max_pixels)
     # prompt and answer share the context
-    capacity = min(model.config.max_position_embeddings,
-                   len(request.ids) + settings.max_new_tokens)
-    engine = Engine(model, tokenizer, 1, capacity)
+    chat = Chat(model, tokenizer, len(request.ids) + settings.max_new_tokens, slots=1)
     if flags.trace:
         trace(model, request)
     started = time.monotonic()
-    say(engine, request)
+    say(chat, request)
     if flags.trace:
         print(f"  answered in {time.monotonic() - started:.2f} s", file=sys.stderr)
 
@@ -962,11 +1045,10 @@ def converse(chat: Chat, settings: Settings) -> None:
                 parts.append(media_part(rest.strip()))
             elif line:
                 turn = {"role": "user", "content": [*parts, {"type": "text", "text": line}]}
-                request = Request(to_record([*messages, turn]), chat.tokenizer, settings,
-                                  chat.max_pixels)
-                say(chat.engine, request)
+                parts = []  # a damaged picture would spoil the next turn, too
+                request = chat.request([*messages, turn], **vars(settings))
+                say(chat, request)
                 messages += [turn, {"role": "assistant", "content": request.text}]
-                parts = []
         except ValueError as error:
             print(error, file=sys.stderr)
 
@@ -978,15 +1060,12 @@ def evaluate_file(chat: Chat, file: Path, done: Path | None, settings: Settings)
         place = f"{file}, line {number}"
         entry = load_json(line, place)
         try:
-            question = read_question(entry, number, file.parent)
-            to_record(question["messages"])
+            questions.append(read_question(entry, number, file.parent))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-        questions.append(question)
-    if len({question["id"] for question in questions}) < len(questions) or not questions:
-        raise ValueError(f"{file} must have questions with different ids")
-    settings_by_name = {entry.name: getattr(settings, entry.name) for entry in fields(Settings)}
-    scores = evaluate(chat, questions, done, **settings_by_name)
+    if not questions:
+        raise ValueError(f"{file} has no questions")
+    scores = evaluate(chat, questions, done, **vars(settings))
     every = [score for category in scores.values() for score in category]
     for name, values in {**scores, "together": every}.items():
         low, high = interval(values)
@@ -994,80 +1073,48 @@ def evaluate_file(chat: Chat, file: Path, done: Path | None, settings: Settings)
               f"({100 * low:.1f} to {100 * high:.1f}, {len(values):,} questions)")
 
 
-def load(flags: argparse.Namespace) -> tuple[LlavaOneVision, Tokenizer]:
-    """The checkpoint that the flags name, else the newest; says which it is."""
-    if flags.checkpoint:
-        checkpoint, origin = find_directory(flags.checkpoint), "as told"
-    else:
-        checkpoint, origin = newest_checkpoint()
-    device = choose_device(flags.device)
-    loaded = load_checkpoint(checkpoint, choose_dtype(flags.dtype, device), device)
-    print(f"checkpoint: {checkpoint} ({origin})", file=sys.stderr)
-    return loaded
-
-
-def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, Settings]:
-    """The command's flags; raises ValueError for a value out of range."""
+def parse_flags(arguments: list[str]) -> tuple[list[str], Flags, Settings]:
+    """The pictures and the prompt, and the flags.  Raises ValueError for what is wrong."""
     parser = flag_parser("Ask about pictures.", arguments)
     parser.usage = "python sample.py [flags] IMAGE... PROMPT"
     parser.add_argument("inputs", nargs="*", metavar="IMAGE... PROMPT",
                         help="files of pictures and videos, then the question")
-    parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
-    parser.add_argument("--messages", action="store_true",
-                        help="answer messages, as JSON on standard input")
-    parser.add_argument("--serve", type=int, default=0, metavar="PORT",
-                        help="a page to chat in, and OpenAI's API under /v1")
-    parser.add_argument("--host", default="127.0.0.1",
-                        help="address that --serve listens on, default 127.0.0.1, this machine")
-    parser.add_argument("--evaluate", default="", metavar="FILE",
-                        help="ask the questions of a JSON-lines file, and print scores")
-    parser.add_argument("--predictions", default="", metavar="FILE",
-                        help="where --evaluate keeps its answers, to go on if it is interrupted")
-    parser.add_argument("--checkpoint", default="", help="directory in the released layout, or "
-                        "OWNER/NAME at Hugging Face; default: the newest of runs/, else the "
-                        "checkpoint of this project")
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS,
-                        help=f"largest area of a picture, default {MAX_PIXELS:,}")
-    parser.add_argument("--context", type=int, default=8192,
-                        help="tokens of a conversation at most, default 8192")
-    parser.add_argument("--slots", type=int, default=8,
-                        help="conversations that are answered together, default 8")
-    parser.add_argument("--device", default="", help="default: cuda if there is a GPU, else cpu")
-    parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16"],
-                        help="default: bfloat16 on a GPU, else float32 (twice the memory)")
-    parser.add_argument("--trace", action="store_true",
-                        help="print the prompt's way through the files, with shapes")
+    add_fields(parser, Flags)
     add_fields(parser, Settings)
-
     # "intermixed": a flag may stand between the pictures and the prompt
-    flags = parser.parse_intermixed_args(arguments)
-    settings = Settings(**{entry.name: getattr(flags, entry.name) for entry in fields(Settings)})
-    ways = [name for name in ("chat", "messages", "serve", "evaluate", "inputs")
-            if getattr(flags, name)]
-    if len(ways) != 1:
+    given = vars(parser.parse_intermixed_args(arguments))
+    inputs = given.pop("inputs")
+    flags = Flags(**{entry.name: given.pop(entry.name) for entry in fields(Flags)})
+    try:
+        settings = Settings(**given)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"--{name.replace('_', '-')} {rest}") from None
+
+    ways = [inputs, flags.chat, flags.messages, flags.serve, flags.evaluate]
+    if len([way for way in ways if way]) != 1:
         raise ValueError("give pictures and a prompt, or one of --chat, --messages, --serve, "
                          "--evaluate")
-    if flags.max_pixels < MIN_PIXELS or flags.context < 2 or flags.slots < 1:
-        raise ValueError(f"--max-pixels must be at least {MIN_PIXELS}, --context 2, --slots 1")
     # `Path.is_file` raises an error for a long prompt; os.path.isfile answers False
-    if flags.inputs and os.path.isfile(flags.inputs[-1]):
-        raise ValueError(f"the prompt is missing: {flags.inputs[-1]} is a file")
-    return flags, settings
+    if inputs and os.path.isfile(inputs[-1]):
+        raise ValueError(f"the prompt is missing: {inputs[-1]} is a file")
+    return inputs, flags, settings
 
 
-def run(flags: argparse.Namespace, settings: Settings) -> None:
-    if flags.inputs or flags.messages:
-        ask(flags, settings)
+def run(inputs: list[str], flags: Flags, settings: Settings) -> None:
+    if inputs or flags.messages:
+        ask(inputs, flags, settings)
         return
-    model, tokenizer = load(flags)
     slots = 1 if flags.chat else flags.slots
-    chat = Chat(model, tokenizer, flags.context, slots, flags.max_pixels)
+    chat = load_chat(flags.checkpoint, flags.device, flags.dtype, context=flags.context,
+                     slots=slots, max_pixels=flags.max_pixels)
     if flags.chat:
         converse(chat, settings)
     elif flags.serve:
-        name = Path(flags.checkpoint or "llava-onevision-1.5").name
+        name = Path(flags.checkpoint or "llava-onevision-1.5").absolute().name
         server = Server(flags.host, flags.serve, chat, name)
-        print(f"http://{flags.host}:{flags.serve}/ is a page to chat in, and /v1 OpenAI's API for "
+        host = f"[{flags.host}]" if ":" in flags.host else flags.host
+        print(f"http://{host}:{flags.serve}/ is a page to chat in, and /v1 OpenAI's API for "
               f"the model {name}", file=sys.stderr, flush=True)
         server.serve_forever()
     else:

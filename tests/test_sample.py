@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 import sample
 from convert import load_checkpoint
 from model import LlavaOneVision
-from sample import (METRICS, Chat, Engine, Request, Settings, edit_distance, evaluate, held_out,
+from sample import (METRICS, Chat, Request, Settings, edit_distance, evaluate, held_out,
                     interval, load_chat, read_question, to_record)
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def test_answers_do_not_depend_on_company(loaded: tuple) -> None:
     assert len({*expected}) > 10
     settings = Settings(max_new_tokens=12)
     for slots in (1, 3, 8):
-        engine = Engine(*loaded, slots, 200)
+        engine = Chat(*loaded, 200, slots)
         requests = [Request(to_record(messages), loaded[1], settings) for messages in asked]
         assert engine.answers(requests) == expected
         # a second time, the prompts are in the slots already, or in the place of others
@@ -82,7 +82,7 @@ def test_requests_that_come_and_go(loaded: tuple) -> None:
     """Requests join at any pass, some are cancelled: the others' words stay, and slots are free."""
     asked = conversations(24)
     settings = Settings(max_new_tokens=12)
-    engine, rng = Engine(*loaded, 4, 200), random.Random(1)
+    engine, rng = Chat(*loaded, 200, 4), random.Random(1)
     requests = [Request(to_record(messages), loaded[1], settings) for messages in asked]
     cancelled = {*requests[5:24:6]}
     left = list(requests)
@@ -95,7 +95,7 @@ def test_requests_that_come_and_go(loaded: tuple) -> None:
             if rng.random() < 0.5:
                 request.end("cancelled")
     engine.step()
-    assert not engine.waiting and all(slot.request is None for slot in engine.slots)
+    assert not engine.waiting and not any(slot.busy for slot in engine.slots)
     for messages, request in zip(asked, requests):
         if request not in cancelled:
             assert request.text == greedy(*loaded, messages, 12)
@@ -113,7 +113,7 @@ def test_the_next_turn_computes_only_what_is_new(loaded: tuple) -> None:
     def computed(picture: Image.Image, history: list[dict]) -> tuple[list[dict], list[int]]:
         seen.clear()
         request = chat.request(history_and_turn(picture, history), max_new_tokens=8)
-        chat.engine.answers([request])
+        chat.answers([request])
         found = list(seen)
         answer = {"role": "assistant", "content": request.text}
         assert request.text == greedy(*loaded, history_and_turn(picture, history), 8)
@@ -174,7 +174,7 @@ def test_draws_depend_on_the_seed_alone(loaded: tuple) -> None:
 
     def answers(slots: int, seeds: list[int]) -> list[str]:
         requests = [Request(record, loaded[1], Settings(seed=seed, **drawn)) for seed in seeds]
-        return Engine(*loaded, slots, 200).answers(requests)
+        return Chat(*loaded, 200, slots).answers(requests)
 
     first = answers(1, [0, 1, 2, 3])
     assert answers(3, [3, 2, 1, 0]) == first[::-1] and len({*first}) == 4
@@ -203,6 +203,20 @@ def test_a_repetition_penalty_is_hugging_faces(loaded: tuple) -> None:
 def test_settings_are_checked(settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Settings(**settings)
+
+
+def test_one_stop_string_is_not_its_letters() -> None:
+    assert Settings(stop="abc").stop == Settings(stop=["abc"]).stop == ("abc",)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["x", "--serve", "70000"], "a port"), (["--serve", "-1"], "a port"),
+    (["x", "--dtype", "int8"], "--dtype must be"), (["x", "--chat"], "one of --chat"),
+    (["x", "--max-new-tokens", "0"], "--max-new-tokens must be"),
+    (["--slots", "0", "x"], "--slots")])
+def test_flags_are_checked(flags: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        sample.parse_flags(flags)
 
 
 def test_every_format_of_messages_is_read_alike(tmp_path: Path, loaded: tuple) -> None:
@@ -298,7 +312,97 @@ def test_a_chat_in_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert (first, second) == ("3", "top right") and third
     assert "there is no picture nowhere.png" in said.err
     assert next(lines) == "never" and len(prompts) == 9
-    assert chat.engine.slots[0].pictures[0].grid[0, 0] > 1
+    assert chat.slots[0].request.pictures[0].grid[0, 0] > 1
+
+
+def test_blank_pictures_of_other_shapes_are_told_apart(loaded: tuple) -> None:
+    """Their patches are the same, but not their places in the picture."""
+    chat = Chat(*loaded, slots=1)
+    for size in ((84, 168), (168, 84)):
+        messages = user({"type": "image", "image": Image.new("RGB", size, "white")},
+                        {"type": "text", "text": "What is this?"})
+        assert chat(messages, max_new_tokens=8) == greedy(*loaded, messages, 8)
+    first, second = (Request(to_record(user({"type": "image", "image": Image.new("RGB", size)})),
+                             loaded[1]).pictures[0] for size in ((84, 168), (168, 84)))
+    assert first.patches.equal(second.patches) and first.digest != second.digest
+
+
+def test_an_interrupted_pass_leaves_no_keys(loaded: tuple, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture) -> None:
+    """Ctrl-C while a prompt is computed: the chat goes on, and computes it again."""
+    chat, real = Chat(*loaded, slots=1), loaded[0].next_logits
+    messages = user({"type": "image", "image": str(EXAMPLES / "scene.png")},
+                    {"type": "text", "text": "How many objects are there?"})
+
+    def interrupted(*arguments: object, **pictures: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loaded[0], "next_logits", interrupted)
+    request = chat.request(messages)
+    sample.say(chat, request)
+    assert request.reason == "cancelled" and capsys.readouterr().out == "\n"
+    monkeypatch.setattr(loaded[0], "next_logits", real)
+    assert chat(messages) == "3"
+
+
+def test_answers_that_nobody_reads_free_their_slots(loaded: tuple) -> None:
+    """A stream that is not read to its end; several requests of which one is too long."""
+    chat = Chat(*loaded, context=100, slots=2)
+    chat.stop_ids = []
+    messages = user({"type": "text", "text": "What is this?"})
+    stream = chat.stream(messages, max_new_tokens=60)
+    next(stream)
+    stream.close()
+    long = user({"type": "text", "text": "word " * 200})
+    with pytest.raises(ValueError, match="the prompt has"):
+        chat([messages, long], max_new_tokens=60)
+    assert not chat.step()
+    assert not chat.waiting and not any(slot.busy for slot in chat.slots)
+
+
+def test_pictures_of_a_prompt_that_is_too_long_are_not_decoded(
+        loaded: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.cut_patches", None)
+    picture = {"type": "image", "image": str(EXAMPLES / "scene.png")}
+    with pytest.raises(ValueError, match="the prompt has"):
+        Chat(*loaded, context=50, slots=1)(user(*[picture] * 20))
+
+
+def test_a_tiny_temperature_takes_the_likeliest(loaded: tuple) -> None:
+    """In float32, 1e-46 is 0: nothing may be divided by it."""
+    messages = conversations(3)[0]
+    chat = Chat(*loaded, slots=1)
+    for temperature in (1e-300, 1e-46, 1e-30):
+        assert chat(messages, temperature=temperature, max_new_tokens=6) == chat(
+            messages, max_new_tokens=6)
+
+
+def test_a_damaged_picture_does_not_stay_in_a_chat(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+        loaded: tuple) -> None:
+    """It is found when it is decoded, with the turn that it belongs to; the next turn goes on."""
+    content = (EXAMPLES / "scene.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[:len(content) // 2])
+    # a name that looks like a URL is a file's name all the same
+    (tmp_path / "data:a b.png").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    lines = iter(["/image cut.png", "What is this?", "/image data:a b.png",
+                  "How many objects are there?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    sample.converse(Chat(*loaded, slots=1), Settings(max_new_tokens=8))
+    said = capsys.readouterr()
+    assert said.out == "3\n" and "record prompt" in said.err
+
+
+def test_nulls_of_a_clients_message_are_absent() -> None:
+    """As in `model_dump()` of an answer of OpenAI's package, appended to the messages."""
+    answer = {"role": "assistant", "content": "3", "refusal": None, "annotations": None,
+              "audio": None, "function_call": None, "tool_calls": None}
+    turns = [*user({"type": "text", "text": "x"}), answer, *user({"type": "text", "text": "y"})]
+    assert to_record(turns)["messages"][1] == {
+        "role": "assistant", "content": [{"type": "text", "text": "3"}]}
+    with pytest.raises(ValueError, match="alone"):
+        to_record([{"role": "user", "content": "x", "tool_calls": [1]}])
 
 
 def test_messages_on_standard_input(monkeypatch: pytest.MonkeyPatch,
@@ -317,7 +421,9 @@ def test_messages_on_standard_input(monkeypatch: pytest.MonkeyPatch,
     ("relaxed", "red", "Red", 1), ("relaxed", "0.1", "0", 0), ("relaxed", "-100", "100", 0),
     ("anls", "kitten", "sitten", 5 / 6), ("anls", "abcd", "wxyz", 0), ("anls", "", "", 1),
     ("choice", "(B) a cat", "B", 1), ("choice", "The answer is C.", "(c)", 1),
-    ("choice", "A or B", "B", 0), ("choice", "cat", "C", 0)])
+    ("choice", "A or B", "B", 0), ("choice", "cat", "C", 0), ("choice", "I think (D).", "D", 1),
+    ("choice", "I'd say B", "B", 1), ("choice", "I", "I", 1), ("relaxed", "5%", "0.05", 1),
+    ("relaxed", "5%", "5", 0), ("relaxed", "35 %", "36%", 1)])
 def test_metrics(metric: str, answer: str, wanted: str, score: float) -> None:
     assert METRICS[metric](answer, wanted) == pytest.approx(score)
 
@@ -345,6 +451,8 @@ def test_intervals_cover() -> None:
         assert 0 <= low < high <= 1
         inside += low <= share <= high
     assert 360 <= inside <= 396
+    for count in range(1, 60):  # not -0.0 either
+        assert f"{interval([0.0] * count)[0]:.1f}" == "0.0" and interval([1.0] * count)[1] <= 1
 
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path, loaded: tuple) -> None:
@@ -361,6 +469,27 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path, loaded: tuple) -
     assert [entry["id"] for entry in entries] == [question["id"] for question in questions]
     scores = [score for category in whole.values() for score in category]
     assert sum(entry["score"] for entry in entries) == sum(scores) > len(scores) / 2
+
+
+def test_predictions_of_other_questions_are_refused(tmp_path: Path, loaded: tuple) -> None:
+    """The file stays as it is, also one that holds no predictions."""
+    chat, done = Chat(*loaded, context=300, slots=4), tmp_path / "predictions.jsonl"
+
+    def asked(text: str, answer: str) -> list[dict]:
+        entry = {"id": 1, "question": text, "answer": answer}
+        return [read_question(entry, 1, tmp_path)]
+
+    evaluate(chat, asked("What is this?", "x"), done, max_new_tokens=4)
+    kept = done.read_text()
+    for questions in (asked("What is that?", "x"), asked("What is this?", "y")):
+        with pytest.raises(ValueError, match="another question"):
+            evaluate(chat, questions, done, max_new_tokens=4)
+    assert done.read_text() == kept
+    for text in ('{"question": "x"}\n{"question', "[]\n", "no JSON\n"):
+        done.write_text(text)
+        with pytest.raises(ValueError, match="predictions.jsonl"):
+            evaluate(chat, asked("What is this?", "x"), done, max_new_tokens=4)
+        assert done.read_text() == text
 
 
 def test_the_command_evaluates_a_file(tmp_path: Path) -> None:
@@ -382,7 +511,12 @@ def test_the_command_evaluates_a_file(tmp_path: Path) -> None:
     ([], "an object"), ({"question": "x", "answer": 3}, "answer must be"),
     ({"question": "x"}, "answer must be"), ({"question": "x", "answer": "y", "metric": "bleu"},
                                             "no metric 'bleu'"),
-    ({"question": "x", "answer": "y", "weight": 2}, "no other keys")])
+    ({"question": "x", "answer": "y", "weight": 2}, "no other keys"),
+    ({"question": "x", "answer": []}, "answer must be"), ({"answer": "y"}, "question"),
+    ({"question": "x", "answer": "y", "metric": []}, "no metric"),
+    ({"question": "x", "answer": "y", "images": 5}, "images"),
+    ({"question": "x", "answer": "y", "image": "a", "images": ["b"]}, "image"),
+    ({"question": "x", "messages": [], "answer": "y"}, "question")])
 def test_malformed_questions_are_refused(entry: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_question(entry, 1, Path())

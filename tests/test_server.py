@@ -83,10 +83,9 @@ def answer_of(reply: dict | list[dict]) -> str:
 def wait_until_idle(server: Server) -> None:
     """All slots are free, and nothing waits."""
     end = time.monotonic() + 20
-    engine = server.chat.engine
+    engine = server.chat
     while time.monotonic() < end:
-        if not engine.waiting and all(slot.request is None or slot.request.reason
-                                      for slot in engine.slots):
+        if not engine.waiting and not any(slot.busy for slot in engine.slots):
             return
         time.sleep(0.05)
     raise AssertionError("a slot is stuck")
@@ -149,7 +148,7 @@ def test_a_full_queue_says_so(server: Server, monkeypatch: pytest.MonkeyPatch) -
 def test_a_client_that_leaves_frees_its_slot(server: Server,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """Streamed or not: the answer is not computed to its end."""
-    engine = server.chat.engine
+    engine = server.chat
     step = engine.step
     monkeypatch.setattr(engine, "stop_ids", [])  # answers never end by themselves
     monkeypatch.setattr(engine, "step", lambda: time.sleep(0.01) or step())
@@ -159,9 +158,9 @@ def test_a_client_that_leaves_frees_its_slot(server: Server,
             client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
                            b"Content-Length: %d\r\n\r\n" % len(body) + body)
             end = time.monotonic() + 10
-            while not any(slot.request for slot in engine.slots) and time.monotonic() < end:
+            while not any(slot.busy for slot in engine.slots) and time.monotonic() < end:
                 time.sleep(0.005)
-            request, = (slot.request for slot in engine.slots if slot.request)
+            request, = (slot.request for slot in engine.slots if slot.busy)
         wait_until_idle(server)
         assert request.reason == "cancelled" and len(request.answer) < 400
 
@@ -285,6 +284,152 @@ def test_slow_and_cut_connections_hold_nothing(server: Server,
     wait_until_idle(server)
 
 
+def test_an_error_of_the_model_ends_every_answer(server: Server,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in slots are told; those that wait are answered, although nobody asks after them."""
+    engine, failed = server.chat, threading.Event()
+    forward = engine.forward
+
+    def out_of_memory(numbers: list[int]) -> torch.Tensor:
+        if failed.is_set():
+            return forward(numbers)
+        time.sleep(0.5)  # meanwhile the others begin to wait
+        failed.set()
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(engine, "forward", out_of_memory)
+    with ThreadPoolExecutor(20) as threads:
+        found = list(threads.map(lambda number: post(server, question(
+            "What is this?", max_tokens=3, stream=number % 2 == 0)), range(20)))
+    assert {status for status, _ in found} <= {200, 500}
+    last = [reply[-1] if isinstance(reply, list) else reply for _, reply in found]
+    told = [reply for reply in last if "error" in reply]
+    assert 1 <= len(told) <= 8
+    assert all(reply["error"]["message"] == "the model could not answer" for reply in told)
+    failed.clear()
+    assert post(server, question("What is this?"))[0] == 500
+    wait_until_idle(server)
+
+
+def test_the_queue_is_limited_while_pictures_are_decoded(server: Server,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many who come at once are told, not only those who come later; those who leave are gone."""
+    engine, request, step = server.chat, server.chat.request, server.chat.step
+    longest = [0]
+
+    def slow_request(*arguments: Any, **settings: Any) -> Any:
+        time.sleep(0.1)
+        return request(*arguments, **settings)
+
+    def slow_step() -> bool:
+        longest[0] = max(longest[0], len(engine.waiting))
+        time.sleep(0.2)
+        return step()
+
+    monkeypatch.setattr(server, "queue", 3)
+    monkeypatch.setattr(server.chat, "request", slow_request)
+    monkeypatch.setattr(engine, "step", slow_step)
+    with ThreadPoolExecutor(40) as threads:
+        body = question("What is this?", max_tokens=4)
+        found = [status for status, _ in threads.map(lambda _: post(server, body), range(40))]
+    assert longest[0] <= 4 and {*found} == {200, 429}
+    wait_until_idle(server)
+
+    monkeypatch.setattr(engine, "stop_ids", [])
+    body = json.dumps(question("What is this?", max_tokens=400)).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    clients = []
+    for number in range(len(engine.slots) + 3):
+        clients.append(socket.create_connection(("127.0.0.1", server.server_port)))
+        clients[-1].sendall(head % len(body) + body)
+        end = time.monotonic() + 10
+        while time.monotonic() < end and number >= len(engine.waiting) + sum(
+                slot.busy for slot in engine.slots):
+            time.sleep(0.01)
+    assert post(server, question("What is this?"))[0] == 429
+    for client in clients[-3:]:
+        client.close()
+    time.sleep(2)
+    assert not engine.waiting
+    for client in clients:
+        client.close()
+    wait_until_idle(server)
+
+
+def test_a_long_animation_is_refused_before_it_is_decoded(server: Server) -> None:
+    """60 frames of 4 million pixels are few bytes, but much memory."""
+    frames = [Image.new("L", (2000, 2000), shade) for shade in range(60)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    url = "data:image/gif;base64," + base64.b64encode(file.getvalue()).decode()
+    part = {"type": "video_url", "video_url": {"url": url}}
+    body = {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]}
+    status, reply = post(server, body)
+    assert status == 400 and "pixels" in reply["error"]["message"]
+    cut = "data:image/gif;base64," + base64.b64encode(file.getvalue()[:9000]).decode()
+    part["video_url"]["url"] = cut
+    status, reply = post(server, body)
+    assert status == 400 and len(reply["error"]["message"]) < 500
+
+
+def test_heads_without_a_body(server: Server) -> None:
+    """HEAD is GET without the body, and the connection goes on; a query does not matter."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    for path in ("/", "/?from=here", "/v1/models"):
+        connection.request("HEAD", path)
+        reply = connection.getresponse()
+        assert reply.status == 200 and int(reply.headers["Content-Length"]) > 50
+        assert reply.read() == b""
+    connection.request("GET", "/v1/models")
+    assert json.loads(connection.getresponse().read())["data"][0]["id"] == "tiny"
+    connection.close()
+
+
+@pytest.mark.parametrize("host, origin, status", [
+    ("127.0.0.1:1", "http://127.0.0.1:1", 200), ("localhost:1", "http://localhost:1", 200),
+    ("[::1]", "http://[::1]", 200), ("evil.example:1", "http://evil.example:1", 403),
+    ("127.0.0.1:1", "http://127.0.0.1:2", 403), ("127.0.0.1:1", "null", 403)])
+def test_pages_of_other_sites_are_not_answered(server: Server, host: str, origin: str,
+                                               status: int) -> None:
+    """Nor one whose name was made to lead to this machine (DNS rebinding)."""
+    assert post(server, question("What is this?", max_tokens=2),
+                headers={"Host": host, "Origin": origin})[0] == status
+
+
+def test_addresses_of_ipv6() -> None:
+    loaded = load_checkpoint(SHIPPED, torch.float32, torch.device("cpu"))
+    try:
+        server = Server("::1", 0, Chat(*loaded, context=64, slots=1), "tiny")
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    connection = http.client.HTTPConnection("::1", server.server_port, timeout=30)
+    connection.request("GET", "/v1/models")
+    assert connection.getresponse().status == 200
+    connection.close()
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_other_programs_send(server: Server) -> None:
+    """Bodies of lmms-eval, VLMEvalKit, LangChain and OpenAI's package, with their empty fields."""
+    scene = EXAMPLES / "scene.png"
+    image = {"type": "image_url", "image_url": {"url": data_url(scene), "detail": "low"}}
+    text = {"type": "text", "text": "How many objects are there?"}
+    turns = [{"role": "user", "content": [image, text]}]
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    for body in ({"messages": turns, "max_tokens": 16, "temperature": 0, "model": "tiny"},
+                 {"messages": [system, *turns], "n": 1, "max_tokens": 16, "temperature": 0.0,
+                  "stop": None, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+                 {"messages": turns, "stream": False, "max_completion_tokens": 16, "logit_bias": {},
+                  "logprobs": False, "top_p": 1, "store": False, "metadata": None,
+                  "response_format": {"type": "text"}, "service_tier": "auto"}):
+        status, reply = post(server, body)
+        assert status == 200 and answer_of(reply).strip(), reply
+    status, reply = post(server, {"messages": turns, "max_tokens": 3, "max_completion_tokens": 4})
+    assert status == 400 and "max_completion_tokens" in reply["error"]["message"]
+
+
 # --------------------------------------------------------------------------------- in a browser
 
 
@@ -389,12 +534,15 @@ class Tab:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_the_page_in_a_browser(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture, a streamed answer, a second turn, stop, two tabs at once, a phone's width."""
-    engine = server.chat.engine
+    engine = server.chat
     step, pause = engine.step, [0.0]
 
     def slow_step() -> bool:
         time.sleep(pause[0])
         return step()
+
+    def broken(numbers: list[int]) -> None:
+        raise RuntimeError("no memory is left")
 
     monkeypatch.setattr(engine, "step", slow_step)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -422,6 +570,43 @@ def test_the_page_in_a_browser(server: Server, monkeypatch: pytest.MonkeyPatch) 
             tab.value("document.getElementById('stop').click()")
             tab.wait_for_answer(3)
             wait_until_idle(server)
+            monkeypatch.undo()
+
+            # a new conversation while the old one is answered: nothing of the old one stays
+            monkeypatch.setattr(engine, "stop_ids", [])
+            monkeypatch.setattr(engine, "step", slow_step)
+            tab.ask("What is that?")
+            tab.wait("document.querySelectorAll('.answer').length == 4")
+            tab.wait("document.querySelectorAll('.answer')[3].textContent.length > 3")
+            assert tab.value("document.getElementById('log').ariaBusy") == "true"
+            tab.value("document.getElementById('reset').click()")
+            wait_until_idle(server)
+            monkeypatch.undo()
+            assert tab.value("messages.length") == 0 and tab.answers() == []
+
+            # pictures stay in their order, can be removed, and what fails can be asked again
+            tab.value("""(() => {
+                const file = (size, kind) => new File([new Uint8Array(size)], "x", {type: kind});
+                addPictures([file(2e7, "image/heic"), file(9, "image/png"), file(1, "text/plain")]);
+            })()""")
+            tab.ask("What is broken?")  # waits for the pictures
+            tab.wait("document.querySelectorAll('.error').length == 1 && !running")
+            assert tab.value("pictures.map(entry => entry.url.length < 100)") == [False, True]
+            assert tab.value("document.getElementById('text').value") == "What is broken?"
+            tab.value("document.getElementById('text').value = ''")
+            for left in (1, 0):
+                tab.value("document.querySelector('#waiting button').click()")
+                assert tab.value("pictures.length") == left
+            tab.ask("What is this?")
+            tab.wait("document.querySelector('.rate') && !running")
+            assert tab.value("messages.length") == 2
+
+            # an error of the model is shown
+            monkeypatch.setattr(engine, "forward", broken)
+            tab.ask("What is this?")
+            tab.wait("document.querySelectorAll('.error').length == 2")
+            assert "could not answer" in tab.value(
+                "[...document.querySelectorAll('.error')].pop().textContent")
             monkeypatch.undo()
 
             # two tabs at once
