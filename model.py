@@ -573,7 +573,7 @@ class LlavaOneVision(nn.Module):
     def generate(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None = None,
                  grid_thw: Tensor | None = None, max_new_tokens: int = 1024,
                  stop_ids: tuple[int, ...] = ()) -> Iterator[Tensor]:
-        """Continue S packed prompts with the likeliest tokens; `sample.Engine` can do more.
+        """Continue S packed prompts with the likeliest tokens; `sample.Chat` can do more.
 
         Yields the next token of each, (S,), one tensor a pass.  A prompt that has produced one of
         `stop_ids` repeats it.  Ends when all prompts have, or after max_new_tokens.

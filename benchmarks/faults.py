@@ -543,7 +543,9 @@ def numerics(folder: Path, count: int = 4) -> int:
         ended, said, lines = process.end(), process.said(), ledger(process.out)
         failures = expect(ended == code and ("exitcode  : 40" in said) == code, said)
         failures += expect(len(lines) == steps, f"{len(lines)} steps: {said}")
-        refused = [line for line in lines if not math.isfinite(float(line["loss"]) + float(line["norm"]))]
+        # numbers that are not finite are strings
+        refused = [line for line in lines if isinstance(line["loss"], str)
+                   or isinstance(line["norm"], str)]
         failures += expect([line["step"] for line in refused] == faulty, f"refused: {refused}")
         # on both ranks these steps change nothing, and the others change something
         seen = set(re.findall(r"rank (\d) step (\d+) unchanged (\w+)", said))
