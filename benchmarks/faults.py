@@ -19,7 +19,6 @@ them; `--count 4` injects at most four faults of a kind.  Exit code 1: a promise
 
 import argparse
 import json
-import math
 import os
 import random
 import re
