@@ -228,7 +228,7 @@ def test_notes_of_steps_that_come_again_are_dropped(tmp_path: Path) -> None:
     assert file.read_text() == "".join(lines[:8])
 
 
-@pytest.mark.beside("-m", "benchmarks.faults", "kill", "stop", "disk", "numerics", "--count", "2")
+@pytest.mark.beside("-m", "benchmarks.faults", "kill", "disk", "--count", "2")
 def test_a_sample_of_faults(done: subprocess.CompletedProcess[str]) -> None:
     """Some of what `python -m benchmarks.faults` does to runs, each ending as if undisturbed."""
     assert done.returncode == 0, done.stdout + done.stderr
