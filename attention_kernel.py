@@ -650,6 +650,11 @@ def triton_backward(
 
 # --------------------------------------------------------- without a GPU: PyTorch's own attention
 
+def differences(numbers: list[int]) -> list[int]:
+    """Each number less the one before."""
+    return [after - before for before, after in itertools.pairwise(numbers)]
+
+
 def dense_calls(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool, q_positions: Tensor | None,
     dtype: torch.dtype,
@@ -659,25 +664,26 @@ def dense_calls(
     Neighbouring segments of equal lengths (pictures of one size) are one call.  With positions,
     each run of successive ones is: 4 5 6 0 1 becomes 4 5 6 on keys 0 to 6, then 0 1 on keys 0, 1.
     """
+    # numbers in lists: for one new token, an operator on these few takes longer than the attention
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     calls = []  # with the position of the first query among the keys
     if q_positions is None:
         begin = 0
-        lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
+        lengths = zip(differences(starts_q), differences(starts_k))
         for (length_q, length_k), run in itertools.groupby(lengths):
             end = begin + len(list(run))  # segments begin:end
             calls.append((slice(starts_q[begin], starts_q[end]),
                           slice(starts_k[begin], starts_k[end]), end - begin, length_k - length_q))
             begin = end
     else:
-        jumps = (q_positions.diff() != 1).nonzero()[:, 0] + 1
-        edges = torch.cat([cu_seqlens_q, jumps]).unique().tolist()
-        segment = segment_ids(cu_seqlens_q).tolist()
-        for begin_q, end_q in itertools.pairwise(edges):
-            position = int(q_positions[begin_q])
-            begin_k, end_segment = starts_k[segment[begin_q]:segment[begin_q] + 2]
-            end_k = min(end_segment, begin_k + position + end_q - begin_q)
-            calls.append((slice(begin_q, end_q), slice(begin_k, end_k), 1, position))
+        positions = q_positions.tolist()
+        for segment, (begin, end) in enumerate(itertools.pairwise(starts_q)):
+            jumps = [i for i in range(begin + 1, end) if positions[i] != positions[i - 1] + 1]
+            for begin_q, end_q in itertools.pairwise(sorted({begin, *jumps, end})):
+                position = positions[begin_q]
+                begin_k = starts_k[segment]
+                end_k = min(starts_k[segment + 1], begin_k + position + end_q - begin_q)
+                calls.append((slice(begin_q, end_q), slice(begin_k, end_k), 1, position))
     for queries, keys, segments, position in calls:
         length_q = (queries.stop - queries.start) // segments
         length_k = (keys.stop - keys.start) // segments
@@ -803,9 +809,10 @@ attention.register_autograd(backward_of_op, setup_context=save_for_backward)
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
     """Raise ValueError unless the segments cover the tokens.  Reading the values would synchronise
     with a GPU, so there `check_kernel` and an assertion on the device stand for this."""
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != tokens or starts != sorted(starts):
         raise ValueError(f"cu_seqlens_{name} must rise from 0 to the {tokens} tokens of {name}, "
-                         f"got {cu_seqlens.tolist()[:8]}...{cu_seqlens[-1]}")
+                         f"got {starts[:8]}...{starts[-1]}")
 
 
 def check_tensors(tensors: dict[str, object]) -> None:
