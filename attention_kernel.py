@@ -699,8 +699,13 @@ def dense_calls(
 
 
 def batched(x: Tensor, tokens: slice, segments: int) -> Tensor:
-    """Equal segments of x (T, heads, E) as dense attention wants them, (segments, heads, L, E)."""
-    return x[tokens].unflatten(0, (segments, -1)).transpose(1, 2)
+    """Equal segments of x (T, heads, E) as dense attention wants them, (segments, heads, L, E).
+
+    16 bits become 32: few CPUs have instructions for 16, and without them the kernel takes 8 times
+    as long.  And dK, dV of heads that share keys are added up in 32 bits.
+    """
+    x = x[tokens].to(torch.promote_types(x.dtype, torch.float32))
+    return x.unflatten(0, (segments, -1)).transpose(1, 2)
 
 
 def sdpa_forward(
@@ -711,7 +716,7 @@ def sdpa_forward(
     out = q.new_zeros(q.shape)
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_full((q.shape[1], len(q)), -math.inf, dtype=dtype)
-    calls = dense_calls(cu_seqlens_q, cu_seqlens_k, causal, q_positions, q.dtype)
+    calls = dense_calls(cu_seqlens_q, cu_seqlens_k, causal, q_positions, dtype)
     for queries, keys, n, mask in calls:
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             batched(q, queries, n), batched(k, keys, n), batched(v, keys, n), 0.0, **mask,
@@ -729,15 +734,10 @@ def sdpa_backward(
     cu_seqlens_k: Tensor, scale: float, causal: bool, q_positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv by the same CPU kernel."""
-    # the CPU kernel would add up R heads in 16 bits: give each its own keys, and add in float32
     dtype = torch.promote_types(q.dtype, torch.float32)
-    copies = q.shape[1] // k.shape[1] if q.dtype != dtype else 1
-    if copies > 1:
-        k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
-    dq = q.new_zeros(q.shape)
-    dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (k, v))
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v))
     lse = lse.masked_fill(lse.isneginf(), 0) / LOG2E.value
-    calls = dense_calls(cu_seqlens_q, cu_seqlens_k, causal, q_positions, q.dtype)
+    calls = dense_calls(cu_seqlens_q, cu_seqlens_k, causal, q_positions, dtype)
     for queries, keys, n, mask in calls:
         part_lse = lse[:, queries].unflatten(1, (n, -1)).transpose(0, 1)
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -747,9 +747,7 @@ def sdpa_backward(
         dq[queries] = part_dq
         dk[keys] += part_dk  # several stretches may share keys
         dv[keys] += part_dv
-    if copies > 1:
-        dk, dv = (x.unflatten(1, (-1, copies)).sum(dim=2) for x in (dk, dv))
-    return dq, dk.to(q.dtype), dv.to(q.dtype)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 # ------------------------------------------------------------------------- the operator and its API
