@@ -757,10 +757,9 @@ def uses_kernels(q: Tensor) -> bool:
     return q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.library.custom_op("llava::attention", mutates_args=())
-@functools.wraps(triton_forward)  # the operator has its parameters
-def attention(*arguments: object) -> tuple[Tensor, Tensor]:
-    """`flash_attn_varlen_func` as an operator: `torch.compile` keeps it whole in its graph."""
+@functools.wraps(triton_forward)  # has its parameters
+def attend(*arguments: object) -> tuple[Tensor, Tensor]:
+    """Out and LSE, by the kernels or by PyTorch's attention."""
     q, k, _, cu_seqlens_q, cu_seqlens_k = arguments[:5]
     if not q.is_cuda:
         check_cu_seqlens("q", cu_seqlens_q, len(q))
@@ -768,6 +767,10 @@ def attention(*arguments: object) -> tuple[Tensor, Tensor]:
     forward = triton_forward if uses_kernels(q) else sdpa_forward
     with torch.cuda.device_of(q):
         return forward(*arguments)
+
+
+# an operator has a gradient, and `torch.compile` keeps it whole in its graph
+attention = torch.library.custom_op("llava::attention", attend, mutates_args=())
 
 
 @torch.library.custom_op("llava::attention_backward", mutates_args=())
@@ -883,8 +886,11 @@ def flash_attn_varlen_func(
     if q_positions is not None and (not causal or len(q_positions) != len(q)):
         raise ValueError("q_positions needs causal=True and one position per query")
     scale = softmax_scale or q.shape[-1] ** -0.5
-    out, lse = attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
-                         causal, q_positions)
+    # generation needs no operator, and on a CPU the call of one takes as long as a short attention
+    plain = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and q.is_cpu
+    forward = attend if plain else attention
+    out, lse = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
+                       causal, q_positions)
     return (out, lse.detach() * math.log(2)) if return_lse else out
 
 
