@@ -1,11 +1,11 @@
 """Generation on a CPU, beside Hugging Face's: milliseconds for a prompt, and for each new token.
 
 Run `python -m benchmarks.generation` with transformers 4.53 beside the packages of
-requirements.txt.  Both sides compute a Qwen3 decoder with the same random weights, the same tensors
-in memory: `LlavaOneVision.generate` on ours, and on theirs `Qwen3ForCausalLM` with its cache, called
-in a loop (its own `generate` calls the same, and does more).  First their logits are compared.
-Then both answer the same prompt, one token of ours after one of theirs: what else the machine does
-hits both, and the ratio is the median over pairs.
+requirements.txt.  Both sides compute a Qwen3 decoder with the same random weights, the same
+tensors in memory: `LlavaOneVision.generate` on ours, and on theirs `Qwen3ForCausalLM` with its
+cache, called in a loop (its own `generate` calls the same, and does more).  First their logits are
+compared.  Then both answer the same prompt, one token of ours after one of theirs: what else the
+machine does hits both, and the ratio is the median over pairs.
 
 | shape | what it is |
 |---|---|
