@@ -395,7 +395,10 @@ def disk(folder: Path, count: int = 11) -> int:
             with open(out / "ballast", "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(out).free - 4096 * room)
         else:
-            prefix = ("prlimit", f"--fsize={4096 * room}")
+            # no file may become longer: what is printed needs a page, and workers share memory by
+            # files, too
+            prefix = ("prlimit", f"--fsize={4096 * max(1, room)}")
+            flags = {**flags, "--workers": 0}
         process = Process(out, flags, rank_count, prefix=prefix)
         failures += ended_badly(process, rank_count)
         sentences += re.findall("^train.py: .*", process.said(), re.M)
