@@ -29,6 +29,7 @@ def run_script(folder: Path, arguments: list[str], environment: dict[str, str]) 
         file = os.open(folder.with_name(f"{folder.name}.{name}"), os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
     os.environ |= environment
+    torch.set_num_threads(1)  # other tests have the other core, and threads would wait for it
     sys.argv = arguments
     runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
 
