@@ -485,23 +485,23 @@ def find_directory(name: str) -> Path:
         raise ValueError(f"there is no directory {name}; to fetch it, pip install huggingface_hub, "
                          f"or run `git clone https://huggingface.co/{name}`") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} cannot be fetched: {error}") from error
+        first, _, _ = str(error).partition("\n")  # of several lines, it says what happened
+        raise ValueError(f"{name} cannot be fetched: {first}") from error
 
 
-def load(checkpoint: str, device: str, dtype: str) -> tuple[LlavaOneVision, Tokenizer]:
-    """The checkpoint of this name, else the newest; says which it is."""
+def choose_checkpoint(name: str) -> tuple[Path, str]:
+    """The directory of this name, else the newest checkpoint; and a line that says which it is."""
     path, origin = newest_checkpoint()
-    if checkpoint:
-        path, origin = find_directory(checkpoint), "as told"
-    place = choose_device(device)
-    loaded = load_checkpoint(path, choose_dtype(dtype, place), place)
-    print(f"checkpoint: {path} ({origin})", file=sys.stderr)
-    return loaded
+    if name:
+        path, origin = find_directory(name), "as told"
+    return path, f"checkpoint: {path} ({origin})"
 
 
-def load_chat(path: str = "", device: str = "", dtype: str = "", **options: int) -> Chat:
+def load_chat(path: str | Path, device: str = "", dtype: str = "", **options: int) -> Chat:
     """A checkpoint, ready to answer; options: context, slots and max_pixels of Chat."""
-    return Chat(*load(path, device, dtype), **options)
+    place = choose_device(device)
+    loaded = load_checkpoint(find_directory(str(path)), choose_dtype(dtype, place), place)
+    return Chat(*loaded, **options)
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -1012,7 +1012,9 @@ def ask(inputs: list[str], flags: Flags, settings: Settings) -> None:
     for image in record["images"]:
         if not isinstance(image, Video):
             open_image(image, decode=False)
-    model, tokenizer = load(flags.checkpoint, flags.device, flags.dtype)
+    path, said = choose_checkpoint(flags.checkpoint)
+    device = choose_device(flags.device)
+    model, tokenizer = load_checkpoint(path, choose_dtype(flags.dtype, device), device)
     request = Request(record, tokenizer, settings, flags.max_pixels)
     # prompt and answer share the context
     chat = Chat(model, tokenizer, len(request.ids) + settings.max_new_tokens, slots=1)
@@ -1020,6 +1022,7 @@ def ask(inputs: list[str], flags: Flags, settings: Settings) -> None:
         trace(model, request)
     started = time.monotonic()
     say(chat, request)
+    print(said, file=sys.stderr)
     if flags.trace:
         print(f"  answered in {time.monotonic() - started:.2f} s", file=sys.stderr)
 
@@ -1053,8 +1056,8 @@ def converse(chat: Chat, settings: Settings) -> None:
             print(error, file=sys.stderr)
 
 
-def evaluate_file(chat: Chat, file: Path, done: Path | None, settings: Settings) -> None:
-    """Ask the questions of a JSON-lines file, and print scores with 95 % intervals."""
+def read_questions(file: Path) -> list[dict]:
+    """The questions of a JSON-lines file.  Raises ValueError with the line."""
     questions = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         place = f"{file}, line {number}"
@@ -1065,6 +1068,11 @@ def evaluate_file(chat: Chat, file: Path, done: Path | None, settings: Settings)
             raise ValueError(f"{place}: {error}") from error
     if not questions:
         raise ValueError(f"{file} has no questions")
+    return questions
+
+
+def print_scores(chat: Chat, questions: list[dict], done: Path | None, settings: Settings) -> None:
+    """Ask questions, and print scores by category, with 95 % intervals."""
     scores = evaluate(chat, questions, done, **vars(settings))
     every = [score for category in scores.values() for score in category]
     for name, values in {**scores, "together": every}.items():
@@ -1105,9 +1113,13 @@ def run(inputs: list[str], flags: Flags, settings: Settings) -> None:
     if inputs or flags.messages:
         ask(inputs, flags, settings)
         return
+    # a wrong file is refused before the model is loaded
+    questions = read_questions(Path(flags.evaluate)) if flags.evaluate else []
     slots = 1 if flags.chat else flags.slots
-    chat = load_chat(flags.checkpoint, flags.device, flags.dtype, context=flags.context,
-                     slots=slots, max_pixels=flags.max_pixels)
+    path, said = choose_checkpoint(flags.checkpoint)
+    chat = load_chat(path, flags.device, flags.dtype, context=flags.context, slots=slots,
+                     max_pixels=flags.max_pixels)
+    print(said, file=sys.stderr)
     if flags.chat:
         converse(chat, settings)
     elif flags.serve:
@@ -1119,7 +1131,7 @@ def run(inputs: list[str], flags: Flags, settings: Settings) -> None:
         server.serve_forever()
     else:
         done = Path(flags.predictions) if flags.predictions else None
-        evaluate_file(chat, Path(flags.evaluate), done, settings)
+        print_scores(chat, questions, done, settings)
 
 
 def main() -> None:

@@ -229,7 +229,8 @@ def kill(folder: Path, count: int = 20) -> int:
         for state in chain(*(states_in(path)[-2:] for path in out.glob("*-state"))):
             failures += expect(damage_of_state(state) == "", damage_of_state(state))
     fault = fault_of_end(Process(out, flags), reference)
-    failures += expect(not fault, fault) + expect(inside >= 0.4 * count, "few were inside a save")
+    failures += expect(not fault, fault) + expect(inside >= 0.4 * count or count < 5,
+                                                     "few were inside a save")
     return figure("kill -9 of a run", started, failures, f"{count} kills, {inside} inside a save; "
                   "each time the same command goes on, end equal")
 

@@ -176,8 +176,9 @@ def fail_on_a_rank(folder: Path) -> list[str]:
 
 
 def test_all_ranks_hear_of_a_failed_save(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001"
     for said in in_ranks(2, fail_on_a_rank, tmp_path):
-        assert said == ["rank 1: no space left"] * 2
+        assert said == [f"{path} cannot be written: rank 1: no space left"] * 2
     assert not list(tmp_path.iterdir())
 
 
@@ -228,7 +229,7 @@ def test_notes_of_steps_that_come_again_are_dropped(tmp_path: Path) -> None:
     assert file.read_text() == "".join(lines[:8])
 
 
-@pytest.mark.beside("-m", "benchmarks.faults", "kill", "disk", "--count", "2")
+@pytest.mark.beside("-m", "benchmarks.faults", "kill", "disk", "--count", "3")
 def test_a_sample_of_faults(done: subprocess.CompletedProcess[str]) -> None:
     """Some of what `python -m benchmarks.faults` does to runs, each ending as if undisturbed."""
     assert done.returncode == 0, done.stdout + done.stderr
