@@ -1256,6 +1256,15 @@ def make_directory(config: TrainConfig, model_name: str, ranks: Ranks) -> Path:
     return out
 
 
+def finished_stages(begun: set[str], config: TrainConfig, ranks: Ranks) -> list[str]:
+    """The stages that an earlier command has finished, in order."""
+    finished = [name for name in STAGES if name in begun and Path(config.out, name).is_dir()]
+    for name in finished if ranks.rank == 0 else ():
+        # a run that was killed may have left its states
+        shutil.rmtree(Path(config.out, f"{name}-state"), ignore_errors=True)
+    return finished
+
+
 def run(config: TrainConfig) -> Path:
     """Train the stages, save a checkpoint after each, evaluate; returns the last checkpoint."""
     if config.deterministic:
@@ -1268,12 +1277,9 @@ def run(config: TrainConfig) -> Path:
     recipes = config.recipes(sizes)
     tokenizer, begun = check_run(config, ranks, start, sizes, recipes)
     ranks = join_ranks(ranks)
-    # stages that an earlier command has finished
-    for name in [name for name in recipes if name in begun and Path(config.out, name).is_dir()]:
+    for name in finished_stages(begun, config, ranks):
         start = str(Path(config.out, name))
         del recipes[name]
-        if ranks.rank == 0:  # a run that was killed may have left its states
-            shutil.rmtree(Path(config.out, f"{name}-state"), ignore_errors=True)
     # bad data and a damaged checkpoint are refused here, before the run has a directory
     with blamed_on("data", common=True):
         indexes = open_indexes(recipes, begun, tokenizer, config, ranks)
