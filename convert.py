@@ -1179,9 +1179,8 @@ def verify(flags: argparse.Namespace) -> None:
 
     for file in sorted(flags.path.iterdir()):
         if file.is_file():
-            with open(file, "rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            print(f"{digest}  {file.stat().st_size:>14,}  {file.name}", flush=True)
+            size, digest = digests([file])[file.name]
+            print(f"{digest}  {size:>14,}  {file.name}", flush=True)
     counts = ", ".join(f"{count:,} of {dtype}" for dtype, count in types.items())
     print(f"the weights of {flags.path} are whole: {types.total():,} tensors, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, all finite, {counts}")

@@ -491,9 +491,7 @@ def find_directory(name: str) -> Path:
 
 def choose_checkpoint(name: str) -> tuple[Path, str]:
     """The directory of this name, else the newest checkpoint; and a line that says which it is."""
-    path, origin = newest_checkpoint()
-    if name:
-        path, origin = find_directory(name), "as told"
+    path, origin = (find_directory(name), "as told") if name else newest_checkpoint()
     return path, f"checkpoint: {path} ({origin})"
 
 

@@ -98,7 +98,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -625,7 +625,7 @@ def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> No
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad *= share
-        step.lost = gathered(step.lost, ranks)
+        step.lost = gathered(step.lost)
     if math.isfinite(step.loss + step.norm):
         clip_gradients(parameters, state.recipe.clip, step.norm)
         lr = learning_rate(state.step, state.recipe)
@@ -639,13 +639,9 @@ def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> No
     state.step += 1
 
 
-def gathered(entries: dict, ranks: Ranks) -> dict:
+def gathered(entries: dict) -> dict:
     """The entries of all ranks in one dictionary."""
-    of_ranks = [entries]
-    if ranks.count > 1:
-        of_ranks = [{}] * ranks.count
-        dist.all_gather_object(of_ranks, entries)
-    return {key: value for part in of_ranks for key, value in part.items()}
+    return {key: value for part in on_all_ranks(lambda: entries) for key, value in part.items()}
 
 
 # ------------------------------------------------------------------------------------- accounting
@@ -764,10 +760,9 @@ class Log:
         """Print the text and write the values; nothing on other ranks than the first."""
         if self.file is None:
             return
-        if self.terminal:
-            text = f"\r\033[K{text}"  # erases the progress bar
         if text:
-            print(text, flush=True)
+            bar = "\r\033[K" if self.terminal else ""  # erases the progress bar
+            print(f"{bar}{text}", flush=True)
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
         if self.board is not None and "stage" in values:
@@ -895,7 +890,7 @@ def note_step(step: Step, stage: str, number: int, run: Run) -> None:
 def note_refused(step: Step, state: State, stage: str, run: Run) -> None:
     """Log a step that was not finite, with its samples.  RunError after PATIENCE of them."""
     # ranks that share a row have the same samples
-    names = list(gathered(dict.fromkeys(step.names), run.ranks))
+    names = list(gathered(dict.fromkeys(step.names)))
     listed = ", ".join(names[:8])
     if len(names) > 8:
         listed += f" and {len(names) - 8} more, all in log.jsonl"
@@ -961,6 +956,7 @@ def is_begun(stage: str, settings: dict[str, object], config: TrainConfig) -> bo
     return True
 
 
+@cache  # of the files as they were when the run began to save, and read once
 def code_version() -> str:
     """A digest of the source files that a run executes."""
     digest = hashlib.sha256()
