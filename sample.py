@@ -602,23 +602,27 @@ def read_predictions(file: Path, asked: list[dict]) -> list[dict]:
     kept = [load_json(line, file) for line in content[:whole].splitlines()][:len(asked)]
     for number, (entry, about) in enumerate(zip(kept, asked), 1):
         if not isinstance(entry, dict) or not about.items() <= entry.items():
-            raise ValueError(f"{file}, line {number} is about another question")
+            raise ValueError(f"{file}, line {number} is of another question, checkpoint or "
+                             "settings")
     os.truncate(file, whole)
     return kept
 
 
-def evaluate(chat: Chat, questions: list[dict], done: Path | None = None,
+def evaluate(chat: Chat, questions: list[dict], done: Path | None = None, checkpoint: str = "",
              **settings: Any) -> dict[str, list[float]]:
     """Ask questions; the scores of each category.
 
-    done: a file that keeps the predictions, as JSON lines, so that a second run goes on.
+    done: a file that keeps the predictions, as JSON lines, so that a second run goes on; with them
+    it keeps `checkpoint`, the model's name, and the settings, which must then be the same.
     """
     asked = []
+    settings_read = json.loads(json.dumps(settings))  # as a file gives them back: lists, no tuples
     for question in questions:
         # of the messages the texts, to know the question again
         turns = to_record(question["messages"])["messages"]
         texts = [part.get("text") for turn in turns for part in turn["content"]]
-        asked.append({**question, "messages": texts})
+        asked.append({**question, "messages": texts, "checkpoint": checkpoint,
+                      "settings": settings_read})
     kept = read_predictions(done, asked) if done is not None and done.is_file() else []
     for start in range(len(kept), len(questions), len(chat.slots)):
         group = asked[start:start + len(chat.slots)]
@@ -1069,9 +1073,10 @@ def read_questions(file: Path) -> list[dict]:
     return questions
 
 
-def print_scores(chat: Chat, questions: list[dict], done: Path | None, settings: Settings) -> None:
+def print_scores(chat: Chat, questions: list[dict], done: Path | None, checkpoint: Path,
+                 settings: Settings) -> None:
     """Ask questions, and print scores by category, with 95 % intervals."""
-    scores = evaluate(chat, questions, done, **vars(settings))
+    scores = evaluate(chat, questions, done, str(checkpoint.resolve()), **vars(settings))
     every = [score for category in scores.values() for score in category]
     for name, values in {**scores, "together": every}.items():
         low, high = interval(values)
@@ -1129,7 +1134,7 @@ def run(inputs: list[str], flags: Flags, settings: Settings) -> None:
         server.serve_forever()
     else:
         done = Path(flags.predictions) if flags.predictions else None
-        print_scores(chat, questions, done, settings)
+        print_scores(chat, questions, done, path, settings)
 
 
 def main() -> None:

@@ -459,12 +459,13 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path, loaded: tuple) -
     """The same scores in one run and in two; a question that was answered is not asked again."""
     questions = held_out(2)
     chat = Chat(*loaded, context=300, slots=4)
-    whole = evaluate(chat, questions, max_new_tokens=12)
+    settings = {"max_new_tokens": 12, "stop": ("\n",)}
+    whole = evaluate(chat, questions, **settings)
     done = tmp_path / "predictions.jsonl"
-    evaluate(chat, questions[:7], done, max_new_tokens=12)
+    evaluate(chat, questions[:7], done, **settings)
     text = done.read_text()
     done.write_text(text + text.splitlines()[0][:30])  # the last line was cut
-    assert evaluate(chat, questions, done, max_new_tokens=12) == whole
+    assert evaluate(chat, questions, done, **settings) == whole
     entries = [json.loads(line) for line in done.read_text().splitlines()]
     assert [entry["id"] for entry in entries] == [question["id"] for question in questions]
     scores = [score for category in whole.values() for score in category]
@@ -484,6 +485,9 @@ def test_predictions_of_other_questions_are_refused(tmp_path: Path, loaded: tupl
     for questions in (asked("What is that?", "x"), asked("What is this?", "y")):
         with pytest.raises(ValueError, match="another question"):
             evaluate(chat, questions, done, max_new_tokens=4)
+    for changed in ({"checkpoint": "other"}, {"stop": ("x",)}):
+        with pytest.raises(ValueError, match="checkpoint or settings"):
+            evaluate(chat, asked("What is this?", "x"), done, **{"max_new_tokens": 4} | changed)
     assert done.read_text() == kept
     for text in ('{"question": "x"}\n{"question', "[]\n", "no JSON\n"):
         done.write_text(text)
