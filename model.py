@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from attention_kernel import flash_attn_varlen_func, packed_positions, segment_ids
 from vision import MERGE, PATCH_NUMBERS, RiceViT, VisionConfig, apply_rope, visual_tokens
 
+OUTPUTS = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight")  # of layers
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time: 1024 x 151,936 in fp32 = 0.6 GB
 
 
@@ -344,7 +345,8 @@ class MixtureOfExperts(nn.Module):
         If ranks share the row, this is the rank's summand: the sum over its own tokens' p.
         """
         row_counts = self.row_counts(counts)
-        tokens = row_counts.sum() / self.experts_per_token  # of the row
+        # of the row; of one without labels, none reaches the MLPs of the last layer
+        tokens = (row_counts.sum() / self.experts_per_token).clamp(min=1)
         share = row_counts / tokens  # f, (X,)
         balance = len(counts) * (share * p.sum(0) / tokens).sum()
         noted = torch.stack([balance.detach(), torch.ones_like(balance)])
@@ -363,14 +365,20 @@ class DecoderLayer(nn.Module):
         self.mlp = MixtureOfExperts(config) if config.num_experts else SwiGlu(config)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor, sin: Tensor,
-                keys: Keys | None = None) -> Tensor:
+                keys: Keys | None = None, wanted: Tensor | None = None) -> Tensor:
         normed = self.input_layernorm(x)
-        x = x + self.self_attn(normed, cu_seqlens, max_seqlen, cos, sin, keys)
+        x = x + self.self_attn(normed, cu_seqlens, max_seqlen, cos, sin, keys)  # (T, C)
+        if wanted is not None:
+            x = x.index_select(0, wanted)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Qwen3(nn.Module):
-    """Embeddings (T, C) -> normalised hidden states (T, C).  Source: Qwen3 (arXiv 2505.09388)."""
+    """Embeddings (T, C) -> normalised hidden states (T, C).  Source: Qwen3 (arXiv 2505.09388).
+
+    wanted: (N,) tokens whose states are needed; the result is then (N, C).  Others take part up to
+    the last layer's attention, where the wanted ones read them for the last time.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -381,7 +389,7 @@ class Qwen3(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, position_ids: Tensor | None = None,
-                keys: Keys | None = None) -> Tensor:
+                keys: Keys | None = None, wanted: Tensor | None = None) -> Tensor:
         if position_ids is None:
             position_ids = packed_positions(cu_seqlens)
         # rotary angles: position * rope_theta^(-2i / E), i = 0 .. E/2 - 1, the same for all heads
@@ -396,9 +404,10 @@ class Qwen3(nn.Module):
 
         if keys is not None:
             keys.begin(cu_seqlens, position_ids)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, cu_seqlens, max_seqlen, cos, sin, keys)
-        return self.norm(x)
+        return self.norm(last(x, cu_seqlens, max_seqlen, cos, sin, keys, wanted))
 
 
 # ---------------------------------------------------------------------------------- the whole model
@@ -477,8 +486,12 @@ class LlavaOneVision(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
-    def init_weights(self) -> "LlavaOneVision":
-        """Draw fresh weights from torch's global generator, as upstream but for patch_embed."""
+    def init_weights(self, zero_outputs: bool = False) -> "LlavaOneVision":
+        """Draw fresh weights from torch's global generator, as upstream but for patch_embed.
+
+        zero_outputs: layers add nothing to x at first.  Then gradients pass them unchanged, and
+        training from random weights learns sooner.
+        """
         for module in self.modules():
             init_linear(module, self.config.initializer_range)
         # The norm behind patch_embed cancels its scale.  Large weights make an optimizer step small
@@ -486,6 +499,9 @@ class LlavaOneVision(nn.Module):
         nn.init.normal_(self.visual.patch_embed.proj.weight, std=0.5)
         nn.init.normal_(self.visual.class_embedding, std=self.config.vision.embed_dim**-0.5)
         nn.init.normal_(self.visual.class_pos_emb)
+        for name, parameter in self.named_parameters():
+            if zero_outputs and name.endswith(OUTPUTS):
+                nn.init.zeros_(parameter)
         return self
 
     def embed(self, input_ids: Tensor, patches: Tensor | None, grid_thw: Tensor | None,
@@ -555,9 +571,8 @@ class LlavaOneVision(nn.Module):
         # first, because nonzero makes the host wait until the GPU has done all work given to it
         learnt = (targets >= 0).nonzero()[:, 0]
         x = self.embed(input_ids, patches, grid_thw, keys, blank_picture=True)
-        x = self.model(x, cu_seqlens, position_ids, keys)
-        # the head is the widest matrix (V outputs): only tokens with a target pass it
-        x = x.index_select(0, learnt)
+        # only tokens with a target pass the head, the widest matrix (V outputs)
+        x = self.model(x, cu_seqlens, position_ids, keys, wanted=learnt)  # (learnt tokens, C)
         return self.lm_head.loss(x, targets.index_select(0, learnt))
 
     @torch.inference_mode()
@@ -566,9 +581,8 @@ class LlavaOneVision(nn.Module):
                     grid_thw: Tensor | None = None) -> Tensor:
         """Logits (S, V) of the token behind each segment; for the arguments see `forward`."""
         x = self.embed(input_ids, patches, grid_thw)  # (T, C)
-        x = self.model(x, cu_seqlens, position_ids, keys)
         # the last token of each segment predicts the next one
-        return self.lm_head(x.index_select(0, cu_seqlens[1:] - 1))
+        return self.lm_head(self.model(x, cu_seqlens, position_ids, keys, cu_seqlens[1:] - 1))
 
     def generate(self, input_ids: Tensor, cu_seqlens: Tensor, patches: Tensor | None = None,
                  grid_thw: Tensor | None = None, max_new_tokens: int = 1024,
@@ -660,23 +674,33 @@ def part_of(name: str) -> str:
     return "decoder"
 
 
+def multiplied(name: str, parameter: nn.Parameter, config: ModelConfig) -> int:
+    """How many weights of a parameter every token (or patch) is multiplied by."""
+    # the embedding is a table, and only tokens with a target reach the head
+    if parameter.dim() < 2 or name in ("model.embed_tokens.weight", "lm_head.weight"):
+        return 0
+    if ".experts." in name:
+        # a token passes K of X experts
+        return parameter.numel() * config.num_experts_per_tok // config.num_experts
+    return parameter.numel()
+
+
 @cache
 def parameters_by_part(config: ModelConfig, matrices: bool = False) -> dict[str, int]:
     """Number of parameters of each part.
 
-    matrices: count only the weights by which every token (or patch) is multiplied.
+    matrices: count only the weights by which every token (or patch) is multiplied, and those of the
+    last layer's MLP, which only tokens with a target pass, as a part of their own.
     """
     count = dict.fromkeys(("class token", "vision", "merger", "decoder"), 0)
+    last_mlp = f"model.layers.{config.num_hidden_layers - 1}.mlp."
     for name, parameter in meta_model(config).named_parameters():
-        numbers = parameter.numel()
-        if matrices:
-            # the embedding is a table, and only tokens with a target reach the head
-            if parameter.dim() < 2 or name in ("model.embed_tokens.weight", "lm_head.weight"):
-                continue
-            # a token passes K of X experts
-            if ".experts." in name:
-                numbers = numbers * config.num_experts_per_tok // config.num_experts
-        count[part_of(name)] += numbers
+        if not matrices:
+            count[part_of(name)] += parameter.numel()
+        elif name.startswith(last_mlp):
+            count["last mlp"] = count.get("last mlp", 0) + multiplied(name, parameter, config)
+        else:
+            count[part_of(name)] += multiplied(name, parameter, config)
     return count
 
 
@@ -692,7 +716,8 @@ def forward_flops(config: ModelConfig, loads: dict[str, Any]) -> dict[str, Any]:
     return {"vision": 2 * weights["vision"] * loads["patches"],
             "vision attention": 4 * vision.depth * vision.embed_dim * loads["frame_pairs"],
             "merger": 2 * weights["merger"] * loads["patches"] / 4,
-            "decoder": 2 * weights["decoder"] * loads["tokens"],
+            "decoder": (2 * weights["decoder"] * loads["tokens"]
+                        + 2 * weights["last mlp"] * loads["labels"]),
             "decoder attention": 4 * config.num_hidden_layers * query_width * loads["pairs"],
             "head": 2.0 * config.hidden_size * config.vocab_size * loads["labels"]}
 
@@ -704,8 +729,8 @@ def main() -> None:
     line = "{:9}{:12,}{:13,}{:12,}{:16,}{:16,}{:18,}"
     for name, config in PRESETS.items():
         parts = parameters_by_part(config).values()
-        passed = parameters_by_part(config, matrices=True)["decoder"]
-        print(line.format(name, *parts, sum(parts), passed))
+        passed = parameters_by_part(config, matrices=True)
+        print(line.format(name, *parts, sum(parts), passed["decoder"] + passed["last mlp"]))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ are not finite, 50 storage; anything else is a fault, with a traceback.
 Accounting.  FLOPs of a row's forward pass, where N counts the weights of a part's matrices that a
 token passes (K of X experts):
 
-    decoder   2 N T + 4 layers H E sum over samples of L (L + 1) / 2
+    decoder   2 N T + 4 layers H E sum over samples of L (L + 1) / 2,  its last MLP  2 N labels
     ViT       2 N P + 4 layers D sum over frames of L^2,  merger  2 N P / 4,  head  2 C V labels
 
 A backward pass costs two forward passes.  With frozen weights it costs one, and in front of the
@@ -233,14 +233,15 @@ FULL = {  # all public data once
     "mid": replace(QUICK["mid"], steps=12200, rows=512, seq_length=8192),
     "instruct": replace(QUICK["instruct"], steps=3150, rows=512, max_pixels=MAX_PIXELS),
 }
-# Random weights learn at higher rates, and `align` has no embedding space to align to yet.
+# Random weights learn at higher rates, and `align` has no embedding space to align to yet.  (At
+# rates of 2e-3 and more, or of 6e-4, the first 300 steps of `mid` end later.)
 # Captions come first: every word of a caption is learnt, so the ViT learns to see several times
 # as fast as from short answers.  In `instruct` captions stay among the questions; without them the
 # model forgets how to read.
 # On average an expert sees 3 of 8 tokens.  At half the rate it ends better than at the full rate.
 TINY_MID = Recipe(
-    trainable=ALL, data=("captions",), steps=900, rows=1, seq_length=1024,
-    lr=2e-3, min_lr=2e-4, weight_decay=0.01, beta2=0.95, eps=1e-8, warmup=0.02,
+    trainable=ALL, data=("captions",), steps=600, rows=1, seq_length=1024,
+    lr=1e-3, min_lr=1e-4, weight_decay=0.01, beta2=0.95, eps=1e-8, warmup=0.02,
     vision_lr_factor=0.25, merger_lr_factor=0.25, expert_lr_factor=0.5, recompute="none")
 TINY = {
     "align": Recipe(
@@ -248,9 +249,11 @@ TINY = {
         lr=1e-3, min_lr=1e-4, weight_decay=0.0, beta2=0.95, eps=1e-8, warmup=0.1,
         recompute="none"),
     "mid": TINY_MID,
-    "instruct": replace(TINY_MID, data=("mixed",), steps=3600, lr=1.5e-3, min_lr=3e-5),
+    "instruct": replace(TINY_MID, data=("mixed",), steps=2500, lr=8e-4, min_lr=2e-5),
 }
-RECIPES = {"tiny": TINY, "quick": QUICK, "full": FULL}
+LONG = {**TINY,  # of the checkpoint in assets/tiny
+        "mid": replace(TINY["mid"], steps=1500), "instruct": replace(TINY["instruct"], steps=6000)}
+RECIPES = {"tiny": TINY, "tiny-long": LONG, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
 FROM_SCRATCH = ("tiny", "tiny-moe")  # presets that may start from random weights; default the first
 SMALL = 100e6  # models of fewer parameters use the recipe tiny by default
@@ -265,7 +268,7 @@ class TrainConfig:
 
     model: str = ""  # a preset of model.py; default the size of --start-from, without it tiny
     stage: str = "all"  # align, mid, instruct, or all three one after the other
-    recipe: str = ""  # tiny, quick or full; default quick, but tiny below 100 M parameters
+    recipe: str = ""  # tiny, tiny-long, quick or full; default tiny below 100 M parameters, or quick
     start_from: str = ""  # checkpoint directory; default that of the stage before
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME
     data: tuple[str, ...] = ()  # captions, questions, mixed, or files and directories, PATH:WEIGHT
@@ -391,7 +394,8 @@ def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) ->
         # the model is sharded while it is empty, so each rank reads only its own slices
         return load_model(start, torch.float32, ranks.device, prepare)
     torch.manual_seed(config.seed)
-    model = LlavaOneVision(sizes_of(config, start)).init_weights().to(ranks.device)
+    model = LlavaOneVision(sizes_of(config, start)).init_weights(zero_outputs=True)
+    model = model.to(ranks.device)
     prepare(model)
     return model
 
@@ -789,6 +793,45 @@ class Log:
 # -------------------------------------------------------------------------- notes, saving, resuming
 
 
+class Threads:
+    """Computes with fewer threads while other programs take the CPU's cores.
+
+    Threads wait for each other in a loop, since that is fastest while each has a core.  But if one
+    has none, the others burn theirs: beside one busy program, two threads on two cores took 4 times
+    as long as before, and one thread hardly longer than alone.
+    """
+
+    RETRY = 10  # lines of the log until all threads are tried again
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, log: Log) -> None:
+        self.most = torch.get_num_threads()
+        # who has chosen a number, or wants the same bits always, keeps it
+        self.fixed = (ranks.device.type != "cpu" or ranks.count > 1 or config.deterministic
+                      or "OMP_NUM_THREADS" in os.environ)
+        self.log = log
+        self.lines = 0
+        self.used = time.process_time()
+
+    def fit(self, seconds: float) -> None:
+        """At a line of the log: choose the number of threads; seconds: computed since the last."""
+        if self.fixed:
+            return
+        used, self.used = self.used, time.process_time()
+        cores = (self.used - used) / max(seconds, 1e-9)  # that this process had
+        threads = torch.get_num_threads()
+        self.lines += 1
+        if cores < threads - 0.4:
+            wanted = max(1, int(cores))
+        elif threads < self.most and self.lines >= self.RETRY:
+            wanted = self.most
+        else:
+            return
+        self.lines = 0
+        torch.set_num_threads(wanted)
+        why = "; other programs use the cores" if wanted < self.most else ""
+        self.log.line(f"{wanted} of {self.most} threads{why}", threads=wanted)
+
+
 @dataclass(frozen=True)
 class Run:
     """What the stages of a run share."""
@@ -798,6 +841,7 @@ class Run:
     tokenizer: Tokenizer
     out: Path  # the directory that it writes to
     log: Log
+    threads: Threads
 
     def append(self, file: str, *entries: dict) -> None:
         """Append JSON lines to a file of the run; the first rank does."""
@@ -838,6 +882,7 @@ class Meter:
             # every rank comes here, since routing sums over the ranks
             routed = routing(self.state.model, self.run.ranks)
             self.write(now - self.last, left, routed)
+            self.run.threads.fit(now - self.last - self.seen["waited"])
             self.last = now
             self.seen.clear()
         self.run.log.progress(self.stage, done, self.recipe.steps, left)
@@ -1291,7 +1336,7 @@ def run(config: TrainConfig) -> Path:
              f"{torch.get_num_threads()} threads -> {out}",
              config=asdict(config))
 
-    whole = Run(config, ranks, tokenizer, out, log)
+    whole = Run(config, ranks, tokenizer, out, log, Threads(config, ranks, log))
     for name, recipe in recipes.items():
         if model is None:
             model = load_stage(start, recipe, config, ranks)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from convert import (MANIFEST, StateWriter, damage_of_state, load_tokenizer, new
 from data import FileData, measure
 from model import LlavaOneVision
 from parallel import find_ranks, join_ranks, shard
-from train import State, digest_halves, digest_text, drop_after, is_begun, row_loader, steps_of
+from train import (State, TrainConfig, digest_halves, digest_text, drop_after, is_begun, row_loader,
+                   steps_of)
 
 STEPS = 3  # of each number of ranks
 
@@ -234,3 +236,27 @@ def test_a_sample_of_faults(done: subprocess.CompletedProcess[str]) -> None:
     """Some of what `python -m benchmarks.faults` does to runs, each ending as if undisturbed."""
     assert done.returncode == 0, done.stdout + done.stderr
     assert "end equal" in done.stdout and "FAILURES" not in done.stdout
+
+
+def test_threads_give_way_to_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that get one core and a quarter become one; ten lines later both are tried."""
+    cores = [2.0, 1.25, *[1.0] * 10, 2.0]  # that the process gets in each second
+    clock, chosen, said = [0.0], [2], []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(train.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    log = SimpleNamespace(line=lambda text, **_: said.append(text))
+    threads = train.Threads(TrainConfig(), find_ranks("cpu", ""), log)
+    numbers = []
+    for used in cores:
+        clock[0] += used
+        threads.fit(1.0)
+        numbers.append(chosen[-1])
+    assert numbers == [2, *[1] * 10, 2, 2]
+    assert said == ["1 of 2 threads; other programs use the cores", "2 of 2 threads"]
+    # who names a number keeps it
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    threads = train.Threads(TrainConfig(), find_ranks("cpu", ""), log)
+    threads.fit(1.0)
+    assert chosen == [2, 1, 2]
