@@ -233,8 +233,8 @@ FULL = {  # all public data once
     "mid": replace(QUICK["mid"], steps=12200, rows=512, seq_length=8192),
     "instruct": replace(QUICK["instruct"], steps=3150, rows=512, max_pixels=MAX_PIXELS),
 }
-# Random weights learn at higher rates, and `align` has no embedding space to align to yet.  (At
-# rates of 2e-3 and more, or of 6e-4, the first 300 steps of `mid` end later.)
+# Random weights learn at higher rates.  `align` has no embedding space to align to yet: fresh
+# layers add nothing, so that no gradient reaches the merger.  It is there for the order's sake.
 # Captions come first: every word of a caption is learnt, so the ViT learns to see several times
 # as fast as from short answers.  In `instruct` captions stay among the questions; without them the
 # model forgets how to read.
@@ -268,7 +268,7 @@ class TrainConfig:
 
     model: str = ""  # a preset of model.py; default the size of --start-from, without it tiny
     stage: str = "all"  # align, mid, instruct, or all three one after the other
-    recipe: str = ""  # tiny, tiny-long, quick or full; default tiny below 100 M parameters, or quick
+    recipe: str = ""  # tiny, tiny-long, quick, full; default tiny below 100 M parameters, or quick
     start_from: str = ""  # checkpoint directory; default that of the stage before
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME
     data: tuple[str, ...] = ()  # captions, questions, mixed, or files and directories, PATH:WEIGHT
