@@ -45,7 +45,7 @@ import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -61,7 +61,7 @@ from torch import Tensor, nn
 from assets.scenes import held_out_questions
 from convert import load_checkpoint, newest_checkpoint
 from data import (Record, add_fields, choose_device, choose_dtype, encode, flag_parser, load_json,
-                  refuse_in_one_sentence)
+                  refuse_in_one_sentence, render)
 from model import CachedKeys, KVCache, LlavaOneVision, sample_tokens
 from vision import (MAX_PIXELS, MIN_PIXELS, Picture, Video, normalize_patches, open_image,
                     visual_tokens, UNREADABLE)
@@ -945,38 +945,55 @@ class Flags:
             raise ValueError(f"--dtype must be float32 or bfloat16, it is {self.dtype}")
 
 
-def trace(model: LlavaOneVision, request: Request) -> None:
-    """Print the shapes of the prompt, then those of each station of the next forward pass."""
-    stations = {
-        "visual.patch_embed": "patch_embed: a vector per patch",
-        "visual.pre_layernorm": "class tokens in front of each picture",
-        f"visual.blocks.{len(model.visual.blocks) - 1}": f"after {len(model.visual.blocks)} blocks",
-        "visual.merger": "merger: visual tokens, placed in their holes",
-        "model.embed_tokens": "embed_tokens: a vector per token",
-        "model.layers.0.self_attn.q_proj": "first layer: all query heads",
-        "model.layers.0.self_attn.k_proj": "first layer: all key heads",
-        "model.layers.0.self_attn": "first layer: attention, after o_proj",
-        "model.norm": f"after {len(model.model.layers)} layers",
-        "lm_head": "logits of the first word"}
+def trace(model: LlavaOneVision, record: Record, request: Request) -> None:
+    """Print the eight stops of a prompt's way, with shapes and the first numbers.
 
-    def show(file: str, what: str, shape: Sequence[int]) -> None:
-        print(f"  {file:20} {what:45}({', '.join(f'{n:,}' for n in shape)})", file=sys.stderr)
+    Those from the ViT on are printed by the next forward pass.
+    """
+    def stop(number: int, name: str, place: str, what: str) -> None:
+        print(f"{number} {name:14} {place:26} {what}", file=sys.stderr)
 
-    def station(name: str, what: str) -> None:
+    def numbers(x: Tensor) -> str:
+        """The shape, and the first numbers."""
+        shape = ", ".join(f"{n:,}" for n in x.shape)
+        return f"({shape})".ljust(12) + "".join(f"{n:8.2f}" for n in x.flatten()[:3].tolist())
+
+    def at(module: nn.Module, show: Callable[[Tensor], None]) -> None:
         # the hook removes itself: later passes, of one token each, print nothing
         def hook(module: nn.Module, arguments: tuple, out: Tensor) -> None:
-            file = "vision.py" if name.startswith("visual") else "model.py"
-            show(file, what, out.shape)
             handle.remove()
-        handle = model.get_submodule(name).register_forward_hook(hook)
+            show(out)
+        handle = module.register_forward_hook(hook)
 
-    show("data.py", "encode: token ids of the prompt", [len(request.ids)])
-    if request.pictures:
-        patches = sum(len(cut.patches) for cut in request.pictures)
-        show("vision.py", "image_to_patches: patches of the pictures", [patches, 588])
-    # without pictures the ViT does not run, so its stations print nothing
-    for name, what in stations.items():
-        station(name, what)
+    counts = visual_tokens(request.sample.grid_thw).tolist()
+    text = "".join(f"{piece} x {repeats} " if repeats > 1 else piece for piece, repeats, _ in
+                   render(record["messages"], counts, generation_prompt=True))
+    stop(1, "record", "sample.py to_record",
+         f"pictures: {len(counts)}, messages: {len(record['messages'])}")
+    stop(2, "messages", "data.py render", repr(text))
+    ids = " ".join(map(str, request.ids[:8]))
+    stop(3, "tokens, labels", "data.py encode",
+         f"({len(request.ids)},)  {ids} ..., labels in answers alone")
+    if counts:
+        patches = torch.cat([normalize_patches(cut.patches) for cut in request.pictures])
+        stop(4, "patches", "vision.py image_to_patches", numbers(patches))
+        # without pictures the ViT does not run
+        at(model.visual, lambda x: stop(5, "visual tokens", "vision.py RiceViT", numbers(x)))
+    holes = [f"{cut.first} to {cut.first + count - 1}"
+             for cut, count in zip(request.pictures, counts)]
+    layer = model.model.layers[0]
+    at(layer.input_layernorm, lambda x: stop(
+        6, "placed", "model.py embed", f"{numbers(x)}  visual tokens {', '.join(holes) or 'none'}"))
+    at(layer.self_attn, lambda x: stop(7, "attention", "model.py SelfAttention", numbers(x)))
+
+    def show_logits(logits: Tensor) -> None:
+        likely = logits[0].float().softmax(-1).topk(3)
+        words = [f"{request.tokenizer.decode([i])!r} {p:.2f}"
+                 for p, i in zip(likely.values.tolist(), likely.indices.tolist())]
+        stop(8, "loss, token", "model.py Head",
+             f"{numbers(logits)}  {', '.join(words)}; loss {-math.log(likely.values[0]):.3f} for "
+             "the first")
+    at(model.lm_head, show_logits)
 
 
 def media_part(path: str) -> dict:
@@ -1021,7 +1038,7 @@ def ask(inputs: list[str], flags: Flags, settings: Settings) -> None:
     # prompt and answer share the context
     chat = Chat(model, tokenizer, len(request.ids) + settings.max_new_tokens, slots=1)
     if flags.trace:
-        trace(model, request)
+        trace(model, record, request)
     started = time.monotonic()
     say(chat, request)
     print(said, file=sys.stderr)
