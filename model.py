@@ -537,10 +537,10 @@ class LlavaOneVision(nn.Module):
         if self.visual is None:
             raise ValueError("the model was loaded without its ViT, which this needs")
 
-        tokens = self.visual(patches, grid_thw).to(x.dtype)  # (M, C)
+        tokens = self.visual(patches, grid_thw).to(x.dtype)
         if keys is None:
             # drops the token of a blank picture; the ViT still takes part in the backward pass
-            tokens = tokens[:len(holes)]
+            tokens = tokens[:len(holes)]  # (M, C)
         else:
             tokens = keys.visual(tokens)
         return x.index_copy(0, holes, tokens)  # (T, C)
