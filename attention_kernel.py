@@ -474,7 +474,7 @@ class Tile(NamedTuple):
     """A launch configuration."""
     BLOCK_M: int     # queries in a block
     BLOCK_N: int     # keys in a block
-    num_warps: int
+    num_warps: int   # of a program, 32 threads each
     num_stages: int  # of the pipeline that loads blocks ahead
 
 

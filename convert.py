@@ -124,7 +124,7 @@ CHAT_TEMPLATE = r"""
 class Stored(NamedTuple):
     """Where a tensor of a checkpoint is."""
 
-    file: Path
+    file: Path  # safetensors
     key: str  # the tensor's name in the file
     scales: "Stored | None" = None  # of an FP8 matrix: one for each square of 128 x 128
 

@@ -285,9 +285,9 @@ class Sample:
 
     input_ids: Tensor  # (L,) int64
     labels: Tensor  # (L,) the token itself where learnt, else -100
-    images: list[Picture | Video]
+    images: list[Picture | Video]  # in the order of their places
     grid_thw: Tensor  # (I, 3) int64, the patches that each picture will be cut into
-    pixels: Pixels
+    pixels: Pixels  # least and largest area of a picture
     name: str  # of the record, for messages
     lost: str = ""  # why nothing is learnt from it, although the plan counts on it
     number: int = 0  # in the data; names need not be unique

@@ -50,13 +50,13 @@ class ModelConfig:
 
     hidden_size: int  # C
     intermediate_size: int  # F
-    num_hidden_layers: int
+    num_hidden_layers: int  # of the decoder
     num_attention_heads: int  # H
     num_key_value_heads: int  # G
     rope_theta: float  # base of the rotary frequencies
     head_dim: int = 128  # E
     vocab_size: int = 151936  # V
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6  # added to the mean square
     max_position_embeddings: int = 32768  # tokens of the longest sample in training
     initializer_range: float = 0.02  # standard deviation of fresh weights
     tie_word_embeddings: bool = False  # the head and the embedding are the same matrix
@@ -65,7 +65,7 @@ class ModelConfig:
     moe_intermediate_size: int = 0  # F of an expert
     image_token_id: int = 151655  # <|image_pad|>
     video_token_id: int = 151656  # <|video_pad|>
-    vision: VisionConfig = VisionConfig()
+    vision: VisionConfig = VisionConfig()  # the ViT and the merger
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "ModelConfig":

@@ -73,10 +73,10 @@ CHUNK = 128  # tokens of a shared row that stay together
 class Ranks:
     """The processes of a run, and the place of this one among them."""
 
-    device: torch.device
+    device: torch.device  # of this process
     dtype: torch.dtype  # of products
-    rank: int = 0
-    count: int = 1
+    rank: int = 0  # number of this process
+    count: int = 1  # processes
     replicas: int = 1  # copies of the model
     context: int = 1  # neighbours that share a row
     experts: int = 1  # neighbours that share the experts of a layer

@@ -318,7 +318,7 @@ class Request:
 class Slot:
     """A slot of the cache: its last request, and how far the request's keys are there."""
 
-    request: Request | None = None
+    request: Request | None = None  # the one that it answers, or answered last
     filled: int = 0  # tokens of its prompt and answer
     used: int = 0  # the pass that used it last
 

@@ -517,11 +517,11 @@ class Step:
     rows: Iterable[Row | RowShare]  # of this rank; from a loader they are read one at a time
     count: int  # rows of this rank
     sums: dict[str, float]  # over all ranks, from the plan: see data.RowOfStep
-    balance: float
+    balance: float  # mean over largest cost of the ranks' rows
     waited: float = 0.0  # seconds until the rows were there
-    # of the samples of the rows that were read: names, and numbers in the data
-    names: list[str] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    # of the samples of the rows that were read
+    names: list[str] = field(default_factory=list)  # of their records
+    numbers: list[int] = field(default_factory=list)  # in the data
     # samples that were not learnt: number in the data -> name and reason
     lost: dict[int, tuple[str, str]] = field(default_factory=dict)
     # the same on all ranks, when `train_step` is done
@@ -836,12 +836,12 @@ class Threads:
 class Run:
     """What the stages of a run share."""
 
-    config: TrainConfig
-    ranks: Ranks
-    tokenizer: Tokenizer
+    config: TrainConfig  # the flags
+    ranks: Ranks  # all processes, and which one this is
+    tokenizer: Tokenizer  # the model's
     out: Path  # the directory that it writes to
-    log: Log
-    threads: Threads
+    log: Log  # of the first rank; silent on others
+    threads: Threads  # how many a CPU computes with
 
     def append(self, file: str, *entries: dict) -> None:
         """Append JSON lines to a file of the run; the first rank does."""

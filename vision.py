@@ -68,7 +68,7 @@ CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 class FilePart(NamedTuple):
     """A picture inside a larger file, such as a shard; it is read when it is opened."""
 
-    file: str
+    file: str  # the larger file
     start: int  # byte
     size: int  # bytes
 
@@ -126,7 +126,7 @@ class VisionConfig:
     num_heads: int = 16  # H
     intermediate_size: int = 4096  # width of the MLP
     text_hidden_size: int = 2560  # C, the decoder's width
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: float = 1e-5  # added to the variance
     released_class_token_shift: bool = False  # True repeats a slip of the released code, see strip
 
     @property

@@ -71,9 +71,9 @@ class Scene:
     """A picture that can be drawn, its caption, and questions about it."""
 
     facts: tuple  # all content that questions ask for; decides whether the scene is held out
-    draw: Callable[[random.Random], Image.Image]
-    caption: str
-    questions: list[Question]
+    draw: Callable[[random.Random], Image.Image]  # sizes and shifts vary
+    caption: str  # all that there is
+    questions: list[Question]  # in no order that matters
 
     @property
     def held_out(self) -> bool:

@@ -683,7 +683,11 @@ def test_fp8_export_of_a_tied_head_and_of_what_float16_cannot_hold(
 
 def test_fp8_export_refuses_narrow_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
-    code = call(convert.main, monkeypatch, "export", SHIPPED, "--fp8", "--out", tmp_path / "out")
+    config = replace(PRESETS["tiny"], hidden_size=160, num_hidden_layers=1,
+                     vision=replace(PRESETS["tiny"].vision, text_hidden_size=160))
+    run = tmp_path / "run"
+    convert.save_checkpoint(LlavaOneVision(config).init_weights(), load_tokenizer(SHIPPED), run)
+    code = call(convert.main, monkeypatch, "export", run, "--fp8", "--out", tmp_path / "out")
     said = capsys.readouterr().err
-    assert code == 2 and "q_proj maps 160 to 160 numbers; FP8 takes multiples of 128" in said
-    assert not list(tmp_path.iterdir())
+    assert code == 2 and "q_proj maps 160 to 256 numbers; FP8 takes multiples of 128" in said
+    assert [*tmp_path.iterdir()] == [run]

@@ -338,6 +338,45 @@ def test_results_name_command_date_and_versions() -> None:
             assert re.search(pattern, section), f"RESULTS.md, {title}: name {what}"
 
 
+def test_fields_are_explained() -> None:
+    """A comment stands beside each field of a dataclass or named tuple, or above it."""
+    for file in ROOMS:
+        lines = file.read_text().splitlines()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            heads = [ast.unparse(head) for head in [*node.decorator_list, *node.bases]]
+            if not any("dataclass" in head or head == "NamedTuple" for head in heads):
+                continue
+            for entry in node.body:
+                if isinstance(entry, ast.AnnAssign):
+                    beside, above = lines[entry.end_lineno - 1], lines[entry.lineno - 2]
+                    assert "  # " in beside or above.strip().startswith("#"), (
+                        f"{file.name}:{entry.lineno}: say what {node.name}."
+                        f"{entry.target.id} means, and its unit")
+
+
+DOCUMENTED = [*ROOMS, *sorted((ROOT / "benchmarks").glob("[a-z]*.py"))]
+
+
+@pytest.mark.parametrize("file", DOCUMENTED, ids=lambda file: file.stem)
+def test_commands_of_docstrings_exist(file: Path) -> None:
+    """Files and flags of the commands in a top docstring: `python FILE --flag`."""
+    docstring = ast.get_docstring(ast.parse(file.read_text()))
+    for command in re.findall(r"`((?:python|torchrun)\s[^`]*)`", docstring):
+        name = re.search(r"([\w/]+)\.py|-m benchmarks\.(\w+)", command)
+        script = ROOT / (f"{name[1]}.py" if name[1] else f"benchmarks/{name[2]}.py")
+        assert script.is_file(), f"{file.name}: there is no {script.name}, which {command!r} runs"
+        source = script.read_text()
+        if "TrainConfig" in source:
+            source += (ROOT / "train.py").read_text()
+        behind = command[name.end():]
+        for flag in re.findall(r"--([a-z][\w-]*)", behind):
+            known = f'"--{flag}"' in source or re.search(
+                rf"^    {flag.replace('-', '_')}: ", source, re.M)
+            assert known, f"{file.name}: {script.name} has no --{flag}, which {command!r} passes"
+
+
 def test_readme_plan_is_what_the_command_prints() -> None:
     text = (ROOT / "README.md").read_text()
     flags = re.search(r"benchmarks\.plan (--.*)", text)[1].split()
