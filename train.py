@@ -73,7 +73,7 @@ again.
 Shapes: T tokens in a packed row, L of a sample or patches of a frame, P patches, C and D width of
 decoder and ViT, H heads, E head width, V vocabulary, X experts.
 
-Run `python train.py`: trains the tiny preset from random weights through all stages, in 15 to 20
+Run `python train.py`: trains the tiny preset from random weights through all stages, in about 12
 minutes on two CPU cores, and prints its accuracies.  A checkpoint of any size:
 `torchrun --nproc-per-node 8 train.py --stage align --start-from DIR --data FILE`.  `--help` lists
 all flags; `python -m benchmarks.plan` computes what a run needs.
@@ -251,9 +251,7 @@ TINY = {
     "mid": TINY_MID,
     "instruct": replace(TINY_MID, data=("mixed",), steps=2500, lr=8e-4, min_lr=2e-5),
 }
-LONG = {**TINY,  # of the checkpoint in assets/tiny
-        "mid": replace(TINY["mid"], steps=1500), "instruct": replace(TINY["instruct"], steps=6000)}
-RECIPES = {"tiny": TINY, "tiny-long": LONG, "quick": QUICK, "full": FULL}
+RECIPES = {"tiny": TINY, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
 FROM_SCRATCH = ("tiny", "tiny-moe")  # presets that may start from random weights; default the first
 SMALL = 100e6  # models of fewer parameters use the recipe tiny by default
@@ -268,7 +266,7 @@ class TrainConfig:
 
     model: str = ""  # a preset of model.py; default the size of --start-from, without it tiny
     stage: str = "all"  # align, mid, instruct, or all three one after the other
-    recipe: str = ""  # tiny, tiny-long, quick, full; default tiny below 100 M parameters, or quick
+    recipe: str = ""  # tiny, quick or full; default quick, but tiny below 100 M parameters
     start_from: str = ""  # checkpoint directory; default that of the stage before
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME
     data: tuple[str, ...] = ()  # captions, questions, mixed, or files and directories, PATH:WEIGHT

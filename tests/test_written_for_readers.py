@@ -314,7 +314,7 @@ def test_readme_trace_is_what_the_command_prints() -> None:
     done = command_here(ROOT, "sample.py", "assets/examples/scene.png", "Where is the red circle?",
                         "--trace", "--checkpoint", "assets/tiny", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    number = re.compile(r"-?\d[\d.,]*")
+    number = re.compile(r"-?\d+(?:[.,]\d+)*")
     for said, printed in zip(block, done.stderr.splitlines()):
         advice = f"put what sample.py --trace prints into README.md: {printed}"
         assert number.sub("#", said) == number.sub("#", printed), advice
