@@ -1395,7 +1395,8 @@ class Rows(torch.utils.data.Dataset):
         step, own = divmod(number, self.rows // self.ranks)
         rows, sums, balance = self.step(step)
         samples = [self.data.sample(i) for i in rows[own].tolist()]
-        # on a CPU, neighbours of one length are one call of attention: pictures, then samples
+        # on a CPU, neighbours of equal length share a call of attention: so in the order of the
+        # sizes of pictures, then of tokens
         samples.sort(key=lambda one: (one.grid_thw.prod(1).tolist(), len(one.input_ids)))
         return RowOfStep(self.cut(samples), sums, balance)
 

@@ -288,7 +288,8 @@ class MixtureOfExperts(nn.Module):
         balance = X sum_e f_e P_e
 
     It is K if all experts get the same number of tokens, and X if K experts get all tokens (Switch
-    Transformer, arXiv 2101.03961, in the scale of Hugging Face).  f has no gradient.
+    Transformer, arXiv 2101.03961, in the scale of Hugging Face).  f has no gradient.  In the last
+    layer, which other tokens do not pass, both are of the tokens with a label.
     `balance_weight` times the balance is added to the loss.
     """
 
@@ -345,7 +346,7 @@ class MixtureOfExperts(nn.Module):
         If ranks share the row, this is the rank's summand: the sum over its own tokens' p.
         """
         row_counts = self.row_counts(counts)
-        # of the row; of one without labels, none reaches the MLPs of the last layer
+        # tokens of the row; if it has no labels, none reaches the last layer's MLP
         tokens = (row_counts.sum() / self.experts_per_token).clamp(min=1)
         share = row_counts / tokens  # f, (X,)
         balance = len(counts) * (share * p.sum(0) / tokens).sum()
@@ -376,8 +377,8 @@ class DecoderLayer(nn.Module):
 class Qwen3(nn.Module):
     """Embeddings (T, C) -> normalised hidden states (T, C).  Source: Qwen3 (arXiv 2505.09388).
 
-    wanted: (N,) tokens whose states are needed; the result is then (N, C).  Others take part up to
-    the last layer's attention, where the wanted ones read them for the last time.
+    wanted: (N,) tokens whose states are needed; the result is then (N, C).  The others are computed
+    up to the last layer's attention, which still reads their keys and values.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -958,12 +958,13 @@ def trace(model: LlavaOneVision, record: Record, request: Request) -> None:
         shape = ", ".join(f"{n:,}" for n in x.shape)
         return f"({shape})".ljust(12) + "".join(f"{n:8.2f}" for n in x.flatten()[:3].tolist())
 
-    def at(module: nn.Module, show: Callable[[Tensor], None]) -> None:
-        # the hook removes itself: later passes, of one token each, print nothing
-        def hook(module: nn.Module, arguments: tuple, out: Tensor) -> None:
+    def at(module: nn.Module, show: Callable[[Tensor], None], before: bool = False) -> None:
+        """Show what the module gives, or what it gets, in the next pass alone."""
+        def hook(module: nn.Module, arguments: tuple, out: Tensor | None = None) -> None:
             handle.remove()
-            show(out)
-        handle = module.register_forward_hook(hook)
+            show(arguments[0] if before else out)
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        handle = register(hook)
 
     counts = visual_tokens(request.sample.grid_thw).tolist()
     text = "".join(f"{piece} x {repeats} " if repeats > 1 else piece for piece, repeats, _ in
@@ -982,17 +983,18 @@ def trace(model: LlavaOneVision, record: Record, request: Request) -> None:
     holes = [f"{cut.first} to {cut.first + count - 1}"
              for cut, count in zip(request.pictures, counts)]
     layer = model.model.layers[0]
-    at(layer.input_layernorm, lambda x: stop(
-        6, "placed", "model.py embed", f"{numbers(x)}  visual tokens {', '.join(holes) or 'none'}"))
+    at(layer, lambda x: stop(
+        6, "placed", "model.py embed", f"{numbers(x)}  visual tokens {', '.join(holes) or 'none'}"),
+        before=True)
     at(layer.self_attn, lambda x: stop(7, "attention", "model.py SelfAttention", numbers(x)))
 
     def show_logits(logits: Tensor) -> None:
         likely = logits[0].float().softmax(-1).topk(3)
         words = [f"{request.tokenizer.decode([i])!r} {p:.2f}"
                  for p, i in zip(likely.values.tolist(), likely.indices.tolist())]
+        loss = -math.log(likely.values[0])
         stop(8, "loss, token", "model.py Head",
-             f"{numbers(logits)}  {', '.join(words)}; loss {-math.log(likely.values[0]):.3f} for "
-             "the first")
+             f"{numbers(logits)}  {', '.join(words)}; loss {loss:.3f} if the first is right")
     at(model.lm_head, show_logits)
 
 

@@ -62,7 +62,8 @@ are not finite, 50 storage; anything else is a fault, with a traceback.
 Accounting.  FLOPs of a row's forward pass, where N counts the weights of a part's matrices that a
 token passes (K of X experts):
 
-    decoder   2 N T + 4 layers H E sum over samples of L (L + 1) / 2,  its last MLP  2 N labels
+    decoder   2 N T + 4 layers H E sum over samples of L (L + 1) / 2, without its last MLP
+    last MLP  2 N labels: other tokens do not pass it, nor the head
     ViT       2 N P + 4 layers D sum over frames of L^2,  merger  2 N P / 4,  head  2 C V labels
 
 A backward pass costs two forward passes.  With frozen weights it costs one, and in front of the
@@ -234,7 +235,7 @@ FULL = {  # all public data once
     "instruct": replace(QUICK["instruct"], steps=3150, rows=512, max_pixels=MAX_PIXELS),
 }
 # Random weights learn at higher rates.  `align` has no embedding space to align to yet: fresh
-# layers add nothing, so that no gradient reaches the merger.  It is there for the order's sake.
+# layers add nothing, so that no gradient reaches the merger.  It only shows the order of stages.
 # Captions come first: every word of a caption is learnt, so the ViT learns to see several times
 # as fast as from short answers.  In `instruct` captions stay among the questions; without them the
 # model forgets how to read.
@@ -726,7 +727,7 @@ def routing(model: LlavaOneVision, ranks: Ranks) -> dict[str, list[float]]:
     # X columns of tokens by expert, one of summed balances, one of forward passes
     tokens, balance = sums[:, :-2], sums[:, -2]
     passes = sums[:, -1] / ranks.context  # each of the ranks that share a row has counted it
-    load = tokens / tokens.mean(1, keepdim=True)
+    load = tokens / tokens.mean(1, keepdim=True).clamp(min=1e-6)  # 0 without labels, last layer
     return {"expert_most": load.amax(1).tolist(), "expert_least": load.amin(1).tolist(),
             "expert_balance": (balance / passes).tolist()}
 
@@ -795,20 +796,27 @@ class Threads:
     """Computes with fewer threads while other programs take the CPU's cores.
 
     Threads wait for each other in a loop, since that is fastest while each has a core.  But if one
-    has none, the others burn theirs: beside one busy program, two threads on two cores took 4 times
-    as long as before, and one thread hardly longer than alone.
+    has none, the others burn theirs: beside one busy program, two threads on two cores took 3 to 4
+    times as long as alone, and one thread no longer than alone.
     """
 
     RETRY = 10  # lines of the log until all threads are tried again
 
     def __init__(self, config: TrainConfig, ranks: Ranks, log: Log) -> None:
         self.most = torch.get_num_threads()
-        # who has chosen a number, or wants the same bits always, keeps it
+        # who has chosen a number, or how threads wait, or wants the same bits always, keeps that
+        chosen = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
         self.fixed = (ranks.device.type != "cpu" or ranks.count > 1 or config.deterministic
-                      or "OMP_NUM_THREADS" in os.environ)
+                      or not chosen.isdisjoint(os.environ))
         self.log = log
+        self.begin()
+
+    def begin(self) -> None:
+        """Before a stage, and before the evaluation: all threads."""
         self.lines = 0
         self.used = time.process_time()
+        if not self.fixed:
+            torch.set_num_threads(self.most)
 
     def fit(self, seconds: float) -> None:
         """At a line of the log: choose the number of threads; seconds: computed since the last."""
@@ -818,7 +826,7 @@ class Threads:
         cores = (self.used - used) / max(seconds, 1e-9)  # that this process had
         threads = torch.get_num_threads()
         self.lines += 1
-        if cores < threads - 0.4:
+        if threads > 1 and cores < 0.8 * threads:
             wanted = max(1, int(cores))
         elif threads < self.most and self.lines >= self.RETRY:
             wanted = self.most
@@ -826,7 +834,7 @@ class Threads:
             return
         self.lines = 0
         torch.set_num_threads(wanted)
-        why = "; other programs use the cores" if wanted < self.most else ""
+        why = f": of the cores it had {cores:.1f}" if wanted < self.most else ""
         self.log.line(f"{wanted} of {self.most} threads{why}", threads=wanted)
 
 
@@ -858,6 +866,7 @@ class Meter:
     def __init__(self, stage: str, state: State, run: Run) -> None:
         self.stage, self.state, self.run = stage, state, run
         self.recipe = state.recipe
+        run.threads.begin()
         self.rate, source = matrix_rate(run.ranks)
         self.first = state.step
         self.started = self.last = time.monotonic()
@@ -1350,6 +1359,7 @@ def run(config: TrainConfig) -> Path:
     if ranks.mesh is not None:
         dist.destroy_process_group()
     if ranks.rank == 0 and config.questions and not config.data:
+        whole.threads.begin()
         model = load_model(start, ranks.dtype, ranks.device)
         questions = held_out(config.questions)
         # a question and its answer have at most some hundred tokens

@@ -2,7 +2,7 @@
 
 Run `python -m benchmarks.step_profile [--threads 1] [--steps 30]`: prints a table.  An operator
 counts with its own time, without that of operators that it calls.  What the profiler itself costs
-is in the last line but one.
+is in the last line.
 """
 
 import argparse
@@ -83,7 +83,6 @@ def main() -> None:
           f"| what | ms | share |\n|---|---|---|")
     for kind, spent in times.most_common():
         print(f"| {kind} | {1e3 * spent:.0f} | {spent / profiled:.0%} |")
-    # with several threads the profiler sees the operators of the main thread and of autograd's
     left = profiled - sum(times.values())
     print(f"| Python between operators, the profiler | {1e3 * left:.0f} | {left / profiled:.0%} |")
 

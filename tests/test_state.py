@@ -197,8 +197,8 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
                               replace(recipe, recompute="layer"), ranks)
     assert is_begun("mid", other, config)
     other = train.settings_of(replace(config, seed=4), replace(recipe, lr=1.0, steps=7), ranks)
-    with pytest.raises(ValueError, match="lr was 0.002 and is 1.0, seed was 3 and is 4, steps was "
-                                         "900 and is 7; give"):
+    with pytest.raises(ValueError, match=f"lr was {recipe.lr} and is 1.0, seed was 3 and is 4, "
+                                         f"steps was {recipe.steps} and is 7; give"):
         is_begun("mid", other, config)
     with pytest.raises(ValueError, match="--no-resume"):
         is_begun("mid", settings, replace(config, resume=False))
@@ -254,9 +254,10 @@ def test_threads_give_way_to_other_programs(monkeypatch: pytest.MonkeyPatch) -> 
         threads.fit(1.0)
         numbers.append(chosen[-1])
     assert numbers == [2, *[1] * 10, 2, 2]
-    assert said == ["1 of 2 threads; other programs use the cores", "2 of 2 threads"]
+    assert said == ["1 of 2 threads: of the cores it had 1.2", "2 of 2 threads"]
     # who names a number keeps it
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    changes = len(chosen)
     threads = train.Threads(TrainConfig(), find_ranks("cpu", ""), log)
     threads.fit(1.0)
-    assert chosen == [2, 1, 2]
+    assert len(chosen) == changes
