@@ -800,7 +800,7 @@ class Threads:
     times as long as alone, and one thread no longer than alone.
     """
 
-    RETRY = 10  # lines of the log until all threads are tried again
+    CHECK, RETRY = 3, 60  # seconds until the next look, and until all threads are tried again
 
     def __init__(self, config: TrainConfig, ranks: Ranks, log: Log) -> None:
         self.most = torch.get_num_threads()
@@ -809,33 +809,41 @@ class Threads:
         self.fixed = (ranks.device.type != "cpu" or ranks.count > 1 or config.deterministic
                       or not chosen.isdisjoint(os.environ))
         self.log = log
+        self.said = self.most
         self.begin()
 
     def begin(self) -> None:
         """Before a stage, and before the evaluation: all threads."""
-        self.lines = 0
+        self.changed = self.looked = time.monotonic()
         self.used = time.process_time()
+        self.waited = 0.0
         if not self.fixed:
             torch.set_num_threads(self.most)
 
-    def fit(self, seconds: float) -> None:
-        """At a line of the log: choose the number of threads; seconds: computed since the last."""
-        if self.fixed:
+    def fit(self, waited: float) -> None:
+        """After a step, which waited so many seconds for its rows: choose the number of threads."""
+        self.waited += waited
+        now = time.monotonic()
+        if self.fixed or now - self.looked < self.CHECK:
             return
-        used, self.used = self.used, time.process_time()
-        cores = (self.used - used) / max(seconds, 1e-9)  # that this process had
+        # the cores that this process had, on average, while it computed
+        used = time.process_time()
+        cores = (used - self.used) / max(now - self.looked - self.waited, 1e-9)
+        self.looked, self.used, self.waited = now, used, 0.0
+
         threads = torch.get_num_threads()
-        self.lines += 1
         if threads > 1 and cores < 0.8 * threads:
             wanted = max(1, int(cores))
-        elif threads < self.most and self.lines >= self.RETRY:
+            if wanted != self.said:
+                self.log.line(f"{wanted} of {self.most} threads: of the cores it had {cores:.1f}",
+                              threads=wanted)
+                self.said = wanted
+        elif threads < self.most and now - self.changed > self.RETRY:
             wanted = self.most
         else:
             return
-        self.lines = 0
+        self.changed = now
         torch.set_num_threads(wanted)
-        why = f": of the cores it had {cores:.1f}" if wanted < self.most else ""
-        self.log.line(f"{wanted} of {self.most} threads{why}", threads=wanted)
 
 
 @dataclass(frozen=True)
@@ -878,6 +886,7 @@ class Meter:
 
     def add(self, step: Step, lost: Counter[str]) -> None:
         """Count a step; write a line every --log-every steps, and after the last."""
+        self.run.threads.fit(step.waited)
         self.seen.update({"steps": 1, "waited": step.waited, "balance": step.balance,
                           "lost": len(step.lost), **step.sums, **lost})
         if not self.state.refused:
@@ -889,7 +898,6 @@ class Meter:
             # every rank comes here, since routing sums over the ranks
             routed = routing(self.state.model, self.run.ranks)
             self.write(now - self.last, left, routed)
-            self.run.threads.fit(now - self.last - self.seen["waited"])
             self.last = now
             self.seen.clear()
         self.run.log.progress(self.stage, done, self.recipe.steps, left)

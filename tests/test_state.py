@@ -239,10 +239,13 @@ def test_a_sample_of_faults(done: subprocess.CompletedProcess[str]) -> None:
 
 
 def test_threads_give_way_to_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads that get one core and a quarter become one; ten lines later both are tried."""
-    cores = [2.0, 1.25, *[1.0] * 10, 2.0]  # that the process gets in each second
-    clock, chosen, said = [0.0], [2], []
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    """Two threads that get one core and a quarter become one; a minute later both are tried."""
+    # cores that the process gets in each four seconds
+    cores = [2.0, 1.25, *[1.0] * 15, 1.5, 1.0]
+    now, clock, chosen, said = [0.0], [0.0], [2], []
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(train.time, "process_time", lambda: clock[0])
     monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
@@ -250,14 +253,17 @@ def test_threads_give_way_to_other_programs(monkeypatch: pytest.MonkeyPatch) -> 
     threads = train.Threads(TrainConfig(), find_ranks("cpu", ""), log)
     numbers = []
     for used in cores:
-        clock[0] += used
-        threads.fit(1.0)
+        now[0] += 5
+        clock[0] += 4 * used
+        threads.fit(waited=1.0)
         numbers.append(chosen[-1])
-    assert numbers == [2, *[1] * 10, 2, 2]
-    assert said == ["1 of 2 threads: of the cores it had 1.2", "2 of 2 threads"]
+    # the thirteenth look after the change is more than a minute later
+    assert numbers == [2, *[1] * 13, 2, *[1] * 4]
+    assert said == ["1 of 2 threads: of the cores it had 1.2"]
     # who names a number keeps it
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     changes = len(chosen)
     threads = train.Threads(TrainConfig(), find_ranks("cpu", ""), log)
+    now[0] += 100
     threads.fit(1.0)
     assert len(chosen) == changes
