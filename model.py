@@ -696,12 +696,13 @@ def parameters_by_part(config: ModelConfig, matrices: bool = False) -> dict[str,
     count = dict.fromkeys(("class token", "vision", "merger", "decoder"), 0)
     last_mlp = f"model.layers.{config.num_hidden_layers - 1}.mlp."
     for name, parameter in meta_model(config).named_parameters():
-        if not matrices:
-            count[part_of(name)] += parameter.numel()
-        elif name.startswith(last_mlp):
-            count["last mlp"] = count.get("last mlp", 0) + multiplied(name, parameter, config)
-        else:
-            count[part_of(name)] += multiplied(name, parameter, config)
+        part = part_of(name)
+        numbers = parameter.numel()
+        if matrices:
+            numbers = multiplied(name, parameter, config)
+            if name.startswith(last_mlp):
+                part = "last mlp"
+        count[part] = count.get(part, 0) + numbers
     return count
 
 

@@ -8,21 +8,20 @@ is in the last line.
 import argparse
 import time
 from collections import Counter
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from assets.scenes import drawn_texts, train_tokenizer
-from data import DrawnData, Rows
+from data import DrawnData
 from model import PRESETS, LlavaOneVision
 from parallel import find_ranks
-from train import TINY, State, matrix_rate, rows_cost, steps_of, train_step
+from train import TINY, State, matrix_rate, row_loader, steps_of, train_step
 
 KINDS = {  # the beginning of an operator's name, without aten:: -> where it belongs
     "mm": "matrix products", "addmm": "matrix products", "bmm": "matrix products",
-    "llava::attention": "attention", "GeneratedBackwardFor_llava": "attention",
     "_fused_adamw": "optimizer, gradient norm", "Optimizer": "optimizer, gradient norm",
     "linalg_vector_norm": "optimizer, gradient norm", "_foreach": "optimizer, gradient norm",
     "_log_softmax": "loss", "nll_loss": "loss", "embedding": "embedding, placing of visual tokens",
@@ -48,15 +47,14 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     torch.manual_seed(0)
-    ranks, config, recipe = find_ranks("cpu", ""), PRESETS["tiny"], TINY["instruct"]
+    ranks, config = find_ranks("cpu", ""), PRESETS["tiny"]
+    recipe = replace(TINY["instruct"], steps=10 + 2 * flags.steps)
     model = LlavaOneVision(config).init_weights(zero_outputs=True)
     tokenizer = train_tokenizer(drawn_texts(0), config.vocab_size)
     data = DrawnData(recipe.data[0], tokenizer, recipe.seq_length, 0)
-    cost = partial(rows_cost, config=config, trainable=recipe.trainable, recompute=recipe.recompute)
-    rows = Rows(data, cost=cost)
     state = State(model, recipe)
     started = time.perf_counter()
-    ready = [rows[i] for i in range(10 + 2 * flags.steps)]
+    ready = list(row_loader(data, config, recipe, 0, ranks))
     drawing = (time.perf_counter() - started) / len(ready)
 
     def train(begin: int, end: int) -> float:
