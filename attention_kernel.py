@@ -178,10 +178,13 @@ def attention_tiled_backward(
 # cut to the 10 bits of TF32.
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# What kernels take, besides tl.constexpr: an address on the GPU, a number, a block of numbers.
+# Triton has one class for all of them.
+Pointer = Number = Block = tl.tensor
 
 
 @triton.jit
-def segment_bounds(cu_seqlens, segment):
+def segment_bounds(cu_seqlens: Pointer, segment: Number):
     """Where a segment starts in the packed row, and its number of tokens."""
     start = tl.load(cu_seqlens + segment).to(tl.int32)
     end = tl.load(cu_seqlens + segment + 1).to(tl.int32)
@@ -189,7 +192,7 @@ def segment_bounds(cu_seqlens, segment):
 
 
 @triton.jit
-def find_tile(cu_seqlens, segments, tile, BLOCK: tl.constexpr):
+def find_tile(cu_seqlens: Pointer, segments: Number, tile: Number, BLOCK: tl.constexpr):
     """Segment of a tile, where the segment starts, its length, and the tile's first token in it.
 
     The tiles of segment s are numbered from start // BLOCK + s on, which leaves room for all
@@ -209,7 +212,8 @@ def find_tile(cu_seqlens, segments, tile, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def describe(x, stride, start, length, HEADS: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+def describe(x: Pointer, stride: Number, start: Number, length: Number,
+             HEADS: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
     """Describe a segment of x (T, HEADS, E), `stride` elements a token: tiles (BLOCK, E) of it are
     loaded from [first token, head * E]."""
     height = tl.maximum(length, 1)  # 0 is no legal height; nothing is loaded from an empty segment
@@ -219,14 +223,15 @@ def describe(x, stride, start, length, HEADS: tl.constexpr, E: tl.constexpr, BLO
 
 
 @triton.jit
-def padded_start(segment, start):
+def padded_start(segment: Number, start: Number):
     """Where a segment starts in `lse_delta`: at a multiple of 4 numbers of float32, since TMA wants
     addresses in multiples of 16 bytes.  Segments have room as tiles have, see `find_tile`."""
     return (start // 4 + segment) * 4
 
 
 @triton.jit
-def last_visible_key(query, q_positions, start_q, length_q, length_k, MASK: tl.constexpr):
+def last_visible_key(query: Block, q_positions: Pointer, start_q: Number, length_q: Number,
+                     length_k: Number, MASK: tl.constexpr):
     """The mask: index in the segment of the last key that each query sees; negative: none.
     MASK: "full", "causal", or "explicit" with q_positions."""
     if MASK == "explicit":
@@ -240,7 +245,7 @@ def last_visible_key(query, q_positions, start_q, length_q, length_k, MASK: tl.c
 
 
 @triton.jit
-def hide(x, begin, last_key, hidden, BLOCK_N: tl.constexpr):
+def hide(x: Block, begin: Number, last_key: Block, hidden: Number, BLOCK_N: tl.constexpr):
     """x (BLOCK_M, BLOCK_N), with `hidden` for keys from `begin` on that a query does not see."""
     visible = tl.arange(0, BLOCK_N)[None, :] <= (last_key - begin)[:, None]
     return tl.where(visible, x, hidden)
@@ -248,12 +253,13 @@ def hide(x, begin, last_key, hidden, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["segments", "tokens_q", "keys_per_split"])
 def forward_kernel(
-    q, k, v,                       # (Tq, H, E), (Tk, G, E), (Tk, G, E)
-    q_stride, k_stride, v_stride,  # elements from token to token
-    out, lse,                      # (splits, Tq, H, E), (splits, H, Tq) float32
-    cu_seqlens_q, cu_seqlens_k, q_positions,  # (S + 1,), (S + 1,), (Tq,)
-    segments, tokens_q,            # S, Tq
-    keys_per_split, scale,         # scale: softmax scale * log2(e)
+    q: Pointer, k: Pointer, v: Pointer,  # (Tq, H, E), (Tk, G, E), (Tk, G, E)
+    q_stride: Number, k_stride: Number, v_stride: Number,  # elements from token to token
+    out: Pointer, lse: Pointer,          # (splits, Tq, H, E), (splits, H, Tq) float32
+    cu_seqlens_q: Pointer, cu_seqlens_k: Pointer, q_positions: Pointer,  # (S + 1,), (S + 1,), (Tq,)
+    segments: Number, tokens_q: Number,  # S, Tq
+    keys_per_split: Number,
+    scale: Number,                       # softmax scale * log2(e)
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr,
     STACKED: tl.constexpr,            # so many successive queries are heads of one token
     HEADS_PER_PROGRAM: tl.constexpr,
@@ -321,12 +327,14 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["segments", "tokens_q", "padded"])
 def dq_kernel(
-    q, k, v, grad,  # (Tq, H, E), (Tk, G, E), (Tk, G, E), gradient of out (Tq, H, E)
-    q_stride, k_stride, v_stride, grad_stride,
-    out, lse,       # (Tq, H, E), (H, Tq) float32
-    dq,             # written: (Tq, H, E)
-    lse_delta,      # written: (2, H, padded) float32, LSE and delta as `dkdv_kernel` reads them
-    cu_seqlens_q, cu_seqlens_k, q_positions, segments, tokens_q, padded, scale,
+    q: Pointer, k: Pointer, v: Pointer,  # (Tq, H, E), (Tk, G, E), (Tk, G, E)
+    grad: Pointer,              # gradient of out, (Tq, H, E)
+    q_stride: Number, k_stride: Number, v_stride: Number, grad_stride: Number,
+    out: Pointer, lse: Pointer,  # (Tq, H, E), (H, Tq) float32
+    dq: Pointer,                # written: (Tq, H, E)
+    lse_delta: Pointer,         # written: (2, H, padded) float32, as `dkdv_kernel` reads them
+    cu_seqlens_q: Pointer, cu_seqlens_k: Pointer, q_positions: Pointer,
+    segments: Number, tokens_q: Number, padded: Number, scale: Number,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -375,7 +383,8 @@ def dq_kernel(
 
 
 @triton.jit
-def queries_that_see(begin_key, q_positions, start_q, length_q, length_k, MASK: tl.constexpr,
+def queries_that_see(begin_key: Number, q_positions: Pointer, start_q: Number, length_q: Number,
+                     length_k: Number, MASK: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Who sees the tile of keys at begin_key: queries before begin_q see no key of it, queries
     from full_begin on see all of it."""
@@ -398,10 +407,12 @@ def queries_that_see(begin_key, q_positions, start_q, length_q, length_k, MASK: 
 
 @triton.jit(do_not_specialize=["segments", "tokens_q", "padded"])
 def dkdv_kernel(
-    q, k, v, grad, q_stride, k_stride, v_stride, grad_stride,  # as in `dq_kernel`
-    lse_delta,  # (2, H, padded) float32
-    dk, dv,     # written: (Tk, G, E)
-    cu_seqlens_q, cu_seqlens_k, q_positions, segments, tokens_q, padded, scale,
+    q: Pointer, k: Pointer, v: Pointer, grad: Pointer,  # as in `dq_kernel`
+    q_stride: Number, k_stride: Number, v_stride: Number, grad_stride: Number,
+    lse_delta: Pointer,        # (2, H, padded) float32, LSE and delta
+    dk: Pointer, dv: Pointer,  # written: (Tk, G, E)
+    cu_seqlens_q: Pointer, cu_seqlens_k: Pointer, q_positions: Pointer,
+    segments: Number, tokens_q: Number, padded: Number, scale: Number,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -455,7 +466,8 @@ def dkdv_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens_q", "tokens_k", "segments"])
-def check_kernel(valid, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, segments):
+def check_kernel(valid: Pointer, cu_seqlens_q: Pointer, cu_seqlens_k: Pointer, tokens_q: Number,
+                 tokens_k: Number, segments: Number):
     """valid: 1 if cu_seqlens rise from 0 to the tokens on both sides, else 0."""
     wrong = (tl.load(cu_seqlens_q) != 0) | (tl.load(cu_seqlens_q + segments) != tokens_q)
     wrong |= (tl.load(cu_seqlens_k) != 0) | (tl.load(cu_seqlens_k + segments) != tokens_k)

@@ -47,7 +47,8 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from attention_kernel import compute_capability, give_scratch, specializes, uses_kernels
+from attention_kernel import (Block, Number, Pointer, compute_capability, give_scratch, specializes,
+                              uses_kernels)
 
 BLOCK = 128  # numbers that share a scale, along the side that is summed
 E4M3 = torch.float8_e4m3fn
@@ -117,7 +118,7 @@ def matmul_reference(a: Quantized, b: Quantized, starts: Tensor | None) -> Tenso
 
 
 @triton.jit
-def scale_blocks(x, AXIS: tl.constexpr):
+def scale_blocks(x: Block, AXIS: tl.constexpr):
     """Scales of the blocks of a tile, and the factors for their numbers; AXIS None: one block."""
     # without their sign, the bits of floats are in the order of their values; infinity and NaN,
     # the largest, have all bits of the exponent: one maximum finds amax and what is not finite
@@ -129,7 +130,7 @@ def scale_blocks(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def cast(x, inverse):
+def cast(x: Block, inverse: Block):
     """x times inverse as e4m3; 0 in a broken block, whatever x is."""
     scaled = tl.minimum(tl.maximum(x * inverse, -E4M3_MAX), E4M3_MAX)
     return tl.where(inverse > 0, scaled, 0.0).to(tl.float8e4nv)
@@ -137,12 +138,13 @@ def cast(x, inverse):
 
 @triton.jit(do_not_specialize=["rows", "tiles_of_matrix"])
 def quantize_kernel(
-    x,                   # (R, C) float32 or bfloat16
-    values, scales,      # out: (R, C) e4m3; (B, R), or (R / 128, B) for squares
-    t_values, t_scales,  # out, of each matrix transposed: (X C, N) e4m3; (X N / 128, C), or
-                         # (X C / 128, N / 128) for squares.  N: R / X, rounded up to 128
-    rows, columns,       # R; C, a multiple of 128
-    tiles_of_matrix,     # N / 128
+    x: Pointer,               # (R, C) float32 or bfloat16
+    values: Pointer, scales: Pointer,  # out: (R, C) e4m3; (B, R), or (R / 128, B) for squares
+    # out, of each matrix transposed: (X C, N) e4m3; (X N / 128, C), or (X C / 128, N / 128) for
+    # squares.  N: R / X, rounded up to 128
+    t_values: Pointer, t_scales: Pointer,
+    rows: Number, columns: Number,  # R; C, a multiple of 128
+    tiles_of_matrix: Number,  # N / 128
     SQUARE: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """A program casts a tile of 128 x 128 along its rows, with TRANSPOSED along columns as well."""
@@ -182,7 +184,7 @@ def quantize_kernel(
 
 
 @triton.jit
-def tile_of_program(tiles_m, tiles_n, BAND: tl.constexpr):
+def tile_of_program(tiles_m: Number, tiles_n: Number, BAND: tl.constexpr):
     """Line and column of the output tile that this program computes.  Programs that run at the same
     time walk down a band of BAND lines (GROUP_SIZE_M in Triton's tutorial): so they read the same
     rows of a and b from the cache."""
@@ -197,13 +199,13 @@ def tile_of_program(tiles_m, tiles_n, BAND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows_a", "groups"])
 def product_kernel(
-    a, b,                # (Ra, C), (Rb, C) e4m3
-    scales_a, scales_b,  # (B, Ra); (B, Rb), or (Rb / 128, B) for squares
-    out,                 # out: (Ra, columns_out); X of them, if `starts` cuts the sum
-    starts,              # (X + 1,) int32, in units of 128: where groups of rows or columns begin
-    groups,              # X
-    rows_a, rows_b, columns,  # Ra, Rb, C
-    columns_out,         # Rb; Rb / X if each group of rows has a matrix of its own
+    a: Pointer, b: Pointer,  # (Ra, C), (Rb, C) e4m3
+    scales_a: Pointer, scales_b: Pointer,  # (B, Ra); (B, Rb), or (Rb / 128, B) for squares
+    out: Pointer,          # out: (Ra, columns_out); X of them, if `starts` cuts the sum
+    starts: Pointer,       # (X + 1,) int32, in units of 128: where groups of rows or columns begin
+    groups: Number,        # X
+    rows_a: Number, rows_b: Number, columns: Number,  # Ra, Rb, C
+    columns_out: Number,   # Rb; Rb / X if each group of rows has a matrix of its own
     SQUARE: tl.constexpr,  # b is scaled by squares
     ROW_GROUPS: tl.constexpr, SUM_GROUPS: tl.constexpr,  # `starts` cuts the rows of a, or the sum
     SPECIALIZED: tl.constexpr,  # see attention_kernel.py
