@@ -59,10 +59,11 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from inspect import getsource
-from itertools import chain, groupby, takewhile
+from itertools import chain, compress, count, groupby, repeat, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +92,7 @@ SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # Windows leaves these files in fol
 # {"id", "messages": [{"role", "content"}], "images": [picture, path or file content], "category"}
 Record = dict
 Fields = dict[str, FilePart]  # of a sample in a shard: the members by the ends of their names
+Media = dict[str, list]  # what a record names: pictures under "image", Videos under "video"
 Pixels = tuple[int, int]  # least and largest height * width of a picture
 PIXELS = (MIN_PIXELS, MAX_PIXELS)
 
@@ -112,7 +114,6 @@ LEARNING_WORDS = set("system weight loss mask masked train trainable learn tool 
 # Other tools put <video> or <audio> in front of a turn, or at its end on a line of its own.  With a
 # source, a track or a closing tag behind it, the turn is about HTML.
 OTHER_MEDIA = re.compile(r"\A<(video|audio)>(?!\s*<(source|track|/))|\n<(video|audio)>\Z")
-OPENED = {"image": Path, "video": Video}  # what a path in a record becomes
 BAD_RECORD = (*UNREADABLE, ArithmeticError, MemoryError)  # what readers and decoders raise
 DRAWN = ("captions", "questions", "mixed")  # data drawn by assets/scenes.py
 CHUNK = 1000  # records that a process measures at once
@@ -134,7 +135,7 @@ def split_content(message: dict, places: str = "") -> list[dict]:
     [{'type': 'image'}, {'type': 'text', 'text': '\\nWhat is this?'}]
     """
     content = message["content"]
-    if isinstance(content, list):
+    if not isinstance(content, str):
         return content
     parts = [content]
     if places and message["role"] == "user":
@@ -154,10 +155,7 @@ def check_messages(messages: list[dict]) -> None:
         if message["role"] not in ("system", "user", "assistant"):
             raise ValueError(f"a message has the role {message['role']!r}, "
                              "not system, user or assistant")
-        # a string means a list with one text
-        items = message["content"]
-        if isinstance(items, str):
-            items = [{"type": "text", "text": items}]
+        items = split_content(message)
         if not isinstance(items, list):
             raise ValueError(f"a message has the content {items!r}, not text or a list of items")
         for item in items:
@@ -177,6 +175,14 @@ def check_item(item: Any) -> None:
         raise ValueError(f"the text {item['text']!r} is not valid Unicode") from None
 
 
+def check_places(places: int, given: int, kind: str) -> None:
+    """Raise ValueError if a text has not one place for each picture or video that is given."""
+    if places != given:
+        word = "more" if places > given else "fewer"
+        raise ValueError(f"the text has {word} places for {kind}s than the {given} {kind}s there "
+                         "are")
+
+
 def render(messages: list[dict], visual_counts: list[int],
            generation_prompt: bool = False) -> Iterator[tuple[str, int, bool]]:
     """The published template as pieces (text or name of a special token, repeats, learnt).
@@ -186,6 +192,7 @@ def render(messages: list[dict], visual_counts: list[int],
     """
     check_messages(messages)
     counts = iter(visual_counts)
+    places = 0
     if messages and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
 
@@ -201,12 +208,9 @@ def render(messages: list[dict], visual_counts: list[int],
             if item["type"] == "text":
                 yield item["text"], 0, learnt
                 continue
-            count = next(counts, None)
-            if count is None:
-                raise ValueError("the text has more places for pictures than the "
-                                 f"{len(visual_counts)} pictures there are")
+            places += 1
             yield "<|vision_start|>", 1, False
-            yield f"<|{item['type']}_pad|>", count, False
+            yield f"<|{item['type']}_pad|>", next(counts, 1), False
             yield "<|vision_end|>", 1, False
 
         # the end of an answer is learnt too: this token stops generation
@@ -216,9 +220,7 @@ def render(messages: list[dict], visual_counts: list[int],
         yield "\n", 0, False
         yield "<|im_start|>", 1, False
         yield "assistant\n", 0, False
-    if next(counts, None) is not None:
-        raise ValueError("the text has fewer places for pictures than the "
-                         f"{len(visual_counts)} pictures there are")
+    check_places(places, len(visual_counts), "picture")
 
 
 def mark_pattern(tokenizer: Tokenizer, generation_prompt: bool) -> re.Pattern[str]:
@@ -279,6 +281,15 @@ def chat_tokens(messages: list[dict], tokenizer: Tokenizer, visual_counts: list[
 # ---------------------------------------------------------------------------------- encode and pack
 
 
+@contextmanager
+def named(name: str, errors: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    """Raise these errors as ValueError, with the name of the record in front."""
+    try:
+        yield
+    except errors as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 @dataclass
 class Sample:
     """One conversation, ready to be packed; its pictures are measured but not decoded."""
@@ -294,13 +305,11 @@ class Sample:
 
     def patches(self, i: int) -> Tensor:
         """Decode and cut picture i, (P, 588) uint8.  Raises ValueError with the record's name."""
-        try:
+        with named(f"record {self.name}", MALFORMED):
             patches, grid = cut_patches(self.images[i], *self.pixels)
             if list(grid) != self.grid_thw[i].tolist():
                 raise ValueError(f"picture {i + 1} is not of the size that its header says")
             return patches
-        except MALFORMED as error:
-            raise ValueError(f"record {self.name}: {error}") from error
 
 
 @dataclass
@@ -353,7 +362,7 @@ def encode(record: Record, tokenizer: Tokenizer, pixels: Pixels = PIXELS,
     """
     # half a surrogate, which JSON may hold, could not be printed
     name = str(record.get("id", "?")).encode(errors="backslashreplace").decode()
-    try:
+    with named(f"record {name}"):
         # the size of a picture is in its file's header; pixels are not read here
         grids = [patch_grid(image, *pixels) for image in record["images"]]
         grid_thw = torch.tensor(grids, dtype=torch.int64).view(-1, 3)  # (I, 3)
@@ -361,8 +370,6 @@ def encode(record: Record, tokenizer: Tokenizer, pixels: Pixels = PIXELS,
         ids, labels = chat_tokens(record["messages"], tokenizer, counts, generation_prompt)
         if not generation_prompt and labels.count(IGNORE) == len(labels):
             raise ValueError("it has no answer to learn")
-    except ValueError as error:
-        raise ValueError(f"record {name}: {error}") from error
     # NumPy reads a list several times as fast as PyTorch
     input_ids, labels = torch.from_numpy(np.array([ids, labels], dtype=np.int64))  # (L,) each
     return Sample(input_ids, labels, record["images"], grid_thw, pixels, name)
@@ -378,9 +385,7 @@ def cut_pictures(samples: list[Sample],
     patches = []
     lost = {i: sample.lost for i, sample in enumerate(samples) if sample.lost}
     pictures = [(i, j) for i, sample in enumerate(samples) for j in range(len(sample.images))]
-    for place, (i, j) in enumerate(pictures):
-        if own is not None and not own[place]:
-            continue
+    for i, j in compress(pictures, own or repeat(True)):
         try:
             patches.append(samples[i].patches(j))
         except ValueError as error:
@@ -426,11 +431,8 @@ def words_of(key: str) -> list[str]:
     return [word if word in LEARNING_WORDS else word.removesuffix("s") for word in words]
 
 
-def refuse_unused(raw: dict, used: set[str], origin: str) -> None:
-    """Raise ValueError for a key that is not used but would change what is learnt.
-
-    raw: a record or a turn, as a file has it.  origin: file and number or key of the record.
-    """
+def refuse_unused(raw: dict, used: set[str]) -> None:
+    """Raise ValueError for a key of a record or turn that is unused, but would change learning."""
     for key, value in raw.items():
         # an empty value has no meaning
         if key in used or value in (None, "", [], {}, "[]", "{}"):
@@ -445,124 +447,141 @@ def refuse_unused(raw: dict, used: set[str], origin: str) -> None:
         media = MEDIA_WORDS & {*words} and not isinstance(value, (int, float))
         learning = words[0] in LEARNING_WORDS or words[-1] in ("weight", "loss", "mask")
         if media or learning:
-            raise ValueError(f"{origin}: the key {key!r} is not supported, but would change what "
-                             "is learnt; remove it or the record")
+            raise ValueError(f"the key {key!r} is not supported, but would change what is learnt; "
+                             "remove it or the record")
 
 
-def turns_of(raw: dict, origin: str) -> list[dict]:
+def turns_of(raw: dict) -> list[dict]:
     """The turns of a record, with `role` and `content`, after a check of their keys."""
     schemas = [key for key in ("messages", "conversations", "texts") if raw.get(key)]
     if len(schemas) != 1:
         found = " and ".join(schemas) or "neither messages nor conversations"
-        raise ValueError(f"{origin} has {found}: it must have one of them (texts is for shards)")
-    schema = schemas[0]
-    turns = raw[schema]
-    if not is_list_of(turns, dict):
-        raise ValueError(f"{origin}: {schema} is not a list of turns")
-    for turn in turns:
+        raise ValueError(f"it has {found}: it must have one of them (texts is for shards)")
+    if not is_list_of(raw[schemas[0]], dict):
+        raise ValueError(f"{schemas[0]} is not a list of turns")
+
+    turns = []
+    for turn in raw[schemas[0]]:
+        # LLaVA has other names for the same keys and roles; upstream's shards have either
+        role = turn.get("role") or turn.get("from")
+        role = {"human": "user", "gpt": "assistant"}.get(str(role), role)
         # A flag may say what this code does anyway: answers are learnt, other turns are not.  In
         # JSON the flag is true or 1, and in Python both are equal to True.
-        learnt = turn.get("role", turn.get("from")) in ("assistant", "gpt")
+        learnt = role == "assistant"
         flags = {key for key in ("weight", "loss", "train", "trainable") if turn.get(key) == learnt}
-        refuse_unused(turn, TURN_KEYS | flags, origin)
-
-    # LLaVA has other names for the same keys and roles; upstream's shards have either
-    roles = {"human": "user", "gpt": "assistant"}
-    try:
-        if schema == "conversations" or "from" in turns[0]:
-            turns = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-                     for turn in turns]
-    except (KeyError, TypeError):
-        raise ValueError(f"{origin}: {schema} is not a list of from and value") from None
+        refuse_unused(turn, TURN_KEYS | flags)
+        turns.append({"role": role, "content": turn.get("content", turn.get("value"))})
+    check_messages(turns)
     return turns
 
 
-def check_items(turns: list[dict], origin: str, videos: bool, folder: Path | None) -> None:
-    """Raise ValueError for content of turns that training would ignore; videos: there are some."""
-    for turn in turns:
-        for item in split_content(turn):
-            known = ("type", "text", item["type"] if folder else None)
-            unused = [key for key in item if key not in known and item[key]]
-            if unused:
-                raise ValueError(f"{origin}: an item of a turn has {unused[0]!r}, only type and "
-                                 "text are supported: pictures are named in images")
-            # in an answer, <video> is text
-            other = turn["role"] == "user" and OTHER_MEDIA.search(str(item.get("text")))
-            if other and ("audio" in other[0] or not videos):
-                raise ValueError(f"{origin}: there is a video or a sound in a turn, but the "
-                                 "record names none that is supported")
+def open_media(kind: str, named: list, folder: Path) -> list[Picture | Video]:
+    """The pictures or videos that a record names, by their paths or with their bytes."""
+    media = []
+    for file in named:
+        # Hugging Face stores a picture as its bytes, or as a path, or both
+        if isinstance(file, dict):
+            file = file.get("bytes") or file.get("path")
+        if isinstance(file, str):
+            file = folder / file
+        elif not isinstance(file, bytes):
+            raise ValueError(f"{file!r} is not the path of {kind}s or a list of them")
+        media.append(Video(file) if kind == "video" else file)
+    return media
 
 
-def media_in_order(turns: list[dict], images: Sequence[Picture], videos: Sequence[Video],
-                   folder: Path | None, origin: str) -> tuple[list[dict], list[Picture | Video]]:
-    """The turns with their places spelt out as items, and pictures and videos in that order.
+def media_of_entry(raw: dict, folder: Path) -> Media:
+    """The files that a record names in `image` or `images`, `video` or `videos`."""
+    refuse_unused(raw, RECORD_KEYS)
+    media = {}
+    for kind in ("image", "video"):
+        if raw.get(kind) and raw.get(f"{kind}s"):
+            raise ValueError(f"it has {kind} and {kind}s: which is meant?")
+        # either key may hold one path or a list of paths
+        named = raw.get(f"{kind}s") or raw.get(kind) or []
+        media[kind] = open_media(kind, named if isinstance(named, list) else [named], folder)
+    return media
 
-    An item may name its own file: {"type": "image", "image": "a.png"}.
+
+def media_of_members(raw: dict, fields: Fields) -> Media:
+    """The members of a shard that a record has in `name`: its pictures or, as `media` says, videos.
+
+    They have the order of the places for pictures; in the shard they may have another order.
     """
-    waiting = {"image": iter(images), "video": iter(videos)}
-    ordered, turns_in_order = [], []
+    refuse_unused(raw, SHARD_KEYS)
+    kind, names = raw.get("media"), raw.get("name") or []
+    if kind not in (None, "image", "video", "text"):
+        raise ValueError(f"its media are {kind!r}, only image, video and text are supported")
+    if not is_list_of(names, str):
+        raise ValueError(f"name is {names!r}, not a list of members")
+    parts = [member_of(fields, name) for name in names]
+    if kind == "video":
+        return {"image": [], "video": [Video(part) for part in parts]}
+    return {"image": parts, "video": []}
+
+
+def place_media(turns: list[dict], media: Media, folder: Path | None) -> list[Picture | Video]:
+    """The pictures and videos in the order of their places, which `render` will find in the turns.
+
+    folder: where an item may name its own file, {"type": "image", "image": "a.png"}.  Raises
+    ValueError for a place too many or too few, and for content that training would ignore.
+    """
+    waiting = {kind: iter(files) for kind, files in media.items()}
+    pattern = "|".join(f"<{kind}>" for kind, files in media.items() if files)
+    places: Counter[str] = Counter()
+    placed = []
     for turn in turns:
-        items = split_content(turn, "<image>|<video>" if videos else "<image>")
+        items = split_content(turn, pattern)
         for item in items:
             kind = item["type"]
             if kind == "text":
-                continue
-            # the item's own file, else the next of the record's
-            path = item.pop(kind, None)
-            if path and not isinstance(path, str):
-                raise ValueError(f"{origin}: {path!r} is not the path of a file")
-            media = OPENED[kind](folder / path) if path else next(waiting[kind], None)
-            if media is None:
-                raise ValueError(f"{origin}: the text has more places for {kind}s than {kind}s")
-            ordered.append(media)
-        if turn["role"] == "user":
-            turn = {**turn, "content": items}
-        turns_in_order.append(turn)
-    for kind, left in waiting.items():
-        if next(left, None) is not None:
-            raise ValueError(f"{origin}: the text has fewer places for {kind}s than {kind}s")
-    return turns_in_order, ordered
+                # in an answer, <video> is text
+                other = turn["role"] == "user" and OTHER_MEDIA.search(item["text"])
+                if other and ("audio" in other[0] or not media["video"]):
+                    raise ValueError("there is a video or a sound in a turn, but the record names "
+                                     "none that is supported")
+            elif folder and item.get(kind):
+                placed += open_media(kind, [item.pop(kind)], folder)
+            else:
+                placed.append(next(waiting[kind], None))
+                places[kind] += 1
+            unused = [key for key in item if key not in ("type", "text") and item[key]]
+            if unused:
+                raise ValueError(f"an item of a turn has {unused[0]!r}, only type and text are "
+                                 "supported: pictures are named in images")
+        if media["video"]:
+            turn["content"] = items  # in a text, `render` finds pictures alone
+    for kind, files in media.items():
+        check_places(places[kind], len(files), kind)
+    return placed
 
 
-def normalize_record(raw: dict, origin: str, images: Sequence[Picture],
-                     videos: Sequence[Video] = (), folder: Path | None = None) -> Record:
+def normalize_record(raw: Any, origin: str, files: Path | Fields) -> Record:
     """A record from any of the field's schemas: `messages`, LLaVA's `conversations`, or `texts`.
 
-    The key `system` may hold a system prompt.  folder: where items of messages may name files;
-    those of shards may not.  Raises ValueError with the record's origin.
+    The key `system` may hold a system prompt.  origin: file and number or key of the record.
+    files: the folder of the files that it names, or the members of its shard.  Raises ValueError
+    with the record's origin.
     """
-    turns = turns_of(raw, origin)
-    if not raw.get("messages"):
-        folder = None  # only items of `messages` may name files
-    try:
-        check_messages(turns)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from error
-    check_items(turns, origin, bool(videos), folder)
-    system = raw.get("system")
-    if system:
-        if not isinstance(system, str) or turns[0]["role"] == "system":
-            raise ValueError(f"{origin}: system is {system!r}, it must be the text of the only "
-                             "system prompt")
-        turns = [{"role": "system", "content": system}, *turns]
-    # in the other records, pictures are in order already, and `render` finds their places
-    if videos or any(isinstance(turn["content"], list) for turn in turns):
-        turns, images = media_in_order(turns, images, videos, folder, origin)
+    with named(origin):
+        if not isinstance(raw, dict):
+            raise ValueError("it is not an object")
+        if isinstance(files, dict):
+            media = media_of_members(raw, files)
+        else:
+            media = media_of_entry(raw, files)
+        turns = turns_of(raw)
+        system = raw.get("system")
+        if system:
+            if not isinstance(system, str) or turns[0]["role"] == "system":
+                raise ValueError(f"system is {system!r}, it must be the text of the only system "
+                                 "prompt")
+            turns = [{"role": "system", "content": system}, *turns]
+        # only items of `messages` may name files, and not those of shards
+        own_files = isinstance(files, Path) and raw.get("messages")
+        images = place_media(turns, media, files if own_files else None)
     name = raw.get("id")
     return {"id": origin if name is None else name, "messages": turns, "images": images}
-
-
-def paths_of(raw: dict, kind: str, folder: Path, origin: str) -> list[Path | Video]:
-    """The files that a record names in `image` or `images` (or `video`, `videos`)."""
-    if raw.get(kind) and raw.get(f"{kind}s"):
-        raise ValueError(f"{origin} has {kind} and {kind}s: which is meant?")
-    # either key may hold one path or a list of paths
-    paths = raw.get(f"{kind}s") or raw.get(kind) or []
-    if isinstance(paths, str):
-        paths = [paths]
-    if not is_list_of(paths, str):
-        raise ValueError(f"{origin}: {paths!r} is not the path of {kind}s or a list of them")
-    return [OPENED[kind](folder / path) for path in paths]
 
 
 # ------------------------------------------------------------------------------------------ readers
@@ -572,7 +591,7 @@ def paths_of(raw: dict, kind: str, folder: Path, origin: str) -> list[Path | Vid
 # line of the group, number.  The second reads a place.  It gives, by their numbers, what
 # `normalize_record` makes the records from: several if a shard is packed.
 Place = tuple[int, int, int]
-Found = dict[int, tuple]  # number -> arguments of normalize_record
+Found = dict[int, tuple[Any, str, Path | Fields]]  # number -> arguments of normalize_record
 
 
 def load_json(content: bytes, origin: str | Path) -> Any:
@@ -613,11 +632,7 @@ def json_records(path: Path, place: Place, folder: Path) -> Found:
     start, end, number = place
     origin = f"{path}[{number}]"
     raw = load_json(content_of(FilePart(str(path), start, end - start)), origin)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{origin} is not an object")
-    refuse_unused(raw, RECORD_KEYS, origin)
-    images = paths_of(raw, "image", folder, origin)
-    return {number: (raw, origin, images, paths_of(raw, "video", folder, origin), folder)}
+    return {number: (raw, origin, folder)}
 
 
 NAMES = "backslashreplace"  # how names that are not UTF-8 are read
@@ -684,79 +699,63 @@ def shard_records(path: Path, place: Place, folder: Path) -> Found:
     Upstream's layouts: `texts` with the `name`s of the pictures; a list of turns, beside one
     picture; and packed, lists of `images`, `prompts` and `captions`, an entry for each record.
     """
+    sample = next(shard_samples(path, *place[:2]), None)
+    if sample is None:
+        return {}  # the file has changed
     # the picture of a member is not read here: its place in the file is kept
-    fields: Fields = {}
-    origin = str(path)
-    for key, name, member in next(shard_samples(path, *place[:2]), []):
-        origin = f"{path}:{key}"
-        if name in fields:
-            raise ValueError(f"{origin} has its member {name!r} twice")
-        fields[name] = FilePart(str(path), member.offset_data, member.size)
-
-    raw = load_json(content_of(member_of(fields, origin, "json")), f"{origin}: its json")
-    if raw and is_list_of(raw, dict):
-        raw = {"texts": raw, "name": [name for name in fields if name != "json"]}
-    if not isinstance(raw, dict):
-        raise ValueError(f"{origin}: its json is not an object")
-    if "captions" in raw:
-        return packed_records(raw, fields, origin)
-    return unpacked_record(raw, fields, origin)
-
-
-def member_of(fields: Fields, origin: str, *names: Any) -> FilePart:
-    """The first of these members that there is."""
-    for name in names:
-        if isinstance(name, str) and name in fields:
-            return fields[name]
-    raise ValueError(f"{origin} lacks its member {names[0]!r}")
+    fields = {name: FilePart(str(path), member.offset_data, member.size)
+              for _, name, member in sample}
+    origin = f"{path}:{sample[0][0]}"
+    with named(origin):
+        if len(fields) < len(sample):
+            raise ValueError(f"of its members {', '.join(fields)} one is there twice")
+        raw = load_json(content_of(member_of(fields, "json")), "its json")
+        if raw and is_list_of(raw, dict):
+            raw = {"texts": raw, "name": [name for name in fields if name != "json"]}
+        if not isinstance(raw, dict):
+            raise ValueError("its json is not an object")
+        if "captions" not in raw:
+            return {0: (raw, origin, fields)}
+        return {i: (entry, f"{origin}[{i}]", fields)
+                for i, entry in enumerate(unpacked(raw, fields))}
 
 
-def unpacked_record(raw: dict, fields: Fields, origin: str) -> Found:
-    """The record of `texts`, `media` and `name`."""
-    refuse_unused(raw, SHARD_KEYS, origin)
-    if raw.get("media") not in (None, "image", "video", "text"):
-        raise ValueError(f"{origin}: its media are {raw['media']!r}, only image, video and text "
-                         "are supported")
-    # `name` has the order of the places for pictures; the members may have another order
-    names = raw.get("name") or []
-    if not is_list_of(names, str):
-        raise ValueError(f"{origin}: name is {names!r}, not a list of members")
-    parts = [member_of(fields, origin, name) for name in names]
-    if raw.get("media") == "video":
-        return {0: (raw, origin, [], [Video(part) for part in parts])}
-    return {0: (raw, origin, parts)}
+def member_of(fields: Fields, name: str) -> FilePart:
+    if name not in fields:
+        raise ValueError(f"it lacks its member {name!r}")
+    return fields[name]
 
 
-def packed_records(raw: dict, fields: Fields, origin: str) -> Found:
-    """The records of `images`, `prompts` and `captions`; these may be nested for turns."""
+def exchange(prompt: Any, answer: Any) -> list[dict]:
+    """A turn of the user and its answer."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def unpacked(raw: dict, fields: Fields) -> Iterator[dict]:
+    """The entries of a packed record as unpacked records; each may have several turns."""
     columns = [raw.get("images"), raw.get("prompts", raw.get("prompt")), raw["captions"]]
     if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
-        raise ValueError(f"{origin}: images, prompts and captions are not lists of one length")
-    found: Found = {}
-    place = 0  # of the next picture among all of the member
-    for i, entry in enumerate(zip(*columns)):
+        raise ValueError("images, prompts and captions are not lists of one length")
+    numbers = count()  # of the pictures of all entries
+    for entry in zip(*columns):
         # without turns, an entry is one picture, one prompt and one caption
         names, prompts, captions = (part if isinstance(part, list) else [part] for part in entry)
         # the list may have the names before packing; then the members are numbered
-        pictures = [member_of(fields, origin, name, f"img{number}.jpg", f"img{number:03}.jpg")
-                    for number, name in enumerate(names, place)]
-        place += len(names)
+        members = []
+        for name, number in zip(names, numbers):
+            possible = (str(name), f"img{number}.jpg", f"img{number:03}.jpg")
+            members.append(next((member for member in possible if member in fields), str(name)))
         if not prompts or len(prompts) != len(captions) or not is_list_of(prompts, str):
-            raise ValueError(f"{origin}: its entry {i} has not a prompt for each caption")
-        if pictures and "<image>" not in "".join(prompts):
-            prompts = ["<image>" * len(pictures) + prompts[0], *prompts[1:]]
-        texts = []
-        for prompt, caption in zip(prompts, captions):
-            texts.append({"role": "user", "content": prompt})
-            texts.append({"role": "assistant", "content": caption})
-        found[i] = ({"texts": texts}, f"{origin}[{i}]", pictures)
-    return found
+            raise ValueError(f"its prompts {prompts!r} are not texts, one for each caption")
+        if members and "<image>" not in "".join(prompts):
+            prompts = ["<image>" * len(members) + prompts[0], *prompts[1:]]
+        yield {"texts": [*chain.from_iterable(map(exchange, prompts, captions))], "name": members}
 
 
 @lru_cache(maxsize=4)
-def parquet_group(path: Path, group: int) -> list[dict]:
+def parquet_group(path: Path, group: int) -> Any:
     """A group of lines, which parquet can only read whole."""
-    return parquet_file(path).read_row_group(group).to_pylist()
+    return parquet_file(path).read_row_group(group)
 
 
 def parquet_file(path: Path) -> Any:
@@ -782,26 +781,12 @@ def parquet_places(path: Path) -> Iterator[Place]:
 def parquet_records(path: Path, place: Place, folder: Path) -> Found:
     """The record of a line: `conversations` or `messages`, or a `caption`."""
     group, line, number = place
-    origin = f"{path}[{number}]"
-    entry = parquet_group(path, group)[line]
+    entry, = parquet_group(path, group).slice(line, 1).to_pylist()
     raw = {key: value for key, value in entry.items() if value is not None}
     caption = raw.pop("caption", None)
-    pictures = raw.pop("images", None) or raw.pop("image", None) or []
-    if not isinstance(pictures, list):
-        pictures = [pictures]
-    images: list[Picture] = []
-    for picture in pictures:
-        # Hugging Face stores a picture as its bytes, or as a path, or both
-        if not isinstance(picture, dict):
-            picture = {"bytes": picture} if isinstance(picture, bytes) else {"path": picture}
-        if not picture.get("bytes") and not isinstance(picture.get("path"), str):
-            raise ValueError(f"{origin} has a picture without bytes or path")
-        images.append(picture.get("bytes") or folder / picture["path"])
     if not raw.get("conversations") and not raw.get("messages"):
-        raw["messages"] = [{"role": "user", "content": "<image>"},
-                           {"role": "assistant", "content": caption}]
-    refuse_unused(raw, RECORD_KEYS, origin)
-    return {number: (raw, origin, images)}
+        raw["messages"] = exchange("<image>", caption)
+    return {number: (raw, f"{path}[{number}]", folder)}
 
 
 # file name's end -> the two functions
@@ -819,16 +804,15 @@ def read_records(path: Path, images: str = "") -> Iterator[Record]:
 
 def expand_braces(pattern: str) -> list[str]:
     """The names that a pattern with braces stands for: a{0..2}, a{000..104}, a{x,y}."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*)\}", pattern)
-    if match is None:
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
         return [pattern]
-    first, last, words = match.groups()
-    if words is None:
+    words = braces[1].split(",")
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    if ends:
+        first, last = ends.groups()
         words = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
-    else:
-        words = words.split(",")
-    return [name for word in words
-            for name in expand_braces(pattern[:match.start()] + word + pattern[match.end():])]
+    return [name for word in words for name in expand_braces(pattern.replace(braces[0], word, 1))]
 
 
 def source_files(*sources: str) -> list[Path]:

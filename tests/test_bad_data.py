@@ -299,7 +299,7 @@ def test_damaged_shards_are_found(damage: str, tmp_path: Path, tokenizer: Tokeni
     assert names_in(index) == [name for name in NAMES[:count] if "link" not in damage
                                or name != NAMES[10]]
     assert any(str(path) in sentence for sentence in said)
-    assert index.damaged or "link" in damage and "s10 lacks its member" in said[0]
+    assert index.damaged or "link" in damage and "s10: it lacks its member" in said[0]
 
 
 def test_names_that_lead_outside_write_nothing(tmp_path: Path, tokenizer: Tokenizer,

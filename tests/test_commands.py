@@ -355,7 +355,7 @@ def test_shipped_checkpoint_answers(tmp_path: Path) -> None:
     (["sample.py", "What?", "--max-new-tokens", "0"], "--max-new-tokens must be"),
     (["train.py", "--vision-lr", "inf"], "--vision-lr"),
     (["train.py", "--longer", "2"], "--longer"),
-    (["train.py", "--data", "odd.json"], "is not a list of from and value"),
+    (["train.py", "--data", "odd.json"], "odd.json[0]: a message has the role None"),
     (["sample.py", "What?", "--colour", "red"], "--colour"),
     (["sample.py", "What?", "--temperature", "hot"], "--temperature"),
     (["sample.py", "What?", "--top-p", "2"], "--top-p must be"),
