@@ -873,21 +873,13 @@ def load_of(sample: Sample) -> list[int]:
             sum(t * (h * w)**2 for t, h, w in grids), len(grids)]
 
 
-def damage_of(path: Path, entry: dict, digest: bool) -> str:
-    """What is wrong with a file that an index lists, else ""; with `digest`, read its content."""
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != entry["size"]:
-        return f"{path} has {size:,} bytes, not the {entry['size']:,} it had"
-    if digest and sha256_of(path) != entry["sha256"]:
-        return f"{path} has another sha256 than when it was written"
-    return ""
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def facts_of(path: Path, digest: bool = False) -> dict[str, Any]:
+    """What tells a file from what it is when it is damaged: its size and, if wanted, its digest."""
+    facts: dict[str, Any] = {"size": path.stat().st_size}
+    if digest:
+        with open(path, "rb") as file:
+            facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return facts
 
 
 @dataclass
@@ -947,9 +939,12 @@ class Index:
         """
         damaged = {}
         for number, entry in enumerate(self.files):
-            said = damage_of(Path(entry["file"]), entry, digests)
-            if said:
-                damaged[number] = said
+            path = Path(entry["file"])
+            if not path.is_file():
+                damaged[number] = f"{path} is missing"
+            elif not facts_of(path, digests).items() <= entry.items():
+                damaged[number] = (f"{path} has not the {entry['size']:,} bytes that it had, or "
+                                   "they have another sha256")
         if damaged:
             self.table = self.table[~np.isin(self.table[:, 0], list(damaged))]
         self.damaged += damaged.values()
@@ -962,14 +957,12 @@ def in_order(function: Callable, items: Sequence, workers: int, what: str,
     kept: a file that keeps the results, so that a second run goes on where one was stopped; title:
     a line that says what the results depend on.  Raises ValueError if the file has another title.
     """
-    done = []
-    if Path(kept).is_file():
-        first, *lines = Path(kept).read_text().splitlines(keepends=True) or [f"{title}\n"]
-        if first != f"{title}\n":
-            raise ValueError(f"{kept} is of other data or flags: remove what was begun there, or "
-                             "choose another --out")
-        # the last line may have been cut
-        done = [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = Path(kept).read_text().splitlines(keepends=True) if Path(kept).is_file() else []
+    if lines and lines[0] != f"{title}\n":
+        raise ValueError(f"{kept} is of other data or flags: remove what was begun there, or "
+                         "choose another --out")
+    # the last line may have been cut
+    done = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
     left = items[len(done):]
     # with batch_size=None, a worker calls collate_fn with one item
     results = torch.utils.data.DataLoader(left, batch_size=None, collate_fn=function,
@@ -1038,7 +1031,7 @@ def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
         except ValueError as error:  # the places before the damage are used
             damaged.append(str(error))
         # absolute, but links stay: their names and folders count
-        entries.append({"file": os.path.abspath(path), "size": path.stat().st_size})
+        entries.append({"file": os.path.abspath(path), **facts_of(path)})
         chunks += [(number, path, places[i:i + CHUNK]) for i in range(0, len(places), CHUNK)]
     if not chunks and not damaged:
         raise ValueError(f"{', '.join(map(str, files))} holds no records")
@@ -1068,29 +1061,27 @@ def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
             continue
         index = Index.load(Path(path))
         index.leave_out_damaged()
-        if index.settings["pixels"] != settings["pixels"]:
-            least, most = index.settings["pixels"]
-            raise ValueError(f"{path} was packed for --min-pixels {least} --max-pixels {most}: "
-                             f"give these, or name its shards, {path}/*.tar, to measure them anew")
-        if index.settings["tokenizer"] != settings["tokenizer"]:
-            raise ValueError(f"{path} was packed with the tokenizer of another checkpoint: pack it "
-                             f"again, or name its shards, {path}/*.tar, to measure them anew")
+        for name in ("pixels", "tokenizer"):
+            if index.settings[name] != settings[name]:
+                raise ValueError(f"{path} was packed with the {name} {index.settings[name]}, not "
+                                 f"{settings[name]}: give the same, pack it again, or name its "
+                                 f"shards, {path}/*.tar, to measure them anew")
         indexes.append(index)
     if len(indexes) == 1:
         return indexes[0]
 
-    # the files are numbered through, those of the first source first
-    tables, files, rejects, damaged = [], [], [], []
-    for index in indexes:
-        table = index.table.copy()
-        table[:, 0] += len(files)
-        tables.append(table)
-        files += index.files
-        rejects += index.rejects
-        damaged += index.damaged
-    settings |= {"counts": [len(table) for table in tables],
+    settings |= {"counts": [len(index.table) for index in indexes],
                  "weights": weights if all(weights) else None}
-    return Index(files, np.concatenate(tables), settings, rejects, damaged)
+    whole = Index([], np.empty((0, len(COLUMNS)), dtype=np.int64), settings)
+    for index in indexes:
+        # the files are numbered through, those of the first source first
+        table = index.table.copy()
+        table[:, 0] += len(whole.files)
+        whole.table = np.concatenate([whole.table, table])
+        whole.files += index.files
+        whole.rejects += index.rejects
+        whole.damaged += index.damaged
+    return whole
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -1438,12 +1429,12 @@ def print_rejects(index: Index, every: bool) -> None:
         print(f"{reject['file']}[{reject['part']}]: {reject['reason']}")
 
 
-def flops_of(loads: dict[str, Any], model: str) -> Any:
-    """FLOPs of a forward pass of a preset."""
+def flops_counter(model: str) -> Callable[[dict[str, Any]], Any]:
+    """A function from loads, by the names of LOADS, to FLOPs of a forward pass of a preset."""
     from model import PRESETS, forward_flops  # upward, for the commands alone
     if model not in PRESETS:
         raise ValueError(f"there is no --model {model!r}, only {', '.join(PRESETS)}")
-    return sum(forward_flops(PRESETS[model], loads).values())
+    return lambda loads: sum(forward_flops(PRESETS[model], loads).values())
 
 
 def inspect(flags: argparse.Namespace) -> None:
@@ -1487,8 +1478,9 @@ def inspect(flags: argparse.Namespace) -> None:
     planned = data.loads(data.epoch(0)[0])[:, 0]
     print(f"an epoch: {len(planned):,} samples in {count:,} rows of {flags.length:,} tokens, "
           f"{planned.sum() / (count * flags.length):.2%} full")
+    flops_of = flops_counter(flags.model)
     rows = Rows(data, min(64, max(1, count // 8) * 8), ranks=8,
-                cost=lambda loads: {"flops": flops_of(loads, flags.model)})
+                cost=lambda loads: {"flops": flops_of(loads)})
     print(f"FLOPs of a step of {rows.rows} rows of the {flags.model} on 8 ranks: the mean rank has "
           f"{rows[0].balance:.1%} of the slowest")
     if data.too_long:
@@ -1524,12 +1516,11 @@ def shard_fields(record: Record) -> dict[str, bytes]:
         content = content_of(file)
         if not isinstance(content, bytes):
             content = Path(content).read_bytes()
-        # a video of a shard is an animation
-        ending = "webp" if content[:4] == b"RIFF" else "gif"
-        if kind == "image":
-            ending = open_image(content, decode=False).format.lower()
-        elif isinstance(file, Path):
+        # a video of a shard is an animation, which opens as a picture; a film does not
+        if kind == "video" and isinstance(file, Path):
             ending = file.suffix[1:]
+        else:
+            ending = open_image(content, decode=False).format.lower()
         fields[f"{i}.{ending}"] = content
     about = {"id": record["id"], "texts": record["messages"], "media": kind, "name": list(fields)}
     # half a surrogate becomes \ud800, as JSON writes it
@@ -1537,21 +1528,25 @@ def shard_fields(record: Record) -> dict[str, bytes]:
     return {"json": text, **fields}
 
 
-def write_shard(item: tuple[int, np.ndarray], index: Index, out: Path) -> tuple[dict, list[Place]]:
-    """Write the shard of this number and samples.  Returns its entry in the index, and places."""
+def write_shard(item: tuple[int, np.ndarray], index: Index, out: Path,
+                ) -> tuple[dict, list[tuple]]:
+    """Write the shard of this number and samples.
+
+    Returns its entry in the index and, for each sample, the first four COLUMNS.
+    """
     number, samples = item
     path = out / f"shard-{number:06}.tar"
     places = []
+    # headers have no time and no owner, so the same samples make the same bytes
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-        for place, i in enumerate(samples):
+        for i, sample in enumerate(samples):
             start = tar.offset
-            for name, content in shard_fields(index.record(i)).items():
-                member = tarfile.TarInfo(f"{number:06}-{place:06}.{name}")
+            for name, content in shard_fields(index.record(sample)).items():
+                member = tarfile.TarInfo(f"{number:06}-{i:06}.{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-            places.append((start, tar.offset, place))
-    entry = {"file": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)}
-    return entry, places
+            places.append((number, start, tar.offset, 0))
+    return {"file": path.name, **facts_of(path, digest=True)}, places
 
 
 def plan_shards(row_of: np.ndarray) -> list[np.ndarray]:
@@ -1568,7 +1563,7 @@ def pack(flags: argparse.Namespace) -> None:
     if (out / "index.json").exists():
         raise ValueError(f"{out} is packed already")
     files = source_files(*flags.sources)
-    flops_of(dict.fromkeys(LOADS, 0.0), flags.model)  # refuses a preset that there is not
+    flops_of = flops_counter(flags.model)
     tokenizer = load_tokenizer(Path(flags.checkpoint))
     out.mkdir(parents=True, exist_ok=True)
     index = measure(files, tokenizer, flags.images, (flags.min_pixels, flags.max_pixels),
@@ -1589,14 +1584,12 @@ def pack(flags: argparse.Namespace) -> None:
     for (entry, places), samples in zip(written, shards):
         # the lines of the samples, now with their places in the shard
         table = index.table[samples]
-        table[:, 0] = len(entries)
-        table[:, 1:3] = [place[:2] for place in places]
-        table[:, 3] = 0
+        table[:, :4] = places
         table[:, COLUMNS.index("row")] = row_of[samples]
         loads = dict(zip(LOADS, table[:, -len(LOADS):].sum(0).astype(float)))
         entries.append(entry | {
             "samples": len(samples), "rows": len(np.unique(row_of[samples])),
-            "tokens": int(loads["tokens"]), "flops": flops_of(loads, flags.model)})
+            "tokens": int(loads["tokens"]), "flops": flops_of(loads)})
         tables.append(table)
     settings = {**index.settings, "images": "", "length": flags.length, "model": flags.model}
     Index(entries, np.concatenate(tables), settings, index.rejects).save(out)
