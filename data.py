@@ -1616,15 +1616,6 @@ def concepts_in(text: str, concepts: set[str], longest: int) -> list[str]:
     return sorted(phrases & concepts)
 
 
-def weighted_draw(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Numbers of `count` entries, drawn by weight without putting back, in order."""
-    # the largest of log(u) / weight, u uniform, are drawn so
-    uniform = (np.random.PCG64(seed).random_raw(len(weights)) + 1.0) / 2**64
-    possible = np.flatnonzero(weights)
-    keys = np.log(uniform[possible]) / weights[possible]
-    return np.sort(possible[np.argsort(-keys, kind="stable")[:count]])
-
-
 def balance(flags: argparse.Namespace) -> None:
     """Choose --keep records so that rare concepts are as frequent as the captions allow.
 
@@ -1644,15 +1635,18 @@ def balance(flags: argparse.Namespace) -> None:
         for (start, end, _), record in zip(json_places(path), read_records(path)):
             answers = [str(turn["content"]) for turn in record["messages"]
                        if turn["role"] == "assistant"]
-            parts.append(FilePart(str(path), start, end - start))
-            matched.append(concepts_in(" ".join(answers), concepts, longest))
+            found = concepts_in(" ".join(answers), concepts, longest)
+            if found:
+                parts.append(FilePart(str(path), start, end - start))
+                matched.append(found)
+    if not parts:
+        raise ValueError(f"no record names a concept of {flags.concepts}")
 
+    # the largest of log(u) / weight, u uniform, are drawn by weight, without putting back
     frequency = Counter(chain.from_iterable(matched))
     weights = np.array([sum(1 / frequency[name] for name in found) for found in matched])
-    if not frequency:
-        raise ValueError(f"no record names a concept of {flags.concepts}")
-    # written as they are, in their order in the sources
-    chosen = weighted_draw(weights, flags.keep, flags.seed)
+    uniform = (np.random.PCG64(flags.seed).random_raw(len(weights)) + 1.0) / 2**64
+    chosen = np.sort(np.argsort(-np.log(uniform) / weights, kind="stable")[:flags.keep])
     with open(flags.out, "xb") as out:
         out.writelines(content_of(parts[i]).strip() + b"\n" for i in chosen)
 
@@ -1661,7 +1655,7 @@ def balance(flags: argparse.Namespace) -> None:
         times = sorted(counts.values())
         print(f"{title}: {len(times):,} of {len(concepts):,} concepts are named, the most frequent "
               f"{times[-1] / np.median(times):,.1f} times as often as the median")
-    print(f"{len(chosen):,} of {len(parts):,} records -> {flags.out}")
+    print(f"{len(chosen):,} of {len(parts):,} records that name a concept -> {flags.out}")
 
 
 # ----------------------------------------------------------------------------------- python data.py
