@@ -60,7 +60,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache, partial
 from inspect import getsource
 from itertools import chain, compress, count, groupby, repeat, takewhile
@@ -1661,26 +1661,51 @@ def balance(flags: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------- python data.py
 
 SHIPPED = str(Path(__file__).parent / "assets" / "tiny")
-# flag: commands, default (None: it must be given), help
-FLAGS = {
-    "--concepts": ("balance", None, "file with a concept a line"),
-    "--keep": ("balance", 10_000, "records to choose"),
-    "--seed": ("balance", 0, "of the choice"),
-    "--out": ("pack balance", None, "directory of the shards, or the file of the chosen records"),
-    "--checkpoint": ("inspect pack", SHIPPED, "directory whose tokenizer counts tokens"),
-    "--images": ("inspect pack", "", "directory of the pictures; default beside the JSON"),
-    "--length": ("inspect pack", 8192, "tokens in a row"),
-    "--min-pixels": ("inspect pack", MIN_PIXELS, "least area of a picture"),
-    "--max-pixels": ("inspect pack", MAX_PIXELS, "largest area of a picture"),
-    "--workers": ("inspect pack", os.cpu_count() or 1, "processes that read"),
-    "--model": ("inspect pack", "4b", "preset whose FLOPs are counted"),
-    "--all": ("inspect", False, "read all records, not 10,000; list all that are rejected"),
-    "--decode": ("inspect", False, "decode all pictures, too"),
-    "--show": ("inspect", 0, "samples to print, what is learnt in brackets"),
-    "--sheet": ("inspect", "", "PNG to write, with the pictures of these samples"),
-    "--skip-bad": ("pack", False, "pack what is whole of damaged files"),
-}
-COMMANDS = {"inspect": inspect, "pack": pack, "balance": balance}
+
+
+@dataclass
+class Reading:
+    """Flags of `inspect` and `pack`."""
+
+    checkpoint: str = SHIPPED  # directory whose tokenizer counts tokens
+    images: str = ""  # directory of the pictures; default beside the JSON
+    length: int = 8192  # tokens in a row
+    min_pixels: int = MIN_PIXELS  # least area of a picture
+    max_pixels: int = MAX_PIXELS  # largest area of a picture
+    workers: int = os.cpu_count() or 1  # processes that read
+    model: str = "4b"  # preset whose FLOPs are counted
+
+
+@dataclass
+class Inspect:
+    """Flags of `inspect` alone."""
+
+    all: bool = False  # read all records, not 10,000; list all that are rejected
+    decode: bool = False  # decode all pictures, too
+    show: int = 0  # samples to print, what is learnt in brackets
+    sheet: str = ""  # PNG to write, with the pictures of these samples
+
+
+@dataclass
+class Pack:
+    """Flags of `pack` alone."""
+
+    out: str  # directory of the shards
+    skip_bad: bool = False  # pack what is whole of damaged files
+
+
+@dataclass
+class Balance:
+    """Flags of `balance`."""
+
+    concepts: str  # file with a concept a line
+    out: str  # file of the chosen records
+    keep: int = 10_000  # records to choose
+    seed: int = 0  # of the choice
+
+
+COMMANDS = {"inspect": (inspect, Reading, Inspect), "pack": (pack, Reading, Pack),
+            "balance": (balance, Balance)}
 
 
 def parse_command(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], None],
@@ -1689,26 +1714,20 @@ def parse_command(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], 
     if not arguments or arguments[0] not in COMMANDS:
         raise ValueError(f"usage: python data.py {{{','.join(COMMANDS)}}} SOURCE...")
     name = arguments[0]
-    parser = flag_parser(COMMANDS[name].__doc__.splitlines()[0], arguments)
+    command, *configs = COMMANDS[name]
+    parser = flag_parser(command.__doc__.splitlines()[0], arguments)
     parser.prog = f"data.py {name}"
     parser.add_argument("sources", nargs="*" if name == "inspect" else "+", default=["questions"],
                         help="files, directories, globs or lists in braces of records")
     # a flag of another command is unknown, and so refused
-    for flag, (commands, default, text) in FLAGS.items():
-        if name not in commands.split():
-            continue
-        if default is False:
-            parser.add_argument(flag, action="store_true", help=text)
-        else:
-            kind = int if isinstance(default, int) else str
-            parser.add_argument(flag, type=kind, default=default, required=default is None,
-                                help=text)
+    for config in configs:
+        add_fields(parser, config)
     flags = parser.parse_args(arguments[1:])
     for key, value in vars(flags).items():
         least = 1 if key in ("length", "keep", "min_pixels") else 0
         if isinstance(value, int) and value < least:
             raise ValueError(f"--{key.replace('_', '-')} must be at least {least}")
-    return COMMANDS[name], flags
+    return command, flags
 
 
 def run() -> None:
@@ -1751,8 +1770,10 @@ def add_fields(parser: argparse.ArgumentParser, config: type) -> None:
             options = {"action": argparse.BooleanOptionalAction}
         if isinstance(entry.default, tuple):
             options = {"nargs": "+"}
-        parser.add_argument(flag, default=entry.default, help=f"{comment} (default "
-                            f"{entry.default!r})", **options)
+        required = entry.default is MISSING
+        if not required:
+            comment += f" (default {entry.default!r})"
+        parser.add_argument(flag, default=entry.default, required=required, help=comment, **options)
 
 
 def refuse_in_one_sentence(script: str, command: Callable[[], None]) -> None:
