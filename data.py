@@ -119,7 +119,6 @@ OTHER_MEDIA = re.compile(r"\A<(video|audio)>(?!\s*<(source|track|/))|\n<(video|a
 BAD_RECORD = (*UNREADABLE, ArithmeticError, MemoryError)  # what readers and decoders raise
 DRAWN = ("captions", "questions", "mixed")  # data drawn by assets/scenes.py
 CHUNK = 1000  # records that a process measures at once
-INDEX_FILES = ("index.json", "rejects.jsonl")  # beside packed shards
 EPOCH_NUMBERS = 2**20  # numbers for the drawn samples of an epoch
 SHARD = 4096  # samples of a shard that it writes, to the end of a row
 
@@ -224,24 +223,21 @@ def render(messages: list[dict], visual_counts: list[int],
     check_places(places, len(visual_counts), "picture")
 
 
-def mark_pattern(tokenizer: Tokenizer, generation_prompt: bool) -> re.Pattern[str]:
-    """Matches, as a group, a mark: a special token whose name in a text becomes its id.
+def mark_pattern(tokenizer: Tokenizer) -> str:
+    """A pattern of marks, the special tokens whose names in a text become their ids; "": of none.
 
-    Tokens of STRUCTURE are no marks.  In a prompt there are no marks.
+    Tokens of STRUCTURE are no marks.
     """
     special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
     # the longer name first: <loc_77> before a mark <loc_7
-    marks = sorted(special - STRUCTURE, key=len, reverse=True)
-    if generation_prompt or not marks:
-        return re.compile("(?!)")  # matches nothing
-    return re.compile(f"({'|'.join(map(re.escape, marks))})")
+    return "|".join(map(re.escape, sorted(special - STRUCTURE, key=len, reverse=True)))
 
 
-def text_tokens(text: str, tokenizer: Tokenizer, marks: re.Pattern[str]) -> list[int]:
+def text_tokens(text: str, tokenizer: Tokenizer, marks: str) -> list[int]:
     """Token ids of plain text; a name that `marks` matches becomes the id of its token."""
     ids = []
     # a split at a group keeps what it matches: text, mark, text, mark, ..., text
-    for i, part in enumerate(marks.split(text)):
+    for i, part in enumerate(re.split(f"({marks})", text) if marks else [text]):
         if i % 2 == 1:
             ids.append(tokenizer.token_to_id(part))
         else:
@@ -263,7 +259,7 @@ def chat_tokens(messages: list[dict], tokenizer: Tokenizer, visual_counts: list[
     have typed it.  The tokens of STRUCTURE, which delimit messages and pictures, always stay text.
     """
     ids, labels = [], []
-    marks = mark_pattern(tokenizer, generation_prompt)
+    marks = "" if generation_prompt else mark_pattern(tokenizer)
     pieces = render(messages, visual_counts, generation_prompt)
 
     # Neighbouring texts are tokenised as one text, for example "user\n" and the question behind it.
@@ -283,12 +279,12 @@ def chat_tokens(messages: list[dict], tokenizer: Tokenizer, visual_counts: list[
 
 
 @contextmanager
-def named(name: str, errors: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
-    """Raise these errors as ValueError, with the name of the record in front."""
+def named(words: str, errors: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    """Raise these errors as ValueError, with words in front that say what the error is about."""
     try:
         yield
     except errors as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{words}: {error}") from error
 
 
 @dataclass
@@ -476,10 +472,10 @@ def turns_of(raw: dict) -> list[dict]:
     return turns
 
 
-def open_media(kind: str, named: list, folder: Path) -> list[Picture | Video]:
+def open_media(kind: str, files: list, folder: Path) -> list[Picture | Video]:
     """The pictures or videos that a record names, by their paths or with their bytes."""
     media = []
-    for file in named:
+    for file in files:
         # Hugging Face stores a picture as its bytes, or as a path, or both
         if isinstance(file, dict):
             file = file.get("bytes") or file.get("path")
@@ -499,8 +495,8 @@ def media_of_entry(raw: dict, folder: Path) -> Media:
         if raw.get(kind) and raw.get(f"{kind}s"):
             raise ValueError(f"it has {kind} and {kind}s: which is meant?")
         # either key may hold one path or a list of paths
-        named = raw.get(f"{kind}s") or raw.get(kind) or []
-        media[kind] = open_media(kind, named if isinstance(named, list) else [named], folder)
+        files = raw.get(f"{kind}s") or raw.get(kind) or []
+        media[kind] = open_media(kind, files if isinstance(files, list) else [files], folder)
     return media
 
 
@@ -597,10 +593,8 @@ Found = dict[int, tuple[Any, str, Path | Fields]]  # number -> arguments of norm
 
 def load_json(content: bytes, origin: str | Path) -> Any:
     """The value of a JSON text, which may begin with the mark of Windows.  Else ValueError."""
-    try:
+    with named(f"{origin} is not valid JSON", (ValueError, RecursionError)):
         return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{origin} is not valid JSON: {error}") from error
 
 
 def json_places(path: Path) -> Iterator[Place]:
@@ -636,7 +630,6 @@ def json_records(path: Path, place: Place, folder: Path) -> Found:
     return {number: (raw, origin, folder)}
 
 
-NAMES = "backslashreplace"  # how names that are not UTF-8 are read
 # what tarfile raises for a damaged header, such as one that claims a size of 1 TB
 BAD_SHARD = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
 
@@ -662,24 +655,21 @@ def shard_samples(path: Path, start: int = 0, end: int = 0) -> Iterator[list[tup
     damaged, after the samples before.
     """
     sample: list[tuple] = []
-    try:
-        with open(path, "rb") as file:
-            file.seek(start)
-            tar = tarfile.TarFile(fileobj=file, errors=NAMES)
-            for member in tar:
-                key, field_name = key_of(member)
-                if sample and key and key != sample[0][0]:
-                    yield sample
-                    sample = []
-                if key:
-                    sample.append((key, field_name, member))
-                if end and tar.offset >= end:  # the next header is not read
-                    break
-            # tarfile takes a broken header for the end; a tar ends with zeros, 1 to 11 kB
-            file.seek(tar.offset)
-            rest = file.read(2**14)
-    except BAD_SHARD as error:
-        raise ValueError(f"{path} cannot be read as a shard: {error!r}") from error
+    with named(f"{path} cannot be read as a shard", BAD_SHARD), open(path, "rb") as file:
+        file.seek(start)
+        tar = tarfile.TarFile(fileobj=file, errors="backslashreplace")  # of names not in UTF-8
+        for member in tar:
+            key, field_name = key_of(member)
+            if sample and key and key != sample[0][0]:
+                yield sample
+                sample = []
+            if key:
+                sample.append((key, field_name, member))
+            if end and tar.offset >= end:  # the next header is not read
+                break
+        # tarfile takes a broken header for the end; a tar ends with zeros, 1 to 11 kB
+        file.seek(tar.offset)
+        rest = file.read(2**14)
     if sample:
         yield sample
     if not end and (any(rest) or not 1024 <= len(rest) <= 11 * 1024):
@@ -764,10 +754,8 @@ def parquet_file(path: Path) -> Any:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise ValueError(f"{path} needs a package that is not here: pip install pyarrow") from None
-    try:
+    with named(f"{path} is not valid parquet", (ArrowException, OSError)):
         return parquet.ParquetFile(path)
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not valid parquet: {error}") from error
 
 
 def parquet_places(path: Path) -> Iterator[Place]:
@@ -824,9 +812,10 @@ def source_files(*sources: str) -> list[Path]:
         # a name may contain the characters of a glob
         found = [path] if path.exists() else [*map(Path, glob.glob(name, recursive=True))]
         if path.is_dir():
-            found = [file for file in path.rglob("*")
-                     if file.suffix in READERS and not (
-                         file.name in INDEX_FILES and (file.parent / "index.npy").is_file())]
+            # of packed shards; these hold no records
+            index = {"index.json", "rejects.jsonl"}
+            found = [file for file in path.rglob("*") if file.suffix in READERS
+                     and not (file.name in index and (file.parent / "index.npy").is_file())]
         if not found:
             raise ValueError(f"there is no data file {name}")
         files += sorted(found)
@@ -876,7 +865,7 @@ def load_of(sample: Sample) -> list[int]:
 
 def facts_of(path: Path, digest: bool = False) -> dict[str, Any]:
     """What tells a file from what it is when it is damaged: its size and, if wanted, its digest."""
-    facts: dict[str, Any] = {"size": path.stat().st_size}
+    facts = {"size": path.stat().st_size}
     if digest:
         with open(path, "rb") as file:
             facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -919,7 +908,8 @@ class Index:
     @classmethod
     def load(cls, folder: Path) -> "Index":
         """Read an index, with its rejected records."""
-        try:
+        bad = (ValueError, KeyError, TypeError, EOFError, FileNotFoundError)
+        with named(f"{folder} holds no valid index", bad):
             head = json.loads((folder / "index.json").read_text())
             table = np.load(folder / "index.npy", mmap_mode="r")
             rejects = (folder / "rejects.jsonl").read_text().splitlines()
@@ -929,8 +919,6 @@ class Index:
             for entry in files:
                 # of packed data relative to the folder
                 entry["file"] = os.path.abspath(folder / entry["file"])
-        except (ValueError, KeyError, TypeError, EOFError, FileNotFoundError) as error:
-            raise ValueError(f"{folder} holds no valid index: {error}") from error
         return cls(files, table, settings, list(map(json.loads, rejects)))
 
     def leave_out_damaged(self, digests: bool = False) -> None:
@@ -1121,10 +1109,11 @@ def pack_rows(lengths: np.ndarray, room: int, pool: int = 128) -> np.ndarray:
     return row_of
 
 
-def by_row(row_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Samples in the order of their rows, and where each row starts among them."""
-    starts = np.concatenate([[0], np.bincount(row_of).cumsum()])
-    return row_of.argsort(kind="stable"), starts
+def by_row(samples: np.ndarray, row_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Samples in the order of their rows, and where each row starts; those of row -1 left out."""
+    starts = np.bincount(row_of + 1).cumsum()
+    in_order = samples[row_of.argsort(kind="stable")]
+    return in_order[starts[0]:], starts - starts[0]
 
 
 class FileData:
@@ -1155,14 +1144,12 @@ class FileData:
         chosen = []
         for number, (source, weight) in enumerate(zip(self.sources, weights)):
             # a source is an endless stream of shuffled passes; epochs cut it into stretches
-            size = round(weight / sum(weights) * self.total)
-            stretch = np.arange(epoch * size, (epoch + 1) * size)
-            passes, places = np.divmod(stretch, len(source))
+            size = max(1, round(weight / sum(weights) * self.total))
             # a source smaller than its share is passed through several times
-            bounds = np.flatnonzero(np.diff(passes)) + 1
-            for which, part in zip(np.unique(passes), np.split(places, bounds)):
-                order = permutation(len(source), self.seed, number, which)
-                chosen.append(source[order[part]])
+            first, skipped = divmod(epoch * size, len(source))
+            passes = range(first, first + -(-(skipped + size) // len(source)))
+            order = [permutation(len(source), self.seed, number, which) for which in passes]
+            chosen.append(source[np.concatenate(order)[skipped:skipped + size]])
         together = np.concatenate(chosen)
         return together[permutation(len(together), self.seed, len(self.sources), epoch)]
 
@@ -1171,14 +1158,12 @@ class FileData:
         """Samples of an epoch in the order of its rows, and where each row starts."""
         samples = self.samples_of(number)
         if self.packed:
-            packed = self.index.column("row")[samples]
-            _, row_of = np.unique(packed, return_inverse=True)
+            _, row_of = np.unique(self.index.column("row")[samples], return_inverse=True)
         else:
             row_of = pack_rows(self.index.column("tokens")[samples], self.seq_length)
         # the rows that are not full are the last: shuffle them
         shuffled = permutation(row_of.max() + 1, self.seed, len(self.sources) + 1, number)
-        order, starts = by_row(shuffled[row_of])
-        return samples[order], starts
+        return by_row(samples, shuffled[row_of])
 
     @lru_cache(maxsize=None)  # noqa: B019
     def rows_in(self, epoch: int) -> int:
@@ -1253,13 +1238,11 @@ class DrawnData:
         sizes = np.array(list(lengths.values()))
         # an epoch is short, and so is its pool, for mixed rows
         row_of = pack_rows(sizes, self.seq_length, pool=16)
-        # of one row more than wanted, the emptiest are left out
+        # of one row more than wanted, the emptiest are left out; the others are shuffled
         fullest = np.argsort(-np.bincount(row_of, sizes), kind="stable")[:self.rows]
-        order, starts = by_row(row_of)
-        chosen = fullest[permutation(len(fullest), self.seed, number)]
-        members = [order[starts[row]:starts[row + 1]] for row in chosen]
-        return (np.array(list(lengths))[np.concatenate(members)],
-                np.cumsum([0, *map(len, members)]))
+        place = np.full(row_of.max() + 1, -1)
+        place[fullest[permutation(len(fullest), self.seed, number)]] = np.arange(len(fullest))
+        return by_row(np.array(list(lengths)), place[row_of])
 
     def rows_in(self, epoch: int) -> int:
         """Number of rows of an epoch."""
@@ -1361,11 +1344,10 @@ class Rows(torch.utils.data.Dataset):
 def print_histogram(title: str, values: np.ndarray) -> None:
     """How many of the values lie between powers of two, with bars."""
     print(f"{title}: {values.min():,} to {values.max():,}, mean {values.mean():,.0f}")
-    exponents = np.log2(np.maximum(values, 1)).astype(int)
-    counts = np.bincount(exponents)
-    for exponent in range(exponents.min(), exponents.max() + 1):
-        bar = "#" * round(50 * counts[exponent] / counts.max())
-        print(f"  {2**exponent:>10,} - {2**(exponent + 1) - 1:<10,} {counts[exponent]:>10,} {bar}")
+    exponents, counts = np.unique(np.log2(np.maximum(values, 1)).astype(int), return_counts=True)
+    for exponent, number in zip(exponents.tolist(), counts):
+        bar = "#" * round(50 * number / counts.max())
+        print(f"  {2**exponent:>10,} - {2**(exponent + 1) - 1:<10,} {number:>10,} {bar}")
 
 
 def print_sample(number: int, sample: Sample, tokenizer: Tokenizer) -> None:
@@ -1390,8 +1372,8 @@ def write_sheet(samples: list[Sample], file: str) -> None:
                 for sample in samples for image in sample.images]
     sheet = Image.new("RGB", (8 * 168, -(-len(pictures) // 8) * 168), "white")
     for i, picture in enumerate(pictures):
-        square = ImageOps.pad(to_rgb(picture), (160, 160), color="white")
-        sheet.paste(square, (i % 8 * 168, i // 8 * 168))
+        sheet.paste(ImageOps.pad(to_rgb(picture), (160, 160), color="white"),
+                    (i % 8 * 168, i // 8 * 168))
     sheet.save(file)
 
 
@@ -1408,12 +1390,12 @@ def print_rejects(index: Index, every: bool) -> None:
         print(f"{reject['file']}[{reject['part']}]: {reject['reason']}")
 
 
-def flops_counter(model: str) -> Callable[[dict[str, Any]], Any]:
+def cost_of(model: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """A function from loads, by the names of LOADS, to FLOPs of a forward pass of a preset."""
     from model import PRESETS, forward_flops  # upward, for the commands alone
     if model not in PRESETS:
         raise ValueError(f"there is no --model {model!r}, only {', '.join(PRESETS)}")
-    return lambda loads: sum(forward_flops(PRESETS[model], loads).values())
+    return lambda loads: {"flops": sum(forward_flops(PRESETS[model], loads).values())}
 
 
 def inspect(flags: argparse.Namespace) -> None:
@@ -1457,9 +1439,7 @@ def inspect(flags: argparse.Namespace) -> None:
     planned = data.loads(data.epoch(0)[0])[:, 0]
     print(f"an epoch: {len(planned):,} samples in {count:,} rows of {flags.length:,} tokens, "
           f"{planned.sum() / (count * flags.length):.2%} full")
-    flops_of = flops_counter(flags.model)
-    rows = Rows(data, min(64, max(1, count // 8) * 8), ranks=8,
-                cost=lambda loads: {"flops": flops_of(loads)})
+    rows = Rows(data, min(64, max(1, count // 8) * 8), ranks=8, cost=cost_of(flags.model))
     print(f"FLOPs of a step of {rows.rows} rows of the {flags.model} on 8 ranks: the mean rank has "
           f"{rows[0].balance:.1%} of the slowest")
     if data.too_long:
@@ -1530,7 +1510,7 @@ def write_shard(item: tuple[int, np.ndarray], index: Index, out: Path,
 
 def plan_shards(row_of: np.ndarray) -> list[np.ndarray]:
     """The samples of each shard, in the order of their rows; a shard ends with a row."""
-    order, starts = by_row(row_of)
+    order, starts = by_row(np.arange(len(row_of)), row_of)
     ends = starts[np.searchsorted(starts, np.arange(SHARD, len(order), SHARD))]
     return [shard for shard in np.split(order, np.unique(ends)) if len(shard)]
 
@@ -1542,7 +1522,7 @@ def pack(flags: argparse.Namespace) -> None:
     if (out / "index.json").exists():
         raise ValueError(f"{out} is packed already")
     files = source_files(*flags.sources)
-    flops_of = flops_counter(flags.model)
+    cost = cost_of(flags.model)
     tokenizer = load_tokenizer(Path(flags.checkpoint))
     out.mkdir(parents=True, exist_ok=True)
     index = measure(files, tokenizer, flags.images, (flags.min_pixels, flags.max_pixels),
@@ -1566,9 +1546,9 @@ def pack(flags: argparse.Namespace) -> None:
         table[:, :4] = places
         table[:, COLUMNS.index("row")] = row_of[samples]
         loads = dict(zip(LOADS, table[:, -len(LOADS):].sum(0).astype(float)))
-        entries.append(entry | {
+        entries.append(entry | cost(loads) | {
             "samples": len(samples), "rows": len(np.unique(row_of[samples])),
-            "tokens": int(loads["tokens"]), "flops": flops_of(loads)})
+            "tokens": int(loads["tokens"])})
         tables.append(table)
     settings = {**index.settings, "images": "", "length": flags.length, "model": flags.model}
     Index(entries, np.concatenate(tables), settings, index.rejects).save(out)
@@ -1687,9 +1667,8 @@ COMMANDS = {"inspect": (inspect, Reading, Inspect), "pack": (pack, Reading, Pack
             "balance": (balance, Balance)}
 
 
-def parse_command(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], None],
-                                                 argparse.Namespace]:
-    """The command and its flags."""
+def run(arguments: list[str]) -> None:
+    """Read the flags of `python data.py` and do what they say."""
     if not arguments or arguments[0] not in COMMANDS:
         raise ValueError(f"usage: python data.py {{{','.join(COMMANDS)}}} SOURCE...")
     name = arguments[0]
@@ -1706,12 +1685,6 @@ def parse_command(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], 
         least = 1 if key in ("length", "keep", "min_pixels") else 0
         if isinstance(value, int) and value < least:
             raise ValueError(f"--{key.replace('_', '-')} must be at least {least}")
-    return command, flags
-
-
-def run() -> None:
-    """Read the flags of `python data.py` and do what they say."""
-    command, flags = parse_command(sys.argv[1:])
     command(flags)
 
 
@@ -1793,4 +1766,4 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 if __name__ == "__main__":
-    refuse_in_one_sentence("data.py", run)
+    refuse_in_one_sentence("data.py", lambda: run(sys.argv[1:]))

@@ -330,9 +330,8 @@ def test_a_source_is_no_command(source: str, tmp_path: Path,
 
 def pack(out: Path, *sources: Path, workers: int = 0, length: int = LENGTH) -> dict[str, bytes]:
     """What `data.py pack` writes."""
-    command, flags = data.parse_command(["pack", *map(str, sources), "--out", str(out), "--length",
-                                         str(length), "--workers", str(workers)])
-    command(flags)
+    data.run(["pack", *map(str, sources), "--out", str(out), "--length", str(length), "--workers",
+              str(workers)])
     return {file.name: file.read_bytes() for file in out.iterdir()}
 
 

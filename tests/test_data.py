@@ -864,8 +864,7 @@ def test_nested_json_is_refused(tmp_path: Path) -> None:
 
 
 def run_data(*arguments: object) -> None:
-    command, flags = data.parse_command(list(map(str, arguments)))
-    command(flags)
+    data.run(list(map(str, arguments)))
 
 
 def test_balance_makes_rare_concepts_frequent(tmp_path: Path,
