@@ -130,36 +130,26 @@ def split_content(message: dict, places: str = "") -> list[dict]:
     """A message's content as items {"type": "text"|"image"|"video", ...}.
 
     places: a pattern of what is the place of a picture or video in a user's text; "": nothing is.
+    Raises ValueError with the offending value if this is no message.
 
     >>> split_content({"role": "user", "content": "<image>\\nWhat is this?"}, "<image>")
     [{'type': 'image'}, {'type': 'text', 'text': '\\nWhat is this?'}]
     """
-    content = message["content"]
-    if not isinstance(content, str):
-        return content
-    parts = [content]
-    if places and message["role"] == "user":
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise ValueError(f"{message!r} is not a message with role and content")
+    role, items = message["role"], message["content"]
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"a message has the role {role!r}, not system, user or assistant")
+    if isinstance(items, str):
         # a split at a group keeps what it matches: text, place, text, place, ..., text
-        parts = re.split(f"({places})", content)
-    return [{"type": part[1:-1]} if i % 2 else {"type": "text", "text": part}
-            for i, part in enumerate(parts) if part]
-
-
-def check_messages(messages: list[dict]) -> None:
-    """Raise ValueError with the offending value if this is not a conversation."""
-    if not isinstance(messages, list):
-        raise ValueError(f"the messages are {messages!r}, not a list")
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"{message!r} is not a message with role and content")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"a message has the role {message['role']!r}, "
-                             "not system, user or assistant")
-        items = split_content(message)
-        if not isinstance(items, list):
-            raise ValueError(f"a message has the content {items!r}, not text or a list of items")
-        for item in items:
-            check_item(item)
+        parts = re.split(f"({places})", items) if places and role == "user" else [items]
+        items = [{"type": part[1:-1]} if i % 2 else {"type": "text", "text": part}
+                 for i, part in enumerate(parts) if part]
+    if not isinstance(items, list):
+        raise ValueError(f"a message has the content {items!r}, not text or a list of items")
+    for item in items:
+        check_item(item)
+    return items
 
 
 def check_item(item: Any) -> None:
@@ -190,21 +180,24 @@ def render(messages: list[dict], visual_counts: list[int],
     A piece with repeats = 0 is plain text.  Raises ValueError for a malformed message, and if the
     number of pictures differs from the number of places for them.
     """
-    check_messages(messages)
+    if not isinstance(messages, list):
+        raise ValueError(f"the messages are {messages!r}, not a list")
+    pattern = "<image>" if visual_counts else ""
+    turns = [(split_content(message, pattern), message["role"]) for message in messages]
+    if turns and turns[0][1] != "system":
+        turns = [([{"type": "text", "text": SYSTEM_PROMPT}], "system"), *turns]
     counts = iter(visual_counts)
     places = 0
-    if messages and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
 
-    for i, message in enumerate(messages):
+    for i, (items, role) in enumerate(turns):
         # <|im_start|> role \n content <|im_end|>, and \n between two messages
         if i > 0:
             yield "\n", 0, False
         yield "<|im_start|>", 1, False
-        yield f"{message['role']}\n", 0, False
-        learnt = message["role"] == "assistant"
+        yield f"{role}\n", 0, False
+        learnt = role == "assistant"
 
-        for item in split_content(message, "<image>" if visual_counts else ""):
+        for item in items:
             if item["type"] == "text":
                 yield item["text"], 0, learnt
                 continue
@@ -468,7 +461,6 @@ def turns_of(raw: dict) -> list[dict]:
         flags = {key for key in ("weight", "loss", "train", "trainable") if turn.get(key) == learnt}
         refuse_unused(turn, TURN_KEYS | flags)
         turns.append({"role": role, "content": turn.get("content", turn.get("value"))})
-    check_messages(turns)
     return turns
 
 
@@ -971,19 +963,18 @@ def measure_chunk(chunk: tuple[int, Path, list[Place]], images: str,
     file, path, places = chunk
     lines, rejects = [], []
     for place in places:
-        start, end, number = place
         try:
             found = READERS[path.suffix][1](path, place, Path(images or path.parent))
         except BAD_RECORD as error:
-            rejects.append((number, error))
+            rejects.append((place[2], error))
             continue
         # of a packed shard, one bad record does not lose the others
         for part, raw in found.items():
             try:
                 sample = encode_one(normalize_record(*raw))
-                if check is not None:
+                if check:
                     check(sample)
-                lines.append([file, start, end, part, -1, *load_of(sample)])
+                lines.append([file, *place[:2], part, -1, *load_of(sample)])
             except BAD_RECORD as error:
                 rejects.append((part, error))
     return lines, [{"file": str(path), "part": part, "reason": str(error)}
@@ -1182,9 +1173,8 @@ class FileData:
         except BAD_RECORD as error:
             # other ranks count on its tokens, so its place is kept, without holes and labels
             blank = torch.zeros(loads[0], dtype=torch.int64)
-            return Sample(blank, torch.full_like(blank, IGNORE), [],
-                          torch.empty(0, 3, dtype=torch.int64), (0, 0), "unknown", str(error),
-                          number)
+            return Sample(blank, blank + IGNORE, [], blank[:0].view(0, 3), (0, 0), "unknown",
+                          str(error), number)
         if load_of(sample) != loads:
             raise ValueError(f"record {sample.name} has {len(sample.input_ids)} tokens, but had "
                              f"{loads[0]} when it was measured: its file has changed")
