@@ -932,12 +932,13 @@ class Index:
 
 
 def in_order(function: Callable, items: Sequence, workers: int, what: str,
-             kept: str | Path = os.devnull, title: str = "") -> Iterator[Any]:
+             kept: str | Path = os.devnull, about: Any = None) -> Iterator[Any]:
     """function(item) of all items, made by worker processes; with a bar that says what they are.
 
-    kept: a file that keeps the results, so that a second run goes on where one was stopped; title:
-    a line that says what the results depend on.  Raises ValueError if the file has another title.
+    kept: a file that keeps the results, so that a second run goes on where one was stopped; about:
+    what they depend on, its first line.  Raises ValueError if a file is about something else.
     """
+    title = json.dumps(about)
     lines = Path(kept).read_text().splitlines(keepends=True) if Path(kept).is_file() else []
     if lines and lines[0] != f"{title}\n":
         raise ValueError(f"{kept} is of other data or flags: remove what was begun there, or "
@@ -1018,10 +1019,9 @@ def measure(files: list[Path], tokenizer: Tokenizer, images: str = "",
 
     one = partial(measure_chunk, images=images, check=check,
                   encode_one=partial(encode, tokenizer=tokenizer, pixels=pixels))
-    title = json.dumps({"settings": settings, "files": entries})
     tables, rejects = [np.empty((0, len(COLUMNS)), dtype=np.int64)], []
     for lines, bad in in_order(one, chunks[:most], workers, f"x {CHUNK:,} records measured", kept,
-                               title):
+                               [settings, entries]):
         tables.append(np.array(lines, dtype=np.int64).reshape(-1, len(COLUMNS)))
         rejects += bad
     return Index(entries, np.concatenate(tables), settings, rejects, damaged)
@@ -1348,10 +1348,9 @@ def print_sample(number: int, sample: Sample, tokenizer: Tokenizer) -> None:
           f"pictures of {grids} patches")
     pairs = zip(sample.input_ids.tolist(), sample.labels.tolist())
     for is_learnt, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
+        text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
         # a picture is shown as one of its many tokens
-        tokens = [token for token, _ in group]
-        once = [token for token, _ in groupby(tokens)] if not is_learnt else tokens
-        text = tokenizer.decode(once, skip_special_tokens=False)
+        text = re.sub(r"(<\|\w+_pad\|>)\1+", r"\1", text)
         print(f"[{text}]" if is_learnt else text, end="")
     print()
 
@@ -1369,11 +1368,10 @@ def write_sheet(samples: list[Sample], file: str) -> None:
 
 def print_rejects(index: Index, every: bool) -> None:
     """What cannot be used, by its kind; with `every`, each record and file."""
-    kinds: dict[str, list[str]] = {}
-    for reject in index.rejects:
-        kinds.setdefault(reason_of(reject["reason"]), []).append(reject["reason"])
-    for kind, reasons in kinds.items():
-        print(f"rejected: {len(reasons):,} {kind}, as in: {reasons[0]}")
+    reasons = sorted((reject["reason"] for reject in index.rejects), key=reason_of)
+    for kind, group in groupby(reasons, key=reason_of):
+        first, *others = group
+        print(f"rejected: {1 + len(others):,} {kind}, as in: {first}")
     for said in index.damaged:
         print(f"damaged: {said}")
     for reject in index.rejects if every else []:
@@ -1501,8 +1499,9 @@ def write_shard(item: tuple[int, np.ndarray], index: Index, out: Path,
 def plan_shards(row_of: np.ndarray) -> list[np.ndarray]:
     """The samples of each shard, in the order of their rows; a shard ends with a row."""
     order, starts = by_row(np.arange(len(row_of)), row_of)
-    ends = starts[np.searchsorted(starts, np.arange(SHARD, len(order), SHARD))]
-    return [shard for shard in np.split(order, np.unique(ends)) if len(shard)]
+    # a row is in the shard in which its first sample falls
+    shard_of = np.repeat(starts[:-1] // SHARD, np.diff(starts))
+    return np.split(order, np.flatnonzero(np.diff(shard_of)) + 1)
 
 
 def pack(flags: argparse.Namespace) -> None:
@@ -1526,9 +1525,9 @@ def pack(flags: argparse.Namespace) -> None:
     row_of = pack_rows(index.column("tokens"), flags.length)
     shards = plan_shards(row_of)
     # shards of another plan must not be taken for those of this one
-    plan = json.dumps([flags.length, index.settings, index.files])
     written = in_order(partial(write_shard, index=index, out=out), list(enumerate(shards)),
-                       flags.workers, "shards written", out / "written.partial", plan)
+                       flags.workers, "shards written", out / "written.partial",
+                       [flags.length, index.settings, index.files])
     entries, tables = [], []
     for (entry, places), samples in zip(written, shards):
         # the lines of the samples, now with their places in the shard
@@ -1612,7 +1611,7 @@ def balance(flags: argparse.Namespace) -> None:
 SHIPPED = str(Path(__file__).parent / "assets" / "tiny")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reading:
     """Flags of `inspect` and `pack`."""
 
@@ -1625,7 +1624,7 @@ class Reading:
     model: str = "4b"  # preset whose FLOPs are counted
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inspect:
     """Flags of `inspect` alone."""
 
@@ -1635,7 +1634,7 @@ class Inspect:
     sheet: str = ""  # PNG to write, with the pictures of these samples
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pack:
     """Flags of `pack` alone."""
 
@@ -1643,7 +1642,7 @@ class Pack:
     skip_bad: bool = False  # pack what is whole of damaged files
 
 
-@dataclass
+@dataclass(frozen=True)
 class Balance:
     """Flags of `balance`."""
 
