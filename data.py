@@ -290,8 +290,8 @@ class Sample:
     grid_thw: Tensor  # (I, 3) int64, the patches that each picture will be cut into
     pixels: Pixels  # least and largest area of a picture
     name: str  # of the record, for messages
-    lost: str = ""  # why nothing is learnt from it, although the plan counts on it
     number: int = 0  # in the data; names need not be unique
+    lost: str = ""  # why nothing is learnt from it, although the plan counts on it
 
     def patches(self, i: int) -> Tensor:
         """Decode and cut picture i, (P, 588) uint8.  Raises ValueError with the record's name."""
@@ -344,11 +344,11 @@ class Row:
 
 
 def encode(record: Record, tokenizer: Tokenizer, pixels: Pixels = PIXELS,
-           generation_prompt: bool = False) -> Sample:
+           generation_prompt: bool = False, number: int = 0) -> Sample:
     """Tokenise a record and measure its pictures; pixels: least and largest height * width.
 
-    Raises ValueError, with the record's name, if the record is malformed or, in training, has
-    nothing to learn.
+    number: of the sample in the data.  Raises ValueError, with the record's name, if the record is
+    malformed or, in training, has nothing to learn.
     """
     # half a surrogate, which JSON may hold, could not be printed
     name = str(record.get("id", "?")).encode(errors="backslashreplace").decode()
@@ -362,7 +362,7 @@ def encode(record: Record, tokenizer: Tokenizer, pixels: Pixels = PIXELS,
             raise ValueError("it has no answer to learn")
     # NumPy reads a list several times as fast as PyTorch
     input_ids, labels = torch.from_numpy(np.array([ids, labels], dtype=np.int64))  # (L,) each
-    return Sample(input_ids, labels, record["images"], grid_thw, pixels, name)
+    return Sample(input_ids, labels, record["images"], grid_thw, pixels, name, number)
 
 
 def cut_pictures(samples: list[Sample],
@@ -577,8 +577,9 @@ def normalize_record(raw: Any, origin: str, files: Path | Fields) -> Record:
 
 # Each kind of file has two functions.  The first gives the places of its records: first byte, byte
 # behind the last, and number of the record in the file.  In parquet a place is: group of lines,
-# line of the group, number.  The second reads a place.  It gives, by their numbers, what
-# `normalize_record` makes the records from: several if a shard is packed.
+# line of the group, number.  The second reads a place; `images` is the directory of the pictures,
+# by default the file's own.  It gives, by their numbers, what `normalize_record` makes the records
+# from: several if a shard is packed.
 Place = tuple[int, int, int]
 Found = dict[int, tuple[Any, str, Path | Fields]]  # number -> arguments of normalize_record
 
@@ -614,12 +615,12 @@ def json_places(path: Path) -> Iterator[Place]:
         yield start, end, number
 
 
-def json_records(path: Path, place: Place, folder: Path) -> Found:
-    """The record of a line or entry; its paths are relative to `folder`."""
+def json_records(path: Path, place: Place, images: str) -> Found:
+    """The record of a line or entry."""
     start, end, number = place
     origin = f"{path}[{number}]"
     raw = load_json(content_of(FilePart(str(path), start, end - start)), origin)
-    return {number: (raw, origin, folder)}
+    return {number: (raw, origin, Path(images or path.parent))}
 
 
 # what tarfile raises for a damaged header, such as one that claims a size of 1 TB
@@ -676,7 +677,7 @@ def shard_places(path: Path) -> Iterator[Place]:
         yield sample[0][2].offset, last.offset_data + -(-last.size // 512) * 512, number
 
 
-def shard_records(path: Path, place: Place, folder: Path) -> Found:
+def shard_records(path: Path, place: Place, images: str) -> Found:
     """The records of the neighbouring members with the same key.
 
     Upstream's layouts: `texts` with the `name`s of the pictures; a list of turns, beside one
@@ -759,7 +760,7 @@ def parquet_places(path: Path) -> Iterator[Place]:
             number += 1
 
 
-def parquet_records(path: Path, place: Place, folder: Path) -> Found:
+def parquet_records(path: Path, place: Place, images: str) -> Found:
     """The record of a line: `conversations` or `messages`, or a `caption`."""
     group, line, number = place
     entry, = parquet_group(path, group).slice(line, 1).to_pylist()
@@ -767,7 +768,7 @@ def parquet_records(path: Path, place: Place, folder: Path) -> Found:
     caption = raw.pop("caption", None)
     if not raw.get("conversations") and not raw.get("messages"):
         raw["messages"] = exchange("<image>", caption)
-    return {number: (raw, f"{path}[{number}]", folder)}
+    return {number: (raw, f"{path}[{number}]", Path(images or path.parent))}
 
 
 # file name's end -> the two functions
@@ -779,7 +780,7 @@ def read_records(path: Path, images: str = "") -> Iterator[Record]:
     """All records of a file, in order.  Raises ValueError at the first that cannot be read."""
     places, records = READERS[path.suffix]
     for place in places(path):
-        for found in records(path, place, Path(images or path.parent)).values():
+        for found in records(path, place, images).values():
             yield normalize_record(*found)
 
 
@@ -882,8 +883,7 @@ class Index:
         """Read record `number`.  Raises ValueError if it cannot be read."""
         file, start, end, part = self.table[number, :4].tolist()
         path = Path(self.files[file]["file"])
-        folder = Path(self.settings["images"] or path.parent)
-        found = READERS[path.suffix][1](path, (start, end, part), folder)
+        found = READERS[path.suffix][1](path, (start, end, part), self.settings["images"])
         if part not in found:
             raise ValueError(f"{path} has no record {part} at byte {start}: it has changed")
         return normalize_record(*found[part])
@@ -965,7 +965,7 @@ def measure_chunk(chunk: tuple[int, Path, list[Place]], images: str,
     lines, rejects = [], []
     for place in places:
         try:
-            found = READERS[path.suffix][1](path, place, Path(images or path.parent))
+            found = READERS[path.suffix][1](path, place, images)
         except BAD_RECORD as error:
             rejects.append((place[2], error))
             continue
@@ -1169,16 +1169,15 @@ class FileData:
         """Read a sample.  If its record is bad by now, the sample is lost but keeps its length."""
         loads = self.loads(number).tolist()
         try:
-            sample = self.encode(self.index.record(number))
+            sample = self.encode(self.index.record(number), number=number)
         except BAD_RECORD as error:
             # other ranks count on its tokens, so its place is kept, without holes and labels
             blank = torch.zeros(loads[0], dtype=torch.int64)
             return Sample(blank, blank + IGNORE, [], blank[:0].view(0, 3), (0, 0), "unknown",
-                          str(error), number)
+                          number, str(error))
         if load_of(sample) != loads:
             raise ValueError(f"record {sample.name} has {len(sample.input_ids)} tokens, but had "
                              f"{loads[0]} when it was measured: its file has changed")
-        sample.number = number
         return sample
 
 
@@ -1200,9 +1199,7 @@ class DrawnData:
     def sample(self, number: int) -> Sample:
         """Draw a sample; seed and number decide it."""
         from assets.scenes import drawn_record  # here, because scenes.py imports this file
-        sample = self.encode(drawn_record(self.data, self.seed, number))
-        sample.number = number
-        return sample
+        return self.encode(drawn_record(self.data, self.seed, number), number=number)
 
     @lru_cache(maxsize=2**17)  # of an epoch whose samples are too many to keep  # noqa: B019
     def load(self, number: int) -> list[int]:
