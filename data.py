@@ -509,6 +509,14 @@ def media_of_members(raw: dict, fields: Fields) -> Media:
     return {"image": parts, "video": []}
 
 
+def refuse_other_media(text: str, videos: list[Video]) -> None:
+    """Raise ValueError if a user's text has a video, but the record has none, or a sound."""
+    other = OTHER_MEDIA.search(text)
+    if other and ("audio" in other[0] or not videos):
+        raise ValueError("there is a video or a sound in a turn, but the record names none that is "
+                         "supported")
+
+
 def place_media(turns: list[dict], media: Media, folder: Path | None) -> list[Picture | Video]:
     """The pictures and videos in the order of their places, which `render` will find in the turns.
 
@@ -525,10 +533,8 @@ def place_media(turns: list[dict], media: Media, folder: Path | None) -> list[Pi
             kind = item["type"]
             if kind == "text":
                 # in an answer, <video> is text
-                other = turn["role"] == "user" and OTHER_MEDIA.search(item["text"])
-                if other and ("audio" in other[0] or not media["video"]):
-                    raise ValueError("there is a video or a sound in a turn, but the record names "
-                                     "none that is supported")
+                if turn["role"] == "user":
+                    refuse_other_media(item["text"], media["video"])
             elif folder and item.get(kind):
                 placed += open_media(kind, [item.pop(kind)], folder)
             else:
@@ -1107,6 +1113,7 @@ def by_row(samples: np.ndarray, row_of: np.ndarray) -> tuple[np.ndarray, np.ndar
     return in_order[starts[0]:], starts - starts[0]
 
 
+@dataclass(eq=False)
 class FileData:
     """Training data from files.  An epoch has each sample once, in rows that are packed anew.
 
@@ -1115,19 +1122,25 @@ class FileData:
     share is repeated, and none is begun again before its end.
     """
 
-    def __init__(self, index: Index, tokenizer: Tokenizer, seq_length: int, seed: int) -> None:
-        self.index, self.seq_length, self.seed = index, seq_length, seed
-        self.encode = partial(encode, tokenizer=tokenizer, pixels=index.settings["pixels"])
-        bounds = np.cumsum(index.settings.get("counts", []))[:-1]
+    index: Index  # of the samples
+    tokenizer: Tokenizer  # with which they were measured
+    seq_length: int  # tokens in a row
+    seed: int  # of the order
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if no sample of a source fits a row."""
+        settings = self.index.settings
         self.sources = []  # numbers of the samples of each source that fit a row
-        for source in np.split(np.arange(len(index.table)), bounds):
-            self.sources.append(source[index.column("tokens")[source] <= seq_length])
+        bounds = np.cumsum(settings.get("counts", []))[:-1]
+        for source in np.split(np.arange(len(self.index.table)), bounds):
+            self.sources.append(source[self.index.column("tokens")[source] <= self.seq_length])
             if not len(self.sources[-1]):
-                raise ValueError(f"none of the {len(source)} samples fits a row of {seq_length} "
-                                 "tokens: raise --seq-length or lower --max-pixels")
-        self.packed = index.settings.get("length") == seq_length  # then the rows are kept
+                raise ValueError(f"none of the {len(source)} samples fits a row of "
+                                 f"{self.seq_length} tokens: raise --seq-length or lower "
+                                 "--max-pixels")
+        self.packed = settings.get("length") == self.seq_length  # then the rows are kept
         self.total = sum(map(len, self.sources))
-        self.too_long = len(index.table) - self.total
+        self.too_long = len(self.index.table) - self.total
 
     def samples_of(self, epoch: int) -> np.ndarray:
         """Numbers of the samples of an epoch, in random order."""
@@ -1169,7 +1182,8 @@ class FileData:
         """Read a sample.  If its record is bad by now, the sample is lost but keeps its length."""
         loads = self.loads(number).tolist()
         try:
-            sample = self.encode(self.index.record(number), number=number)
+            sample = encode(self.index.record(number), self.tokenizer,
+                            self.index.settings["pixels"], number=number)
         except BAD_RECORD as error:
             # other ranks count on its tokens, so its place is kept, without holes and labels
             blank = torch.zeros(loads[0], dtype=torch.int64)
@@ -1181,25 +1195,24 @@ class FileData:
         return sample
 
 
+@dataclass(eq=False)
 class DrawnData:
-    """Training data drawn by `assets/scenes.py`.  An epoch has new records and at least 16 rows.
+    """Training data drawn by `assets/scenes.py`.  An epoch has new records and at least 16 rows."""
 
-    rows: of a step; an epoch has whole steps.
-    """
-
-    too_long = 0
-
-    def __init__(self, data: str, tokenizer: Tokenizer, seq_length: int, seed: int, rows: int = 1,
-                 pixels: Pixels = PIXELS) -> None:
-        self.data, self.seed, self.seq_length = data, seed, seq_length
-        self.encode = partial(encode, tokenizer=tokenizer, pixels=pixels)
-        self.rows = rows * -(-16 // rows)
+    data: str  # one of DRAWN
+    tokenizer: Tokenizer  # of the texts
+    seq_length: int  # tokens in a row
+    seed: int  # of the records
+    rows: int = 1  # of a step; an epoch has whole steps
+    pixels: Pixels = PIXELS  # least and largest area of a picture
+    too_long = 0  # samples, as in FileData
 
     @lru_cache(maxsize=2**11)  # 50 MB, several epochs of the default run  # noqa: B019
     def sample(self, number: int) -> Sample:
         """Draw a sample; seed and number decide it."""
         from assets.scenes import drawn_record  # here, because scenes.py imports this file
-        return self.encode(drawn_record(self.data, self.seed, number), number=number)
+        record = drawn_record(self.data, self.seed, number)
+        return encode(record, self.tokenizer, self.pixels, number=number)
 
     @lru_cache(maxsize=2**17)  # of an epoch whose samples are too many to keep  # noqa: B019
     def load(self, number: int) -> list[int]:
@@ -1209,7 +1222,7 @@ class DrawnData:
     @lru_cache(maxsize=2)  # noqa: B019
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples of an epoch in the order of its rows, and where each row starts."""
-        first = number * EPOCH_NUMBERS
+        rows, first = self.rows_in(number), number * EPOCH_NUMBERS
         lengths: dict[int, int] = {}
         tokens = 0
         for sample in range(first, first + EPOCH_NUMBERS):
@@ -1220,20 +1233,20 @@ class DrawnData:
             elif sample - first > 1000 > len(lengths):
                 raise ValueError(f"hardly a drawn sample fits a row of {self.seq_length} tokens: "
                                  "raise --seq-length")
-            if tokens >= self.rows * self.seq_length:
+            if tokens >= rows * self.seq_length:
                 break
         sizes = np.array(list(lengths.values()))
         # an epoch is short, and so is its pool, for mixed rows
         row_of = pack_rows(sizes, self.seq_length, pool=16)
         # of one row more than wanted, the emptiest are left out; the others are shuffled
-        fullest = np.argsort(-np.bincount(row_of, sizes), kind="stable")[:self.rows]
+        fullest = np.argsort(-np.bincount(row_of, sizes), kind="stable")[:rows]
         place = np.full(row_of.max() + 1, -1)
         place[fullest[permutation(len(fullest), self.seed, number)]] = np.arange(len(fullest))
         return by_row(np.array(list(lengths)), place[row_of])
 
     def rows_in(self, epoch: int) -> int:
         """Number of rows of an epoch."""
-        return self.rows
+        return self.rows * -(-16 // self.rows)
 
     def loads(self, samples: np.ndarray) -> np.ndarray:
         """(samples, 6) numbers of LOADS."""
@@ -1267,24 +1280,23 @@ class RowOfStep(NamedTuple):
     balance: float  # mean cost over largest cost, of rows that ranks compute at the same time
 
 
+@dataclass(eq=False)
 class Rows(torch.utils.data.Dataset):
     """The rows of a rank, by number, for a DataLoader with batch_size=None.
 
     A step has `rows` rows of all ranks, and row n of a rank is in step n // (rows / ranks).  So the
     number of a step is the position of a run.  Data, seed and number decide a row; ranks and
     workers only decide who cuts it.  A rank reads no record of another rank's row.
-    rank, ranks: among the ranks that train on different rows, this rank's number and their count.
-    cost: loads (sums by the names of LOADS, an entry a row) -> costs by name; the first decides
-    the dealing.
-    cut: makes from a row's samples what a rank trains on: `lay_out` or `parallel.share_row`.
     """
 
-    def __init__(self, data: FileData | DrawnData, rows: int = 1, rank: int = 0, ranks: int = 1,
-                 cost: Callable[[dict], dict] | None = None,
-                 cut: Callable[[list[Sample]], Any] = lay_out) -> None:
-        self.data, self.rows, self.rank, self.ranks = data, rows, rank, ranks
-        self.cost = cost or (lambda loads: {"length": loads["tokens"]})
-        self.cut = cut
+    data: FileData | DrawnData  # whose plan says which samples are in a row
+    rows: int = 1  # of a step
+    rank: int = 0  # this rank's number among those that train on different rows
+    ranks: int = 1  # their count
+    # loads (sums by the names of LOADS, an entry a row) -> costs by name; the first one is dealt
+    cost: Callable[[dict], dict] = lambda loads: {"length": loads["tokens"]}
+    # makes from a row's samples what a rank trains on: `lay_out` or `parallel.share_row`
+    cut: Callable[[list[Sample]], Any] = lay_out
 
     def row(self, number: int) -> np.ndarray:
         """The numbers of the samples of a row, counted through all epochs."""
@@ -1553,9 +1565,10 @@ def plain_words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def concepts_in(text: str, concepts: set[str], longest: int) -> list[str]:
-    """The concepts that a text names, as one to `longest` words, in order."""
-    words = plain_words(text)
+def concepts_in(record: Record, concepts: set[str], longest: int) -> list[str]:
+    """The concepts that a record's answers name, as one to `longest` words, in order."""
+    answers = [str(turn["content"]) for turn in record["messages"] if turn["role"] == "assistant"]
+    words = plain_words(" ".join(answers))
     phrases = {" ".join(words[i:i + size]) for i in range(len(words))
                for size in range(1, longest + 1)}
     return sorted(phrases & concepts)
@@ -1578,9 +1591,7 @@ def balance(flags: argparse.Namespace) -> None:
         if path.suffix != ".jsonl":
             raise ValueError(f"{path} is not .jsonl: balance records before they are in shards")
         for (start, end, _), record in zip(json_places(path), read_records(path)):
-            answers = [str(turn["content"]) for turn in record["messages"]
-                       if turn["role"] == "assistant"]
-            found = concepts_in(" ".join(answers), concepts, longest)
+            found = concepts_in(record, concepts, longest)
             if found:
                 parts.append(FilePart(str(path), start, end - start))
                 matched.append(found)
