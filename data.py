@@ -57,15 +57,13 @@ import os
 import re
 import sys
 import tarfile
-from bisect import bisect, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache, partial
 from inspect import getsource
-from itertools import chain, compress, count, groupby, islice, repeat, takewhile
-from operator import itemgetter
+from itertools import chain, compress, count, groupby, repeat, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +118,7 @@ BAD_RECORD = (*UNREADABLE, ArithmeticError, MemoryError)  # what readers and dec
 DRAWN = ("captions", "questions", "mixed")  # data drawn by assets/scenes.py
 CHUNK = 1000  # records that a process measures at once
 EPOCH_NUMBERS = 2**20  # numbers for the drawn samples of an epoch
+STREAM = 2**15  # samples that are packed one after another, beside other streams
 SHARD = 4096  # samples of a shard that it writes, to the end of a row
 
 
@@ -1082,27 +1081,49 @@ def permutation(count: int, *seed: int) -> np.ndarray:
 def pack_rows(lengths: np.ndarray, room: int, pool: int = 128) -> np.ndarray:
     """The row of each sample: a row takes the oldest of a pool, then always the longest that fits.
 
-    A sample that is taken makes room in the pool for the next.  So rows are full to a few tokens,
-    and yet of mixed samples: best-fit decreasing over all samples fills rows no better, but with
-    samples of like length, and from one such row a step the model learns markedly worse.  Packing
-    takes a microsecond or two a sample.  lengths: (samples,) from 1 to `room`.
+    The pool is refilled from the samples in their order.  So rows are full to a few tokens, and yet
+    of mixed samples: best-fit decreasing over all samples fills rows no better, but with samples of
+    like length, and from one such row a step the model learns markedly worse.
+
+    Long data are cut into streams with a pool each, all of which place a sample at a time: 10
+    million samples take seconds.  lengths: (samples,) from 1 to `room`.
     """
-    coming = enumerate(map(int, lengths))
-    # the pool: (length, -place, number), the shortest first, and of equal ones the last place first
-    held = sorted((length, -place, place) for place, length in islice(coming, pool))
-    row_of = np.empty(len(lengths), dtype=np.int64)  # (samples,)
-    row, free = -1, 0
-    while held:
-        choice = bisect(held, (free, 1)) - 1  # the last of those that fit
-        if choice < 0:
-            # nothing fits: open a row
-            row, free = row + 1, room
-            choice = held.index(min(held, key=itemgetter(2)))
-        length, minus_place, sample = held.pop(choice)
-        row_of[sample] = row
+    count = len(lengths)
+    # of 64 rows at least, so that the last rows of all streams are few
+    streams = max(1, min(count // STREAM, int(lengths.sum()) // (64 * room)))
+    columns = -(-count // streams)  # samples of a stream
+    dtype = np.uint16 if room < 2**16 else np.int64
+    sizes = np.zeros((columns + pool, streams), dtype)  # 0: no sample
+    # a stream is a stretch of neighbours: what is packed from files reads them in their order
+    sizes[:columns] = np.pad(lengths, (0, columns * streams - count)).reshape(streams, columns).T
+    rows = np.empty((columns + pool, streams), dtype=np.int32)
+    held = sizes[:pool].T.copy()  # (streams, pool) lengths
+    column_of = np.tile(np.arange(pool, dtype=np.int32), (streams, 1))
+    each, row, free = np.arange(streams), np.full(streams, -1), np.zeros(streams, dtype)
+
+    for column in range(pool, columns + pool):
+        choice = (held * (held <= free[:, None])).argmax(1)
+        length = held[each, choice]
+        none_fits = np.flatnonzero((length > free) | (length == 0))
+        if len(none_fits):
+            # open a row, with the oldest sample; a stream that has ended opens none
+            age = np.where(held[none_fits] > 0, column_of[none_fits], columns + pool)
+            choice[none_fits] = age.argmin(1)
+            length[none_fits] = held[none_fits, choice[none_fits]]
+            row[none_fits] += length[none_fits] > 0
+            free[none_fits] = room
+        rows[column_of[each, choice], each] = row
         free -= length
-        for number, length in islice(coming, 1):
-            insort(held, (length, minus_place, number))
+        held[each, choice] = sizes[column]
+        column_of[each, choice] = column
+
+    starts = np.cumsum(row + 1) - (row + 1)  # the first row of each stream
+    row_of = (rows[:columns] + starts).T.ravel()[:count].astype(np.int64)
+    if streams > 1:
+        # for the last rows of a stream the pool was nearly empty: pack their samples once more
+        last = np.flatnonzero((rows[:columns] > row - 3).T.ravel()[:count])
+        row_of[last] = row_of.max() + 1 + pack_rows(lengths[last], room)
+        _, row_of = np.unique(row_of, return_inverse=True)
     return row_of
 
 

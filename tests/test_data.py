@@ -163,7 +163,8 @@ def rows_by_definition(lengths: list[int], room: int, pool: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_packing_is_what_it_says(seed: int) -> None:
-    """For different lengths the rows of the definition."""
+    """For different lengths the rows of the definition; in many streams each sample once, in rows
+    that are not too long and, but for few, full."""
     rng = random.Random(seed)
     room, pool = 10_000, rng.choice((1, 5, 128))
     lengths = rng.sample(range(1, rng.choice((9000, 3000))), 400)
@@ -180,8 +181,8 @@ def test_the_plan_in_the_docstring() -> None:
         [int(word) for word in row.split()] for row in rows.split("|")]
 
 
-def test_packing_loses_nothing() -> None:
-    """Of lengths that occur many times: each sample is in a row, none too long, nearly all full."""
+def test_streams_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "STREAM", 1000)
     lengths = np.random.default_rng(0).integers(1, 500, 7777)
     found = data.pack_rows(lengths, 1000)
     tokens = np.bincount(found, lengths)
