@@ -613,6 +613,7 @@ class RiceViT(nn.Module):
 
 
 def main() -> None:
+    """Print how a picture is resized and cut."""
     # as `data.refuse_in_one_sentence`, but this file imports nothing above itself
     try:
         if len(sys.argv) != 2:
