@@ -30,7 +30,6 @@ wants beside it.  `verify DIR [DIR]`: is a directory whole, and how far is it fr
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -39,10 +38,10 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +56,8 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from data import STRUCTURE, flag_parser, refuse_in_one_sentence, show_progress
+from data import (STRUCTURE, flag_parser, load_json, refuse_in_one_sentence, sha256_of,
+                  show_progress)
 from fp8_kernel import BLOCK, Fp8Linear, convert_to_fp8, quantize_fp8
 from model import LlavaOneVision, ModelConfig, init_linear, meta_model
 from vision import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MIN_PIXELS, Merger, VisionConfig
@@ -81,8 +81,8 @@ VISION_SIZES = [field.name for field in fields(VisionConfig) if field.type in (i
 VISION_SETTINGS = {"hidden_act": "gelu", "in_channels": 3, "patch_size": 14,
                    "spatial_merge_size": 2, "temporal_patch_size": 1}
 FP8_SETTINGS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-FRACTIONS = {field.name for part in (ModelConfig, VisionConfig) for field in fields(part)
-             if field.type is float}  # the other numbers are whole
+# numbers that need not be whole
+FRACTIONS = {"initializer_range", "layer_norm_eps", "rms_norm_eps", "rope_theta"}
 LARGEST = 2**20  # no size of a model is larger; a product of three of them still has 63 bits
 SHORT = reprlib.Repr()
 SHORT.maxstring = 300
@@ -137,20 +137,61 @@ Pieces = dict[str, list[Stored]]  # parameter -> where these tensors are
 Tensors = Iterator[tuple[str, Tensor]]  # names and tensors, read one by one
 
 
+# ------------------------------------------------------------------------------------------- ranks
+
+
+def rank_and_count() -> tuple[int, int]:
+    """The number of this rank, and how many ranks there are."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def on_all_ranks(function: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list:
+    """Call a function on each rank; returns the results of all ranks.
+
+    If it fails on one of them, all raise OSError, which names that rank.
+    """
+    # a rank that raised alone would leave the others waiting for it
+    try:
+        outcome = function(), ""
+    except (OSError, ValueError) as error:
+        outcome = None, str(error) or type(error).__name__
+    outcomes = [outcome]
+    if dist.is_initialized():
+        outcomes *= dist.get_world_size(group)
+        dist.all_gather_object(outcomes, outcome, group)
+    for rank, (_, error) in enumerate(outcomes):
+        if error:
+            raise OSError(f"rank {rank}: {error}" if len(outcomes) > 1 else error)
+    return [result for result, _ in outcomes]
+
+
 # ------------------------------------------------------------------------------ configuration files
+
+
+def file_in(path: Path, name: str) -> Path:
+    """A file of a directory.  Raises ValueError if it is not there, or no file: a pipe could be
+    waited for without end."""
+    if not (path / name).is_file():
+        raise ValueError(f"{path} has no {name}")
+    return path / name
 
 
 def read_json_object(file: Path) -> dict:
     """The JSON object in a file of a checkpoint.  Raises ValueError naming the file."""
-    if not file.is_file():
-        raise ValueError(f"{file.parent} is no checkpoint: it has no {file.name}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of the JSON, of its UTF-8, or too many brackets
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    content = load_json(file_in(file.parent, file.name).read_bytes(), file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object")
     return content
+
+
+def section_of(file: Path, content: dict, key: str, absent: dict | None = None) -> dict:
+    """The object under a key of a JSON object, or `absent`.  Raises ValueError without either."""
+    section = content.get(key) or absent
+    if not isinstance(section, dict):
+        raise ValueError(f"{file}: {key} is no object")
+    return section
 
 
 def read_section(file: Path, section: dict, settings: dict[str, Any],
@@ -179,10 +220,8 @@ def decoder_fields(file: Path, section: dict) -> dict[str, Any]:
     """The decoder's fields of a ModelConfig, from a `text_config` or from Qwen3's own config.json.
     Raises ValueError naming the file and what is missing or not supported."""
     # transformers 5 writes the rotary base into rope_parameters, transformers 4 beside the sizes
-    rope = section.get("rope_parameters") or section
-    scaling = section.get("rope_scaling") or rope
-    if not isinstance(rope, dict) or not isinstance(scaling, dict):
-        raise ValueError(f"{file}: rope_parameters or rope_scaling is no object")
+    rope = section_of(file, section, "rope_parameters", section)
+    scaling = section_of(file, section, "rope_scaling", rope)
     read_section(file, scaling, {"rope_type": "default", "type": "default"})
 
     attention = section.get("layer_types") or []
@@ -211,12 +250,9 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     file = Path(path) / "config.json"
     content = read_json_object(file)
-    decoder, vision = content.get("text_config"), content.get("vision_config")
-    if not isinstance(decoder, dict) or not isinstance(vision, dict):
-        raise ValueError(f"{file} lacks text_config or vision_config")
-    quantized = content.get("quantization_config") or {}
-    if not isinstance(quantized, dict):
-        raise ValueError(f"{file}: quantization_config is no object")
+    decoder = section_of(file, content, "text_config")
+    vision = section_of(file, content, "vision_config")
+    quantized = section_of(file, content, "quantization_config", {})
     read_section(file, quantized, FP8_SETTINGS)
 
     # transformers 5 says it out here, transformers 4 in text_config
@@ -256,19 +292,11 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
 # -------------------------------------------------------------------------- where the tensors are
 
 
-def canonical_name(key: str) -> str:
-    """Our name for a tensor of a file.  The two published layouts differ in their prefixes."""
-    for prefix, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if key.startswith(prefix):
-            return ours + key.removeprefix(prefix)
-    return key
-
-
-def check_name(file: Path, name: str) -> None:
+def check_name(place: Path | str, name: Any) -> None:
     """Raise ValueError unless a name in a file, of a tensor or of a file beside it, is a plain one:
     a path could lead out of the directory, and other letters would garble messages."""
-    if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):
-        raise ValueError(f"{file} has {brief(name)}, which is no plain name of letters, "
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):
+        raise ValueError(f"{place} has {brief(name)}, which is no plain name of letters, "
                          "digits, '.', '_' and '-'")
 
 
@@ -285,12 +313,9 @@ def read_index(path: Path) -> dict[str, str]:
     index = path / INDEX
     if not index.is_file():
         return {}
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index} has no weight_map of file names")
-    for name in {*weight_map, *weight_map.values()}:
-        check_name(index, name)
+    weight_map = section_of(index, read_json_object(index), "weight_map")
+    for name in chain(*weight_map.items()):
+        check_name(f"{index}: weight_map", name)
     # otherwise the directory has two checkpoints, and nothing says which one is meant
     if (path / WEIGHTS).exists() and WEIGHTS not in weight_map.values():
         raise ValueError(f"{path} has a {WEIGHTS} beside the files of its index")
@@ -305,20 +330,19 @@ def tensor_files(path: Path) -> dict[str, Stored]:
     tensors = {}
     # every tensor of every file is in the index, and every tensor of the index in its file
     for file_name in sorted(set(weight_map.values())) or [WEIGHTS]:
-        file = path / file_name
-        if not file.is_file():
-            raise ValueError(f"{path} has no {file_name}")
+        file = file_in(path, file_name)
         for key in open_tensors(file).keys():
             check_name(file, key)
-            name = canonical_name(key)
+            # the two published layouts differ in their prefixes
+            name = key.replace("model.visual.", "visual.")
+            name = name.replace("model.language_model.", "model.")
             if name in tensors:
                 raise ValueError(f"{file}: {key} is also in {tensors[name].file}")
-            if weight_map and key not in weight_map:
-                raise ValueError(f"{file}: {key} is not in {INDEX}")
+            if weight_map and weight_map.get(key) != file_name:
+                raise ValueError(f"{file}: {INDEX} does not say that {key} is here")
             tensors[name] = Stored(file, key)
-    for key, file_name in weight_map.items():
-        if tensors.get(canonical_name(key)) != Stored(path / file_name, key):
-            raise ValueError(f"{path / INDEX} places {key} in {file_name}, which does not have it")
+    for key in weight_map.keys() - {piece.key for piece in tensors.values()}:
+        raise ValueError(f"{path / INDEX}: {weight_map[key]} does not have {key}")
 
     # an FP8 matrix and its scales are two tensors of the files, and one of the model
     for name in list(tensors):
@@ -381,33 +405,30 @@ def find_checkpoint(path: Path, side: str = "") -> tuple[LlavaOneVision, Pieces]
     tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
     config = replace(config, tie_word_embeddings=tied)
     model = empty_model(path, config, len(tensors), side)
-    other_side = {"": (), "vision": ("model.", "lm_head."), "decoder": ("visual.",)}
-    if side not in other_side:
+    left_out = {"": [], "vision": ["model", "lm_head"], "decoder": ["visual"]}
+    if side not in left_out:
         raise ValueError(f"there is no side {side!r} of a model, only vision and decoder")
-    if side == "vision":
-        model.model = model.lm_head = None
-    elif side == "decoder":
-        model.visual = None
-    return model, find_pieces(path, tensors, released_names(model), other_side[side])
+    for module in left_out[side]:
+        setattr(model, module, None)
+    ignored = tuple(f"{module}." for module in left_out[side])
+    return model, find_pieces(path, tensors, released_names(model), ignored)
 
 
 # ------------------------------------------------------------------------------ weights, as read
 
 
-def from_fp8(values: Tensor, first: int, shape: list[int], scales: Stored) -> Tensor:
+def from_fp8(values: Tensor, first: int, shape: tuple[int, ...], scales: Stored) -> Tensor:
     """Lines of an e4m3 matrix, from line `first` on, times the scales of their squares: float32.
     shape: of the whole matrix.  Raises ValueError if the scales do not fit it."""
-    reader = open_tensors(scales.file).get_slice(scales.key)
     # rounded up: the last squares of a line or column may lie half outside of the matrix
-    squares = [-(-size // BLOCK) for size in shape]
-    dtype, stored_shape = reader.get_dtype(), reader.get_shape()
-    if len(shape) != 2 or stored_shape != squares or dtype not in ("F32", "BF16"):
-        raise ValueError(f"{scales.file}: {scales.key} is of type {dtype} and shape "
-                         f"{stored_shape}, an FP8 matrix of {shape} needs F32 and {squares}")
+    squares = tuple(-(-size // BLOCK) for size in shape)
+    factors = read_piece(open_tensors(scales.file), scales, squares, 0, squares[0], None)
     # a scale serves 128 lines and 128 columns; this rank's lines may begin inside a square
     square_of_line = torch.arange(first, first + len(values)) // BLOCK
-    factors = reader[:].float()[square_of_line].repeat_interleave(BLOCK, 1)
-    return values.float() * factors[:, :shape[1]]
+    factors = factors.float()[square_of_line]
+    for dimension, size in enumerate(shape[1:], 1):
+        factors = factors.repeat_interleave(BLOCK, dimension).narrow(dimension, 0, size)
+    return values.float() * factors
 
 
 def read_piece(reader: Any, piece: Stored, shape: tuple[int, ...], begin: int, end: int,
@@ -426,40 +447,36 @@ def read_piece(reader: Any, piece: Stored, shape: tuple[int, ...], begin: int, e
         raise ValueError(f"{place} has numbers of type {stored.get_dtype()}, the model {reason}")
     part = stored[begin:end]
     if piece.scales is not None:
-        part = from_fp8(part, begin, list(shape), piece.scales).to(dtype or torch.bfloat16)
+        part = from_fp8(part, begin, shape, piece.scales).to(dtype or torch.bfloat16)
     return part
-
-
-def local_lines(like: Tensor) -> tuple[int, int]:
-    """The lines [begin, end) of a parameter that this rank holds: all, unless FSDP shards it."""
-    if not isinstance(like, DTensor):
-        return 0, len(like)
-    # DTensor has no public method for this; torch.distributed.checkpoint asks this one, too.
-    # FSDP cuts the first dimension alone, so there is one chunk, and it is of whole lines.
-    chunk, = like.__create_chunk_list__()
-    return chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
 
 
 def read_parameter(pieces: list[Stored], like: Tensor, dtype: torch.dtype | None,
                    device: str | torch.device | None) -> Tensor:
     """Read a parameter from its tensors; of a DTensor `like`, only the lines of this rank.
     Files are opened anew for each parameter, so that mapped pages do not stay in memory."""
-    begin, end = local_lines(like)
+    begin, end = 0, len(like)
+    if isinstance(like, DTensor):
+        # DTensor has no public method for this; torch.distributed.checkpoint asks this one, too.
+        # FSDP cuts the first dimension alone, so there is one chunk, and it is of whole lines.
+        chunk, = like.__create_chunk_list__()
+        begin = chunk.offsets[0]
+        end = begin + chunk.sizes[0]
     lines = len(like) // len(pieces)  # of each tensor
     # the tensors with this rank's lines; a rank without lines reads none of the first tensor, but
     # learns its type
     numbers = range(begin // lines, -(-end // lines)) or range(1)
-    readers = {file: open_tensors(file) for file in {pieces[number].file for number in numbers}}
+    opened = cache(open_tensors)
 
     parts = []
     for number in numbers:
         piece, first = pieces[number], number * lines
         top = max(begin - first, 0)
         bottom = min(end - first, lines)
-        part = read_piece(readers[piece.file], piece, (lines, *like.shape[1:]), top, bottom, dtype)
-        # one copy out of the mapped file: made here, or by torch.cat
-        parts.append(part.to(device=device, dtype=dtype, copy=len(numbers) == 1))
-    local = torch.cat(parts) if len(parts) > 1 else parts[0]
+        shape = (lines, *like.shape[1:])
+        part = read_piece(opened(piece.file), piece, shape, top, bottom, dtype)
+        parts.append(part.to(device=device, dtype=dtype))
+    local = torch.cat(parts)  # a copy, also of one part: nothing stays mapped
     if not isinstance(like, DTensor):
         return local
     return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape,
@@ -468,19 +485,14 @@ def read_parameter(pieces: list[Stored], like: Tensor, dtype: torch.dtype | None
 
 def read_parameters(model: LlavaOneVision, pieces: Pieces, dtype: torch.dtype | None,
                     device: str | torch.device | None = None) -> Tensors:
-    """Read the model's parameters in turn, with a line of progress on a terminal."""
-    parameters = {name: p for name, p in model.named_parameters() if name in pieces}
-    # torchrun sets RANK; one rank speaks for all
-    shown = os.environ.get("RANK", "0") == "0"
+    """Read the parameters of `pieces` in turn, with a line of progress on a terminal."""
     try:
-        for number, (name, parameter) in enumerate(parameters.items()):
-            if shown:
-                show_progress(number, len(parameters), "parameters are read")
-            yield name, read_parameter(pieces[name], parameter, dtype, device)
+        for number, (name, stored) in enumerate(pieces.items()):
+            show_progress(number, len(pieces), "parameters are read")
+            yield name, read_parameter(stored, model.get_parameter(name), dtype, device)
     finally:
         # remove the line, also before an error message
-        if shown:
-            show_progress(1, 1, "")
+        show_progress(1, 1, "")
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None,
@@ -518,25 +530,26 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None,
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """A directory's `tokenizer.json` as it is.  Raises ValueError if it cannot be read."""
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{path} has no tokenizer.json")
+    file = file_in(path, "tokenizer.json")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for malformed files
         raise ValueError(f"{file} is no tokenizer: {brief(str(error))}") from error
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, config: ModelConfig | None = None) -> Tokenizer:
     """Read `tokenizer.json` of a checkpoint directory, and switch off what it switches on.
-    Raises ValueError if it lacks one of our special tokens."""
-    file, tokenizer = path / "tokenizer.json", read_tokenizer(path)
-    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    config: of a model that it must fit.
+    Raises ValueError if it does not, or lacks one of our special tokens."""
+    tokenizer = read_tokenizer(path)
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()
+               if token.special}
     for name in sorted(STRUCTURE - {"<|vision_pad|>"}):  # no text of ours has <|vision_pad|>
-        if name not in added:
-            raise ValueError(f"{file} has no added token {name}")
-        if not added[name].special:
-            raise ValueError(f"{file}: {name} is not special, so it would be found in any text")
+        if name not in special:
+            raise ValueError(f"{path}: in tokenizer.json {name} is not special, so it would be "
+                             "found in any text, or is not there at all")
+    if config is not None:
+        check_tokenizer(path, tokenizer, config)
 
     # transformers may leave truncation and padding in the file, training dropout of merges
     tokenizer.no_truncation()
@@ -575,9 +588,7 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype, device: torch.device,
     """Model and tokenizer of a directory.  Raises ValueError if they do not belong together."""
     path = Path(path)
     # the small files first: to read the weights may take minutes
-    config = read_config(path)
-    tokenizer = load_tokenizer(path)
-    check_tokenizer(path, tokenizer, config)
+    tokenizer = load_tokenizer(path, read_config(path))
     return load_model(path, dtype, device), tokenizer
 
 
@@ -598,22 +609,22 @@ def file_groups(tensors: Tensors) -> Iterator[dict[str, Tensor]]:
 
 def write_files(folder: Path, tensors: Tensors, contents: dict[str, object]) -> None:
     """Write weights, an index if they need several files, and other files to a folder."""
-    number_of, total = {}, 0  # the number of each tensor's file; bytes of all tensors
-    for number, group in enumerate(file_groups(tensors)):
+    groups, total = [], 0  # names of the tensors in each file; bytes of all tensors
+    for group in file_groups(tensors):
         try:
-            save_file(group, folder / str(number), metadata={"format": "pt"})
+            save_file(group, folder / str(len(groups)), metadata={"format": "pt"})
         except SafetensorError as error:  # such as a full disk
             raise OSError(f"{folder} cannot be written: {error}") from error
         total += sum(tensor.nbytes for tensor in group.values())
-        number_of |= dict.fromkeys(group, number)
+        groups.append([*group])
         group.clear()  # free this file's tensors before the next file's are read
 
     # the names of the files contain how many they are, which is known only now
-    count = number + 1
+    count = len(groups)
     files = [WEIGHTS]
     if count > 1:
         files = [f"model-{place:05}-of-{count:05}.safetensors" for place in range(1, count + 1)]
-        weight_map = {name: files[number] for name, number in number_of.items()}
+        weight_map = {name: file for file, names in zip(files, groups) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         contents = contents | {INDEX: index}
     for number, file in enumerate(files):
@@ -633,22 +644,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def publish(unfinished: Path, path: Path) -> None:
+    """Rename a complete file or directory to `path`, which is whole even after a power cut."""
+    for file in [*unfinished.glob("*"), unfinished]:
+        sync(file)
+    unfinished.rename(path)
+    sync(path.parent)
+
+
 def write_file(path: Path, text: str) -> None:
     """Write a text file, or replace it: after a power cut, too, it is the old or the new one."""
     unfinished = path.with_name(f"{path.name}.partial")
     unfinished.write_text(text, encoding="utf-8")
-    sync(unfinished)
-    unfinished.rename(path)
-    sync(path.parent)
-
-
-def publish(unfinished: Path, path: Path) -> None:
-    """Rename a complete directory to `path`, which is whole or absent even after a power cut."""
-    for file in unfinished.iterdir():
-        sync(file)
-    sync(unfinished)
-    unfinished.rename(path)
-    sync(path.parent)
+    publish(unfinished, path)
 
 
 def write_directory(path: Path, tensors: Tensors, contents: dict[str, object]) -> None:
@@ -671,28 +679,21 @@ def write_directory(path: Path, tensors: Tensors, contents: dict[str, object]) -
 
 def pieces_of(tensor: Tensor, names: list[str]) -> Tensors:
     """Cut a parameter into tensors of these names, each with the same number of lines."""
-    for name, piece in zip(names, tensor.chunk(len(names))):
-        # clones, because safetensors refuses tensors that share memory
-        yield name, piece.clone() if len(names) > 1 else piece.contiguous()
+    return zip(names, tensor.contiguous().chunk(len(names)))
 
 
 def check_finite(model: LlavaOneVision, dtype: torch.dtype) -> None:
-    """Raise ValueError naming the first parameter with a number that is not finite as `dtype`."""
-    names = [name for name, _ in model.named_parameters()]
-    # number of the first bad parameter; this value means none
-    first = len(names)
-    for number, parameter in enumerate(model.parameters()):
+    """Raise ValueError naming a parameter with a number that is not finite as `dtype`."""
+    bad = []
+    for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not local.detach().to(dtype).isfinite().all():
-            first = min(first, number)
+            bad.append(name)
     # each rank has seen its own part alone; all ranks must raise, or none
-    if dist.is_initialized():
-        lowest = torch.tensor(first, device=local.device)
-        dist.all_reduce(lowest, dist.ReduceOp.MIN)
-        first = int(lowest)
-    if first < len(names):
-        raise ValueError(f"{names[first]} has a number that is not finite as {dtype}: no "
-                         "checkpoint is written")
+    bad = [*chain(*on_all_ranks(lambda: bad))]
+    if bad:
+        raise ValueError(f"{bad[0]} has a number that is not finite as {dtype}: no checkpoint is "
+                         "written")
 
 
 def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
@@ -702,7 +703,7 @@ def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
     finite, all ranks raise ValueError and nothing is written."""
     check_finite(model, dtype)
     layout = released_names(model)
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    rank, _ = rank_and_count()
 
     def tensors() -> Tensors:
         for name, parameter in model.named_parameters():
@@ -710,10 +711,10 @@ def save_checkpoint(model: LlavaOneVision, tokenizer: Tokenizer, path: Path,
             # a collective: each rank brings its lines
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()
-            if first:
+            if rank == 0:
                 yield from pieces_of(tensor.cpu(), layout[name])
 
-    if first:
+    if rank == 0:
         write_directory(path, tensors(), {"config.json": config_json(model.config, dtype),
                                           "tokenizer.json": tokenizer.to_str(pretty=True)})
     else:
@@ -736,35 +737,9 @@ def newest_checkpoint() -> tuple[Path, str]:
 # ------------------------------------------------------------------------------ the state of a run
 
 
-def on_all_ranks(function: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list:
-    """Call a function on each rank; returns the results of all ranks.
-
-    If it fails on one of them, all raise OSError, which names that rank.
-    """
-    outcome = (None, "")
-    try:
-        outcome = (function(), "")
-    except (OSError, ValueError) as error:
-        outcome = (None, str(error) or type(error).__name__)
-    if not dist.is_initialized():
-        outcomes = [outcome]
-    else:
-        outcomes = [(None, "")] * dist.get_world_size(group)
-        dist.all_gather_object(outcomes, outcome, group)
-    for rank, (_, error) in enumerate(outcomes):
-        if error:
-            raise OSError(f"rank {rank}: {error}" if len(outcomes) > 1 else error)
-    return [result for result, _ in outcomes]
-
-
-def digests(files: Iterable[Path]) -> dict[str, list]:
-    """Size and sha256 of files, by their names."""
-    found = {}
-    for file in files:
-        with open(file, "rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        found[file.name] = [file.stat().st_size, digest]
-    return found
+def fingerprint(file: Path) -> list:
+    """Size and sha256 of a file, as a manifest has them."""
+    return [file.stat().st_size, sha256_of(file)]
 
 
 def write_state(path: Path, tensors: dict[str, Tensor], about: dict,
@@ -779,7 +754,7 @@ def write_state(path: Path, tensors: dict[str, Tensor], about: dict,
     When all ranks have written, the first one renames it to step-00000500.  If a rank fails, all
     raise OSError, and nothing is left.
     """
-    rank = dist.get_rank(group) if dist.is_initialized() else 0
+    rank, _ = rank_and_count()
     unfinished = path.with_name(f"{path.name}.partial")
 
     def begin() -> None:
@@ -788,9 +763,11 @@ def write_state(path: Path, tensors: dict[str, Tensor], about: dict,
             unfinished.mkdir()
             (unfinished / "state.json").write_text(json.dumps(about))
 
-    def digests_of_rank() -> dict[str, list]:
+    def fingerprints() -> dict[str, list]:
         own = [*unfinished.glob(f"shard-{rank + 1:05}-*")]
-        return digests([*own, unfinished / "state.json"] if rank == 0 else own)
+        if rank == 0:
+            own.append(unfinished / "state.json")
+        return {file.name: fingerprint(file) for file in own}
 
     def commit() -> None:
         if rank == 0:
@@ -805,7 +782,7 @@ def write_state(path: Path, tensors: dict[str, Tensor], about: dict,
                 checkpoint.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)))
         except checkpoint.api.CheckpointException as error:
             raise OSError(first_failure(error)) from error
-        found = on_all_ranks(digests_of_rank, group)
+        found = on_all_ranks(fingerprints, group)
         on_all_ranks(commit, group)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
@@ -837,9 +814,8 @@ def damage_of_state(path: Path, part: int = 0, parts: int = 1) -> str:
         if present != {*manifest}:
             names = ", ".join(sorted(present ^ {*manifest}))
             return f"{path}: {MANIFEST} has not the files that are there, they differ in {names}"
-        names = sorted(manifest)[part::parts]
-        for name, entry in digests(path / name for name in names).items():
-            if entry != manifest[name]:
+        for name in sorted(manifest)[part::parts]:
+            if fingerprint(path / name) != manifest[name]:
                 return f"{path / name} has another size or sha256 than {MANIFEST} says"
     except (OSError, ValueError) as error:
         return f"{path} is damaged: {error}"
@@ -852,9 +828,7 @@ def newest_state(folder: Path) -> tuple[Path | None, list[str]]:
     All ranks call this together: they share the reading.  Damaged ones are renamed, since the run
     will come to the same step again.  Raises OSError if there are states, but none is whole.
     """
-    rank, count = 0, 1
-    if dist.is_initialized():
-        rank, count = dist.get_rank(), dist.get_world_size()
+    rank, count = rank_and_count()
     damaged, said = [], []
 
     def set_aside() -> None:
@@ -897,7 +871,7 @@ class StateWriter:
             use_pinned_memory=torch.cuda.is_available(), use_shared_memory=False,
             use_async_staging=False, use_non_blocking_copy=torch.cuda.is_available()))
         self.thread = ThreadPoolExecutor(1)
-        self.writing: Future | None = None
+        self.writing = self.thread.submit(int)  # nothing so far
 
     def write(self, step: int, tensors: dict[str, Tensor], about: dict) -> None:
         """Copy the state and begin to write it; first wait for the state before."""
@@ -909,18 +883,17 @@ class StateWriter:
     def write_and_tidy(self, path: Path, tensors: dict[str, Tensor], about: dict) -> None:
         """Write a state; only then remove the oldest ones."""
         write_state(path, tensors, about, self.group)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if rank_and_count()[0] == 0:
             for old in states_in(self.folder)[:-KEPT]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def failed(self) -> bool:
         """Has the last state failed to be written?"""
-        return self.writing is not None and self.writing.done() and bool(self.writing.exception())
+        return self.writing.done() and self.writing.exception() is not None
 
     def wait(self) -> None:
         """Wait until the last state is on the disk.  Raises OSError if it could not be written."""
-        if self.writing is not None:
-            self.writing.result()
+        self.writing.result()
 
 
 # ---------------------------------------------------------------------------- from layout to layout
@@ -944,11 +917,12 @@ def source_layouts(layout: Layout) -> tuple[Layout, Layout]:
     return vit, decoder
 
 
-def read_tensors(model: LlavaOneVision, pieces: Pieces, layout: Layout,
-                 dtype: torch.dtype | None) -> Tensors:
+def read_tensors(model: LlavaOneVision, pieces: Pieces, dtype: torch.dtype | None = None,
+                 layout: Layout | None = None) -> Tensors:
     """Read the parameters of `pieces`, and yield them as the tensors that `layout` names.
-    dtype: None keeps that of the files.
+    dtype: None keeps that of the files; layout: by default the released one.
     Raises ValueError naming tensor and file where a number is not finite."""
+    layout = layout or released_names(model)
     for name, tensor in read_parameters(model, pieces, dtype):
         stored = pieces[name]
         # by tensor and not by parameter, so that the message can name the tensor
@@ -1074,7 +1048,7 @@ def merge(flags: argparse.Namespace) -> None:
     decoder = find_pieces(flags.llm, decoder_tensors, decoder_layout, UNUSED)
 
     merger = fresh_merger(model, flags.seed, flags.dtype)
-    sources = read_tensors(model, vit | decoder, layout, flags.dtype)
+    sources = read_tensors(model, vit | decoder, flags.dtype)
     write_directory(flags.out, chain(merger, sources),
                     side_files(model.config, tokenizer, flags.dtype, flags.code))
     print(f"{flags.out}: {sum(p.numel() for p in model.parameters()):,} parameters, merger from "
@@ -1084,18 +1058,19 @@ def merge(flags: argparse.Namespace) -> None:
 
     _, merged = find_checkpoint(flags.out)
     for path, pieces in ((flags.vit, vit), (flags.llm, decoder)):
-        apart = list(differences(model, pieces, merged, flags.dtype))
-        for name, distance in apart:
+        apart = dict(differences(model, pieces, merged, flags.dtype))
+        for name, distance in apart.items():
             if distance:
-                raise ValueError(f"{name} of {path} is not in {flags.out} as it was")
-        print(f"{path}: all {len(apart)} tensors are in {flags.out}, equal as {flags.dtype}")
+                raise ValueError(f"{name} of {flags.out} is not what it was in {path}")
+        print(f"{path}: makes {len(apart)} tensors of {flags.out}, equal as {flags.dtype}")
 
 
-def fp8_names(model: LlavaOneVision, layout: Layout) -> tuple[set[str], dict]:
+def fp8_names(model: LlavaOneVision) -> tuple[set[str], dict]:
     """Names of the matrices that an FP8 export quantises, and its `quantization_config`.
     Raises ValueError if a matrix does not consist of whole squares of 128 x 128."""
     # replaces the layers that training computes in FP8; the model has no numbers here
     convert_to_fp8(model)
+    layout = released_names(model)
     quantised, kept = set(), []
     for path, layer in model.named_modules():
         # a tied head is a layer of the model, but in no file
@@ -1131,18 +1106,14 @@ def export(flags: argparse.Namespace) -> None:
         if (flags.path / stage / "config.json").is_file():
             path = flags.path / stage
     model, pieces = find_checkpoint(path)
-    tokenizer, layout = load_tokenizer(path), released_names(model)
-    check_tokenizer(path, tokenizer, model.config)
-
-    # FP8 is quantised from the numbers of the files, not from a rounding of them to --dtype
+    tokenizer = load_tokenizer(path, model.config)
     about = f"{sum(map(len, pieces.values())):,} tensors, {flags.dtype}"
-    quantization = None
+    tensors, quantization = read_tensors(model, pieces, flags.dtype), None
     if flags.fp8:
-        names, quantization = fp8_names(model, layout)
-        tensors = to_fp8(read_tensors(model, pieces, layout, None), names, flags.dtype)
+        names, quantization = fp8_names(model)
+        # quantised from the numbers of the files, not from a rounding of them to --dtype
+        tensors = to_fp8(read_tensors(model, pieces), names, flags.dtype)
         about += f", {len(names):,} matrices in FP8"
-    else:
-        tensors = read_tensors(model, pieces, layout, flags.dtype)
 
     write_directory(flags.out, tensors,
                     side_files(model.config, tokenizer, flags.dtype, flags.code, quantization))
@@ -1154,13 +1125,10 @@ def export(flags: argparse.Namespace) -> None:
 
 def differences(model: LlavaOneVision, pieces: Pieces, others: Pieces,
                 dtype: torch.dtype | None = None) -> Iterator[tuple[str, float]]:
-    """For each tensor of `pieces`: how far are its numbers from those of `others`, at most?
+    """For each tensor made from `pieces`: how far are its numbers from `others`, at most?
     dtype: both are read as this type; None keeps the types of the files."""
-    layout = {parameter: [canonical_name(piece.key) for piece in stored]
-              for parameter, stored in pieces.items()}
     others = {parameter: others[parameter] for parameter in pieces}
-    pairs = zip(read_tensors(model, pieces, layout, dtype),
-                read_tensors(model, others, layout, dtype))
+    pairs = zip(read_tensors(model, pieces, dtype), read_tensors(model, others, dtype))
     for (name, ours), (_, theirs) in pairs:
         # in blocks of 4,096 lines, since float64 takes 8 bytes a number
         blocks = zip(ours.split(4096), theirs.split(4096))
@@ -1172,16 +1140,16 @@ def verify(flags: argparse.Namespace) -> None:
     model, pieces = find_checkpoint(flags.path)
     types = Counter()
     # to read is to check; tensors come in the order of `pieces`
-    tensors = read_tensors(model, pieces, released_names(model), None)
+    tensors = read_tensors(model, pieces)
     for (_, tensor), piece in zip(tensors, chain(*pieces.values())):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        types["FP8 with scales" if piece.scales else dtype] += 1
+        kind = "FP8 with scales" if piece.scales else tensor.dtype
+        types[kind] += 1
 
     for file in sorted(flags.path.iterdir()):
         if file.is_file():
-            size, digest = digests([file])[file.name]
+            size, digest = fingerprint(file)
             print(f"{digest}  {size:>14,}  {file.name}", flush=True)
-    counts = ", ".join(f"{count:,} of {dtype}" for dtype, count in types.items())
+    counts = ", ".join(f"{count:,} of {kind}" for kind, count in types.items())
     print(f"the weights of {flags.path} are whole: {types.total():,} tensors, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, all finite, {counts}")
     if model.config.tie_word_embeddings:
@@ -1203,12 +1171,9 @@ def compare(path: Path, model: LlavaOneVision, pieces: Pieces, other: Path) -> N
     """Print how far another directory is from `path`: settings, then each tensor that differs.
     Raises ValueError if their tensors have other names or shapes."""
     other_model, other_pieces = find_checkpoint(other)
-    shapes, other_shapes = ({name: tuple(p.shape) for name, p in m.named_parameters()}
-                            for m in (model, other_model))
-    for name in shapes | other_shapes:
-        if shapes.get(name) != other_shapes.get(name):
-            raise ValueError(f"{name} has shape {shapes.get(name)} in {path}, "
-                             f"{other_shapes.get(name)} in {other}")
+    # shapes are checked when the tensors are read: both must be those of `model`
+    for name in pieces.keys() ^ other_pieces.keys():
+        raise ValueError(f"{name} is in one of {path} and {other}, but not in the other")
     theirs = vars(other_model.config)
     for name, value in vars(model.config).items():
         if value != theirs[name]:
@@ -1228,15 +1193,12 @@ def compare(path: Path, model: LlavaOneVision, pieces: Pieces, other: Path) -> N
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
     """The flags of a command line; `flags.run` is the command, a function that takes them."""
     parser = flag_parser("Convert and check checkpoint directories.", arguments)
-    commands = parser.add_subparsers(
-        dest="command", required=True,
-        parser_class=lambda prog, description: flag_parser(description))
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=flag_parser)
     subs = []
     for command in (merge, export, verify):
         # the first line of a command's docstring is its help
         summary = command.__doc__.splitlines()[0]
         sub = commands.add_parser(command.__name__, help=summary, description=summary)
-        sub.prog = f"convert.py {command.__name__}"
         sub.set_defaults(run=command)
         subs.append(sub)
     merge_flags, export_flags, verify_flags = subs

@@ -1691,8 +1691,7 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"usage: python data.py {{{','.join(COMMANDS)}}} SOURCE...")
     name = arguments[0]
     command, *configs = COMMANDS[name]
-    parser = flag_parser(command.__doc__.splitlines()[0], arguments)
-    parser.prog = f"data.py {name}"
+    parser = flag_parser(command.__doc__.splitlines()[0], arguments, f"data.py {name}")
     parser.add_argument("sources", nargs="*" if name == "inspect" else "+", default=["questions"],
                         help="files, directories, globs or lists in braces of records")
     # a flag of another command is unknown, and so refused
@@ -1709,7 +1708,8 @@ def run(arguments: list[str]) -> None:
 # ------------------------------------------------------- helpers for the command lines of all files
 
 
-def flag_parser(description: str, arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+def flag_parser(description: str, arguments: Sequence[str] = (),
+                prog: str | None = None) -> argparse.ArgumentParser:
     """A parser that raises ValueError with one sentence; argparse would print its usage.
 
     arguments: a flag that stands twice in them is refused; argparse would use the second.
@@ -1723,7 +1723,7 @@ def flag_parser(description: str, arguments: Sequence[str] = ()) -> argparse.Arg
     for flag, times in Counter(flags).items():
         if times > 1:
             refuse(f"{flag} is given {times} times: once is meant")
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
     parser.error = refuse
     return parser
 
@@ -1758,8 +1758,8 @@ def refuse_in_one_sentence(script: str, command: Callable[[], None]) -> None:
 
 
 def show_progress(done: int, total: int, what: str) -> None:
-    """Redraw a bar, on a terminal only; at the end remove it."""
-    if sys.stderr.isatty():
+    """Redraw a bar, on a terminal only; at the end remove it.  The first rank speaks for all."""
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         bar = f"[{'#' * (30 * done // total):30}] {done}/{total} {what}" if done < total else ""
         print(f"\r\033[K{bar}", end="", file=sys.stderr, flush=True)
 

@@ -112,9 +112,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from assets.scenes import drawn_texts, train_tokenizer
-from convert import (StateWriter, check_tokenizer, find_checkpoint, load_model, load_tokenizer,
-                     newest_state, on_all_ranks, read_json_object, read_state, save_checkpoint,
-                     sync, write_file)
+from convert import (StateWriter, find_checkpoint, load_model, load_tokenizer, newest_state,
+                     on_all_ranks, read_json_object, read_state, save_checkpoint, sync, write_file)
 from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, add_fields, flag_parser,
                   lay_out, open_index, reason_of, source_files, weight_of)
 from fp8_kernel import check_device, convert_to_fp8
@@ -1286,9 +1285,7 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
 
     if start:
-        tokenizer = load_tokenizer(Path(start))
-        check_tokenizer(Path(start), tokenizer, sizes)
-        return tokenizer, begun
+        return load_tokenizer(Path(start), sizes), begun
     return train_tokenizer(drawn_texts(config.seed), sizes.vocab_size), begun
 
 

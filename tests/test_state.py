@@ -164,7 +164,7 @@ def fail_on_a_rank(folder: Path) -> list[str]:
         raise OSError("no space left")
 
     for module, name in ((convert.checkpoint.HuggingFaceStorageWriter, "write_data"),
-                         (convert, "digests")):
+                         (convert, "fingerprint")):
         works = getattr(module, name)
         if rank == 1:
             setattr(module, name, broken)
