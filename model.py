@@ -441,7 +441,7 @@ def sample_tokens(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_
     At temperature 0, the likeliest.  Else draw from the `top_k` likeliest (0: from all), and of
     these from the nucleus: the smallest set of likeliest whose probabilities add up to `top_p`.
     """
-    if temperature == 0:
+    if temperature < 1e-30:  # what is smaller becomes 0 in float32: nothing can be divided by it
         return logits.argmax(-1)
     # now the largest is 0, and no temperature, however small, makes it infinite
     logits = logits.float() - logits.amax(-1, keepdim=True)

@@ -45,8 +45,8 @@ import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -56,10 +56,10 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from assets.scenes import held_out_questions
-from convert import load_checkpoint, newest_checkpoint
+from convert import load_checkpoint, load_tokenizer, newest_checkpoint
 from data import (Record, add_fields, choose_device, choose_dtype, encode, flag_parser, load_json,
                   refuse_in_one_sentence, render)
 from model import CachedKeys, KVCache, LlavaOneVision, sample_tokens
@@ -93,25 +93,26 @@ class Settings:
     def __post_init__(self) -> None:
         """Raise ValueError for a value of the wrong type or out of range."""
         ranges = {"max_new_tokens": (1, 2**20), "temperature": (0, 1e6), "top_k": (0, 2**20),
-                  "top_p": (1e-9, 1), "repetition_penalty": (1e-3, 1e3), "seed": (0, 2**63 - 1)}
+                  "top_p": (1e-9, 1.0), "repetition_penalty": (1e-3, 1e3), "seed": (0, 2**63 - 1)}
         for name, (least, most) in ranges.items():
             value = getattr(self, name)
-            whole = isinstance(getattr(Settings, name), int)
-            kinds = (int,) if whole else (int, float)
             # type(), since for isinstance() true is an int; NaN fails the comparison
-            if type(value) not in kinds or not least <= value <= most:
-                kind = "a whole number " if whole else ""
+            if type(value) not in (int, type(most)) or not least <= value <= most:
+                kind = "a whole number " if isinstance(most, int) else ""
                 raise ValueError(f"{name} must be {kind}from {least:g} to {most:g}, it is "
                                  f"{value!r}")
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        if not is_texts(stop) or "" in stop:
+        stop = texts_of(self.stop)
+        if stop is None or "" in stop:
             raise ValueError(f"stop must be strings, none empty, it is {str(stop)[:80]}")
         object.__setattr__(self, "stop", tuple(stop))
 
 
-def is_texts(value: Any) -> bool:
-    """Is this a list or tuple of texts?"""
-    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+def texts_of(value: Any) -> list[str] | None:
+    """A text, or a list or tuple of texts, as a list; None for anything else."""
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
+        return [*texts]
+    return None
 
 
 def read_source(source: Any, local: bool) -> Picture:
@@ -119,8 +120,9 @@ def read_source(source: Any, local: bool) -> Picture:
 
     Raises ValueError if it cannot be had.
     """
-    if isinstance(source, str) and source.startswith("data:"):
-        content = source.partition(";base64,")[2]
+    text = source if isinstance(source, str) else ""
+    if text.startswith("data:"):
+        content = text.partition(";base64,")[2]
         try:
             return base64.b64decode(content or "?", validate=True)  # ? is no base64
         except binascii.Error:
@@ -128,7 +130,7 @@ def read_source(source: Any, local: bool) -> Picture:
                              ) from None
     if not local:
         raise ValueError(f"pictures must come as data URLs, not as {str(source)[:80]!r}")
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
+    if text.startswith(("http://", "https://")):
         try:
             with urllib.request.urlopen(source, timeout=30) as answer:
                 content = answer.read(DOWNLOAD + 1)
@@ -137,8 +139,8 @@ def read_source(source: Any, local: bool) -> Picture:
         if len(content) > DOWNLOAD:
             raise ValueError(f"{source} has more than {DOWNLOAD:,} bytes")
         return content
-    if isinstance(source, str) and source:
-        return Path(source.removeprefix("file://"))
+    if text:
+        return Path(text.removeprefix("file://"))
     if isinstance(source, Image.Image | Path):
         return source
     raise ValueError(f"{source!r} is no picture: give a path, a URL or a PIL image")
@@ -170,6 +172,11 @@ def read_part(part: Any, images: list[Picture | Video], local: bool) -> dict:
     return {"type": name}
 
 
+def user_turn(parts: list[dict], text: str) -> dict:
+    """A message of the user: pictures, then words."""
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
 def to_record(messages: Any, local: bool = True) -> Record:
     """A conversation as a record for `data.encode`.
 
@@ -196,8 +203,8 @@ def to_record(messages: Any, local: bool = True) -> Record:
     return {"messages": turns, "images": images, "id": "prompt"}
 
 
-def check_size(image: Picture | Video, most: int) -> None:
-    """Raise ValueError for a picture or video that cannot be read, or has more pixels than that."""
+def check_size(image: Picture | Video) -> None:
+    """Raise ValueError for a picture or video that cannot be read, or has more pixels than AREA."""
     moves = isinstance(image, Video)
     file = image.file if moves else image
     width, height = open_image(file, decode=False).size
@@ -209,8 +216,8 @@ def check_size(image: Picture | Video, most: int) -> None:
                 frames = getattr(opened, "n_frames", 1)
         except UNREADABLE as error:
             raise ValueError(f"a video cannot be read: {error}") from error
-    if frames * width * height > most:
-        raise ValueError(f"a picture or video may have {most:,} pixels, one has {frames} times "
+    if frames * width * height > AREA:
+        raise ValueError(f"a picture or video may have {AREA:,} pixels, one has {frames} times "
                          f"{width} x {height}")
 
 
@@ -226,12 +233,21 @@ class Cut(NamedTuple):
     grid: Tensor  # (1, 3)
 
 
+def join_cuts(cuts: list[Cut], device: torch.device) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What the model takes of pictures: patches (P, 588), normalised, and grid_thw (I, 3)."""
+    if not cuts:
+        return None, None
+    patches = torch.cat([cut.patches for cut in cuts]).to(device)
+    return normalize_patches(patches), torch.cat([cut.grid for cut in cuts]).to(device)
+
+
 class Request:
     """A prompt and its answer, which grows.  `pieces` has the text as it comes, then None."""
 
     def __init__(self, record: Record, tokenizer: Tokenizer, settings: Settings = Settings(),
                  max_pixels: int = MAX_PIXELS) -> None:
         """Encode the prompt.  Raises ValueError for what is malformed."""
+        self.record = record
         self.sample = encode(record, tokenizer, (MIN_PIXELS, max_pixels), generation_prompt=True)
         self.tokenizer, self.settings = tokenizer, settings
         self.ids: list[int] = self.sample.input_ids.tolist()
@@ -247,21 +263,19 @@ class Request:
         """The pictures of the prompt, decoded.  Raises ValueError if that is not possible."""
         cuts = []
         pads = [self.tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
-        holes = torch.isin(self.sample.input_ids, torch.tensor(pads)).nonzero()[:, 0].tolist()
-        counts = visual_tokens(self.sample.grid_thw).tolist()
-        for i in range(len(counts)):
-            patches, grid = self.sample.patches(i), self.sample.grid_thw[i:i + 1]
+        holes = [place for place, token in enumerate(self.ids) if token in pads]
+        for i, grid in enumerate(self.sample.grid_thw[:, None]):
+            patches = self.sample.patches(i)
             # with the grid: blank pictures of 4 x 6 and of 6 x 4 patches have the same patches
             digest = hashlib.sha256(grid.numpy().tobytes() + patches.numpy().tobytes()).digest()
-            cuts.append(Cut(holes[sum(counts[:i])], digest, patches, grid))
+            cuts.append(Cut(holes[0], digest, patches, grid))
+            holes = holes[int(visual_tokens(grid)):]
         return cuts
 
     def choose(self, logits: Tensor, likeliest: int) -> int:
         """The next token, from logits (V,)."""
         settings = self.settings
-        # what is smaller becomes 0 in float32, and nothing can be divided by it
-        temperature = settings.temperature if settings.temperature > 1e-30 else 0.0
-        if temperature == 0 and settings.repetition_penalty == 1:
+        if settings.temperature == 0 and settings.repetition_penalty == 1:
             return likeliest
         if settings.repetition_penalty != 1:
             logits = logits.float()
@@ -272,10 +286,11 @@ class Request:
                                  there * settings.repetition_penalty)
             logits = logits.index_copy(0, seen, weaker)
         logits = logits.cpu()  # the generator's numbers are the same with any device
-        return int(sample_tokens(logits[None], temperature, min(settings.top_k, len(logits)),
-                                 settings.top_p, self.generator))
+        top_k = min(settings.top_k, len(logits))
+        return int(sample_tokens(logits[None], settings.temperature, top_k, settings.top_p,
+                                 self.generator))
 
-    def take(self, token: int, stop_ids: Sequence[int], room: int) -> None:
+    def take(self, token: int, stop_ids: list[int], room: int) -> None:
         """Add a token to the answer, and give out the text that is certain by now.
 
         room: for more tokens in the slot.
@@ -318,9 +333,10 @@ class Request:
 class Slot:
     """A slot of the cache: its last request, and how far the request's keys are there."""
 
+    number: int  # of the slot, from 0
     request: Request | None = None  # the one that it answers, or answered last
     filled: int = 0  # tokens of its prompt and answer
-    used: int = 0  # the pass that used it last
+    used: float = 0.0  # when a pass used it last
 
     @property
     def busy(self) -> bool:
@@ -328,13 +344,15 @@ class Slot:
 
     @property
     def ids(self) -> list[int]:
-        return self.request.ids + self.request.answer if self.request else []
+        return self.request.ids + self.request.answer
 
     def shared_with(self, request: Request) -> int:
         """How many tokens at the beginning of a prompt need not be computed again."""
+        if self.request is None:
+            return 0
         # the last token of the prompt is computed anyway: its logits are wanted
         shared = len(os.path.commonprefix([self.ids[:self.filled], request.ids[:-1]]))
-        here = {(cut.first, cut.digest) for cut in self.request.pictures} if self.request else set()
+        here = {(cut.first, cut.digest) for cut in self.request.pictures}
         # all pictures have the same ids, so that another one is found by its digest
         others = [cut.first for cut in request.pictures if (cut.first, cut.digest) not in here]
         return min([shared, *others])
@@ -349,11 +367,10 @@ class Chat:
         self.capacity = min(context, model.config.max_position_embeddings)
         self.cache = KVCache(model.config, slots, self.capacity,
                              like=model.model.embed_tokens.weight)
-        self.slots = [Slot() for _ in range(slots)]
+        self.slots = [*map(Slot, range(slots))]
         self.waiting: deque[Request] = deque()
         # <|im_end|> ends a turn of a conversation, <|endoftext|> a plain text
         self.stop_ids = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
-        self.passes = 0
 
     def request(self, messages: list[dict], local: bool = True, **settings: Any) -> Request:
         """A request for a conversation; settings: see Settings."""
@@ -361,7 +378,7 @@ class Chat:
         if not local:
             # a small file may hold more pixels than there is memory for
             for image in record["images"]:
-                check_size(image, AREA)
+                check_size(image)
         return Request(record, self.tokenizer, Settings(**settings), self.max_pixels)
 
     def submit(self, request: Request) -> None:
@@ -378,61 +395,52 @@ class Chat:
 
         Returns False if there is nothing to do.
         """
-        busy = [i for i, slot in enumerate(self.slots) if slot.busy]
-        chosen = self.place_waiting() or busy
-        if not chosen:
+        slots = self.place_waiting() or [slot for slot in self.slots if slot.busy]
+        if not slots:
             return False
-        self.passes += 1
-        logits = self.forward(chosen)  # (S, V)
-        likeliest = logits.argmax(-1).tolist()
-        for i, number in enumerate(chosen):
-            slot = self.slots[number]
-            slot.used = self.passes
-            token = slot.request.choose(logits[i], likeliest[i])
+        logits = self.forward(slots)  # (S, V)
+        for slot, scores, best in zip(slots, logits, logits.argmax(-1).tolist()):
+            token = slot.request.choose(scores, best)
             slot.request.take(token, self.stop_ids, self.capacity - slot.filled)
         return True
 
-    def place_waiting(self) -> list[int]:
+    def place_waiting(self) -> list[Slot]:
         """Give free slots to requests that wait; returns these slots, in rising order."""
         placed = []
         for _ in range(len(self.waiting)):  # meanwhile other threads may append
             request = self.waiting.popleft()
             if request.reason:
                 continue  # it was cancelled
-            free = [i for i, slot in enumerate(self.slots) if not slot.busy]
+            free = [slot for slot in self.slots if not slot.busy]
             if not free:
                 self.waiting.append(request)
                 continue
             # the slot with the longest common beginning, of these the one unused for longest
-            shared = {i: self.slots[i].shared_with(request) for i in free}
-            best = max(free, key=lambda i: (shared[i], -self.slots[i].used))
-            self.slots[best] = Slot(request, shared[best])
+            best = max(free, key=lambda slot: (slot.shared_with(request), -slot.used))
+            best.filled = best.shared_with(request)
+            best.request = request
             placed.append(best)
-        return sorted(placed)
+        return sorted(placed, key=lambda slot: slot.number)
 
-    def forward(self, numbers: list[int]) -> Tensor:
+    def forward(self, slots: list[Slot]) -> Tensor:
         """Logits (S, V) behind the tokens that these slots lack: the rest of a prompt, or one."""
-        slots = [self.slots[number] for number in numbers]
         device = self.cache.k.device
         ids, positions, cuts, lengths = [], [], [], [0]
         for slot in slots:
-            rest = slot.ids[slot.filled:]
-            ids += rest
-            positions += range(slot.filled, slot.filled + len(rest))
+            rest = range(slot.filled, len(slot.ids))
+            ids += slot.ids[slot.filled:]
+            positions += rest
             lengths.append(len(rest))
             cuts += [cut for cut in slot.request.pictures if cut.first >= slot.filled]
-        pictures = {}
-        if cuts:
-            patches = torch.cat([cut.patches for cut in cuts]).to(device)
-            pictures = {"patches": normalize_patches(patches),
-                        "grid_thw": torch.cat([cut.grid for cut in cuts]).to(device)}
-        keys = CachedKeys(self.cache, numbers, fresh=not any(slot.filled for slot in slots))
+        keys = CachedKeys(self.cache, [slot.number for slot in slots],
+                          fresh=not any(slot.filled for slot in slots))
         logits = self.model.next_logits(
             torch.tensor(ids, device=device), torch.tensor(lengths, device=device).cumsum(0),
-            torch.tensor(positions, device=device), keys, **pictures)
+            torch.tensor(positions, device=device), keys, *join_cuts(cuts, device))
         # not before: a pass that was interrupted has left no keys
-        for slot, length in zip(slots, lengths[1:]):
-            slot.filled += length
+        for slot in slots:
+            slot.filled = len(slot.ids)
+            slot.used = time.monotonic()
         return logits
 
     def pieces(self, request: Request) -> Iterator[str]:
@@ -448,7 +456,7 @@ class Chat:
         finally:
             request.end("cancelled")  # if nobody reads on; else it has ended already
 
-    def answers(self, requests: Sequence[Request]) -> list[str]:
+    def answers(self, requests: list[Request]) -> list[str]:
         """The answers to several requests, computed together."""
         try:
             for request in requests:
@@ -507,25 +515,23 @@ def load_chat(path: str | Path, device: str = "", dtype: str = "", **options: in
 
 def edit_distance(a: str, b: str) -> int:
     """The fewest insertions, deletions and replacements of characters that make b from a."""
-    line = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, line[0] = line[0], i
-        for j, y in enumerate(b, 1):
-            # x inserted, y inserted, or x replaced by y
-            best = min(line[j] + 1, line[j - 1] + 1, before + (1 if x != y else 0))
-            before, line[j] = line[j], best
+    line = [*range(len(b) + 1)]  # from the beginning of a so far to each beginning of b
+    for x in a:
+        above, line = line, [line[0] + 1]
+        for j, y in enumerate(b):
+            # x deleted, y inserted, or x replaced by y
+            replaced = above[j] if x == y else above[j] + 1
+            line.append(min(above[j + 1] + 1, line[j] + 1, replaced))
     return line[-1]
 
 
-def as_number(text: str) -> float | None:
-    """The number that a text is, with commas between thousands or in per cent perhaps; or None."""
+def as_number(text: str) -> float:
+    """The number that a text is, with commas between thousands or in per cent perhaps; else NaN."""
     text = plain(text).replace(",", "")
     try:
         number = float(text.removesuffix("%"))
     except ValueError:
-        return None
-    if not math.isfinite(number):
-        return None
+        return math.nan
     return number / 100 if text.endswith("%") else number
 
 
@@ -542,7 +548,7 @@ def exact(answer: str, wanted: str) -> float:
 def relaxed(answer: str, wanted: str) -> float:
     """As `exact`, but numbers may be 5 % apart: for charts.  Source: ChartQA (arXiv 2203.10244)."""
     number, target = as_number(answer), as_number(wanted)
-    if number is None or not target:
+    if not target or not math.isfinite(number - target):
         return exact(answer, wanted)
     return float(abs(number - target) <= 0.05 * abs(target))
 
@@ -571,25 +577,22 @@ def read_question(entry: Any, number: int, folder: Path) -> dict:
     if not isinstance(entry, dict) or not entry.keys() <= known:
         raise ValueError(f"it must be an object with no other keys than {', '.join(sorted(known))}")
     asked = entry.keys() & {"messages", "question", "image", "images"}
-    if asked != {"messages"} and (len(asked) > 2 or asked - {"image", "images"} != {"question"}):
+    if asked not in ({"messages"}, {"question"}, {"question", "image"}, {"question", "images"}):
         raise ValueError("it must have messages, or a question and perhaps image or images")
-    answers = entry.get("answer")
-    answers = [answers] if isinstance(answers, str) else answers
-    if not answers or not is_texts(answers):
+    answers = texts_of(entry.get("answer"))
+    if not answers:
         raise ValueError("answer must be a text or a list of accepted texts")
     metric = entry.get("metric", "exact")
     if metric not in [*METRICS]:
         raise ValueError(f"there is no metric {metric!r}, only {', '.join(METRICS)}")
 
     messages = entry.get("messages")
-    if messages is None:
-        images = entry.get("images", entry.get("image", []))
-        images = [images] if isinstance(images, str) else images
-        if not is_texts(images):
-            raise ValueError(f"image or images must be names of files, not {images!r}")
+    if "question" in entry:
+        images = texts_of(entry.get("images", entry.get("image", [])))
+        if images is None:
+            raise ValueError("image or images must be names of files")
         parts = [{"type": "image", "image": folder / name} for name in images]
-        parts.append({"type": "text", "text": entry["question"]})
-        messages = [{"role": "user", "content": parts}]
+        messages = [user_turn(parts, entry["question"])]
     to_record(messages)  # raises ValueError if it is none
     return {"id": str(entry.get("id", number)), "messages": messages, "answers": answers,
             "metric": metric, "category": str(entry.get("category", "all"))}
@@ -597,6 +600,8 @@ def read_question(entry: Any, number: int, folder: Path) -> dict:
 
 def read_predictions(file: Path, asked: list[dict]) -> list[dict]:
     """The lines of a file of predictions.  Raises ValueError if they are of other questions."""
+    if not file.is_file():
+        return []
     content = file.read_bytes()
     whole = content.rfind(b"\n") + 1  # the last line may have been cut
     kept = [load_json(line, file) for line in content[:whole].splitlines()][:len(asked)]
@@ -608,8 +613,8 @@ def read_predictions(file: Path, asked: list[dict]) -> list[dict]:
     return kept
 
 
-def evaluate(chat: Chat, questions: list[dict], done: Path | None = None, checkpoint: str = "",
-             **settings: Any) -> dict[str, list[float]]:
+def evaluate(chat: Chat, questions: list[dict], done: str | Path = os.devnull,
+             checkpoint: str = "", **settings: Any) -> dict[str, list[float]]:
     """Ask questions; the scores of each category.
 
     done: a file that keeps the predictions, as JSON lines, so that a second run goes on; with them
@@ -623,17 +628,16 @@ def evaluate(chat: Chat, questions: list[dict], done: Path | None = None, checkp
         texts = [part.get("text") for turn in turns for part in turn["content"]]
         asked.append({**question, "messages": texts, "checkpoint": checkpoint,
                       "settings": settings_read})
-    kept = read_predictions(done, asked) if done is not None and done.is_file() else []
-    for start in range(len(kept), len(questions), len(chat.slots)):
-        group = asked[start:start + len(chat.slots)]
-        messages = [question["messages"] for question in questions[start:start + len(group)]]
-        for about, answer in zip(group, chat(messages, **settings)):
-            metric = METRICS[about["metric"]]
-            score = max(metric(answer, wanted) for wanted in about["answers"])
-            kept.append({**about, "prediction": answer, "score": score})
-            if done is not None:
-                with open(done, "a") as file:
-                    print(json.dumps(kept[-1]), file=file)
+    kept = read_predictions(Path(done), asked)
+    with open(done, "a") as file:
+        while len(kept) < len(questions):
+            group = slice(len(kept), len(kept) + len(chat.slots))
+            messages = [question["messages"] for question in questions[group]]
+            for about, answer in zip(asked[group], chat(messages, **settings)):
+                metric = METRICS[about["metric"]]
+                score = max(metric(answer, wanted) for wanted in about["answers"])
+                kept.append({**about, "prediction": answer, "score": score})
+                print(json.dumps(kept[-1]), file=file, flush=True)
     scores: dict[str, list[float]] = {}
     for entry in kept:
         scores.setdefault(entry["category"], []).append(entry["score"])
@@ -642,10 +646,10 @@ def evaluate(chat: Chat, questions: list[dict], done: Path | None = None, checkp
 
 def interval(scores: list[float]) -> tuple[float, float]:
     """Wilson's 95 % interval of the mean of scores between 0 and 1."""
-    z, count, mean = 1.96, len(scores), sum(scores) / len(scores)
-    middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
-    spread = math.sqrt(mean * (1 - mean) / count + (z / (2 * count))**2)
-    half = spread * z / (1 + z * z / count)
+    mean = sum(scores) / len(scores)
+    a = 1.96**2 / len(scores)
+    middle = (mean + a / 2) / (1 + a)
+    half = math.sqrt(a * mean * (1 - mean) + a * a / 4) / (1 + a)
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
@@ -655,12 +659,12 @@ def held_out(per_category: int) -> list[dict]:
     for category, records in held_out_questions(per_category).items():
         for record in records:
             pictures = iter(record["images"])
-            *turns, answer = record["messages"]
-            messages = [{"role": turn["role"], "content": [
-                part if part["type"] == "text" else {"type": "image", "image": next(pictures)}
-                for part in turn["content"]]} for turn in turns]
-            questions.append({"id": record["id"], "messages": messages, "metric": "exact",
-                              "answers": [answer["content"][0]["text"]], "category": category})
+            asked, answer = record["messages"]
+            parts = [part if part["type"] == "text" else {"type": "image", "image": next(pictures)}
+                     for part in asked["content"]]
+            questions.append({"id": record["id"], "messages": [{"role": "user", "content": parts}],
+                              "answers": [answer["content"][0]["text"]], "metric": "exact",
+                              "category": category})
     return questions
 
 
@@ -699,11 +703,12 @@ def read_body(body: bytes, name: str) -> tuple[list, dict, bool, bool]:
         raise ValueError("stream and stream_options.include_usage must be true or false")
 
     for key in ("max_tokens", "max_completion_tokens"):
-        if key in given and "max_new_tokens" in given:
+        if key not in given:
+            continue
+        if "max_new_tokens" in given:
             raise ValueError(f"{key} is another name of a field that is there already")
-        if key in given:
-            given["max_new_tokens"] = given.pop(key)
-    unknown = given.keys() - {entry.name for entry in fields(Settings)}
+        given["max_new_tokens"] = given.pop(key)
+    unknown = given.keys() - vars(Settings())
     if unknown:
         raise ValueError(f"there is no field {', '.join(sorted(unknown))[:80]}")
     return messages, given, stream, bool(options.get("include_usage"))
@@ -866,12 +871,11 @@ class Handler(BaseHTTPRequestHandler):
         """Send an answer as it comes, or when it is complete."""
         about = {"id": f"chatcmpl-{id(request):x}", "created": int(time.time()),
                  "model": self.server.name, "object": "chat.completion"}
-        failure = "the model could not answer"
         if stream:
             about["object"] = "chat.completion.chunk"
-            self.close_connection = True  # the end of the connection is the end of the answer
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
+            # the end of the connection is the end of the answer
             self.send_header("Connection", "close")
             self.end_headers()
         while (piece := self.next_piece(request)) is not None:
@@ -883,19 +887,20 @@ class Handler(BaseHTTPRequestHandler):
         tokens = {"prompt_tokens": len(request.ids), "completion_tokens": len(request.answer),
                   "total_tokens": len(request.ids) + len(request.answer)}
         choice = {"index": 0, "finish_reason": request.reason}
-        if not stream and request.reason == "error":
+        failure = "the model could not answer"
+        if stream:
+            last = {"choices": [choice | {"delta": {}}]}
+            if request.reason == "error":
+                last = {"error": {"message": failure}}
+            self.event(about | last)
+            if usage:
+                self.event(about | {"choices": [], "usage": tokens})
+            self.wfile.write(b"data: [DONE]\n\n")
+        elif request.reason == "error":
             self.send_error(500, failure)
-        elif not stream:
+        else:
             choice["message"] = {"role": "assistant", "content": request.text}
             self.send(about | {"choices": [choice], "usage": tokens})
-        elif request.reason == "error":
-            self.event({"error": {"message": failure}})
-        else:
-            self.event(about | {"choices": [choice | {"delta": {}}]})
-        if stream and usage:
-            self.event(about | {"choices": [], "usage": tokens})
-        if stream:
-            self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, content: dict) -> None:
         """Send a piece of a streamed answer."""
@@ -945,57 +950,49 @@ class Flags:
             raise ValueError(f"--dtype must be float32 or bfloat16, it is {self.dtype}")
 
 
-def trace(model: LlavaOneVision, record: Record, request: Request) -> None:
-    """Print the eight stops of a prompt's way, with shapes and the first numbers.
+@torch.inference_mode()
+def trace(model: LlavaOneVision, request: Request) -> None:
+    """Print the eight stops of a prompt's way, with shapes and the first numbers."""
+    def stop(place: str, x: Tensor | None = None, words: str = "") -> None:
+        """Print a stop; of a tensor x, the shape and the first numbers before the words."""
+        if x is not None:
+            shape = ", ".join(f"{n:,}" for n in x.shape)
+            numbers = "".join(f"{n:8.2f}" for n in x.flatten()[:3].tolist())
+            words = f"({shape})".ljust(12) + numbers + words
+        print(place, words, file=sys.stderr)
 
-    Those from the ViT on are printed by the next forward pass.
-    """
-    def stop(number: int, name: str, place: str, what: str) -> None:
-        print(f"{number} {name:14} {place:26} {what}", file=sys.stderr)
-
-    def numbers(x: Tensor) -> str:
-        """The shape, and the first numbers."""
-        shape = ", ".join(f"{n:,}" for n in x.shape)
-        return f"({shape})".ljust(12) + "".join(f"{n:8.2f}" for n in x.flatten()[:3].tolist())
-
-    def at(module: nn.Module, show: Callable[[Tensor], None], before: bool = False) -> None:
-        """Show what the module gives, or what it gets, in the next pass alone."""
-        def hook(module: nn.Module, arguments: tuple, out: Tensor | None = None) -> None:
-            handle.remove()
-            show(arguments[0] if before else out)
-        register = module.register_forward_pre_hook if before else module.register_forward_hook
-        handle = register(hook)
-
+    messages, ids = request.record["messages"], request.ids
     counts = visual_tokens(request.sample.grid_thw).tolist()
     text = "".join(f"{piece} x {repeats} " if repeats > 1 else piece for piece, repeats, _ in
-                   render(record["messages"], counts, generation_prompt=True))
-    stop(1, "record", "sample.py to_record",
-         f"pictures: {len(counts)}, messages: {len(record['messages'])}")
-    stop(2, "messages", "data.py render", repr(text))
-    ids = " ".join(map(str, request.ids[:8]))
-    stop(3, "tokens, labels", "data.py encode",
-         f"({len(request.ids)},)  {ids} ..., labels in answers alone")
+                   render(messages, counts, generation_prompt=True))
+    stop("1 record         sample.py to_record       ",
+         words=f"pictures: {len(counts)}, messages: {len(messages)}")
+    stop("2 messages       data.py render            ", words=repr(text))
+    stop("3 tokens, labels data.py encode            ",
+         words=f"({len(ids)},)  {' '.join(map(str, ids[:8]))} ..., labels in answers alone")
+
+    device = model.lm_head.weight.device
+    patches, grid_thw = join_cuts(request.pictures, device)
     if counts:
-        patches = torch.cat([normalize_patches(cut.patches) for cut in request.pictures])
-        stop(4, "patches", "vision.py image_to_patches", numbers(patches))
+        stop("4 patches        vision.py image_to_patches", patches)
         # without pictures the ViT does not run
-        at(model.visual, lambda x: stop(5, "visual tokens", "vision.py RiceViT", numbers(x)))
+        stop("5 visual tokens  vision.py RiceViT         ", model.visual(patches, grid_thw))
+    x = model.embed(torch.tensor(ids, device=device), patches, grid_thw)  # (T, C)
     holes = [f"{cut.first} to {cut.first + count - 1}"
              for cut, count in zip(request.pictures, counts)]
-    layer = model.model.layers[0]
-    at(layer, lambda x: stop(
-        6, "placed", "model.py embed", f"{numbers(x)}  visual tokens {', '.join(holes) or 'none'}"),
-        before=True)
-    at(layer.self_attn, lambda x: stop(7, "attention", "model.py SelfAttention", numbers(x)))
-
-    def show_logits(logits: Tensor) -> None:
-        likely = logits[0].float().softmax(-1).topk(3)
-        words = [f"{request.tokenizer.decode([i])!r} {p:.2f}"
-                 for p, i in zip(likely.values.tolist(), likely.indices.tolist())]
-        loss = -math.log(likely.values[0])
-        stop(8, "loss, token", "model.py Head",
-             f"{numbers(logits)}  {', '.join(words)}; loss {loss:.3f} if the first is right")
-    at(model.lm_head, show_logits)
+    stop("6 placed         model.py embed            ", x,
+         f"  visual tokens {', '.join(holes) or 'none'}")
+    hook = model.model.layers[0].self_attn.register_forward_hook(
+        lambda module, arguments, out: stop("7 attention      model.py SelfAttention    ", out))
+    edges = torch.tensor([0, len(ids)], device=device)
+    logits = model.lm_head(model.model(x, edges, wanted=edges[1:] - 1))  # (1, V)
+    hook.remove()
+    likely = logits[0].float().softmax(-1).topk(3)
+    words = [f"{request.tokenizer.decode([i])!r} {p:.2f}"
+             for p, i in zip(likely.values.tolist(), likely.indices.tolist())]
+    loss = -math.log(likely.values[0])
+    stop("8 loss, token    model.py Head             ", logits,
+         f"  {', '.join(words)}; loss {loss:.3f} if the first is right")
 
 
 def media_part(path: str) -> dict:
@@ -1016,7 +1013,7 @@ def say(chat: Chat, request: Request) -> None:
         for piece in chat.pieces(request):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        request.end("cancelled")
+        pass
     print()
 
 
@@ -1026,21 +1023,16 @@ def ask(inputs: list[str], flags: Flags, settings: Settings) -> None:
         messages = load_json(sys.stdin.buffer.read(), "standard input")
     else:
         *files, prompt = inputs
-        parts = [*map(media_part, files), {"type": "text", "text": prompt}]
-        messages = [{"role": "user", "content": parts}]
+        messages = [user_turn([*map(media_part, files)], prompt)]
     record = to_record(messages)
-    # the pictures first: a wrong file is refused before the model is loaded
-    for image in record["images"]:
-        if not isinstance(image, Video):
-            open_image(image, decode=False)
     path, said = choose_checkpoint(flags.checkpoint)
-    device = choose_device(flags.device)
-    model, tokenizer = load_checkpoint(path, choose_dtype(flags.dtype, device), device)
-    request = Request(record, tokenizer, settings, flags.max_pixels)
+    # what is wrong with the prompt is found before the model is loaded
+    request = Request(record, load_tokenizer(path), settings, flags.max_pixels)
     # prompt and answer share the context
-    chat = Chat(model, tokenizer, len(request.ids) + settings.max_new_tokens, slots=1)
+    context = len(request.ids) + settings.max_new_tokens
+    chat = load_chat(path, flags.device, flags.dtype, context=context, slots=1)
     if flags.trace:
-        trace(model, record, request)
+        trace(chat.model, request)
     started = time.monotonic()
     say(chat, request)
     print(said, file=sys.stderr)
@@ -1068,7 +1060,7 @@ def converse(chat: Chat, settings: Settings) -> None:
             elif command == "/image":
                 parts.append(media_part(rest.strip()))
             elif line:
-                turn = {"role": "user", "content": [*parts, {"type": "text", "text": line}]}
+                turn = user_turn(parts, line)
                 parts = []  # a damaged picture would spoil the next turn, too
                 request = chat.request([*messages, turn], **vars(settings))
                 say(chat, request)
@@ -1092,7 +1084,7 @@ def read_questions(file: Path) -> list[dict]:
     return questions
 
 
-def print_scores(chat: Chat, questions: list[dict], done: Path | None, checkpoint: Path,
+def print_scores(chat: Chat, questions: list[dict], done: str, checkpoint: Path,
                  settings: Settings) -> None:
     """Ask questions, and print scores by category, with 95 % intervals."""
     scores = evaluate(chat, questions, done, str(checkpoint.resolve()), **vars(settings))
@@ -1114,7 +1106,7 @@ def parse_flags(arguments: list[str]) -> tuple[list[str], Flags, Settings]:
     # "intermixed": a flag may stand between the pictures and the prompt
     given = vars(parser.parse_intermixed_args(arguments))
     inputs = given.pop("inputs")
-    flags = Flags(**{entry.name: given.pop(entry.name) for entry in fields(Flags)})
+    flags = Flags(**{name: given.pop(name) for name in vars(Flags())})
     try:
         settings = Settings(**given)
     except ValueError as error:
@@ -1152,8 +1144,7 @@ def run(inputs: list[str], flags: Flags, settings: Settings) -> None:
               f"the model {name}", file=sys.stderr, flush=True)
         server.serve_forever()
     else:
-        done = Path(flags.predictions) if flags.predictions else None
-        print_scores(chat, questions, done, path, settings)
+        print_scores(chat, questions, flags.predictions or os.devnull, path, settings)
 
 
 def main() -> None:

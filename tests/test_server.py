@@ -25,7 +25,7 @@ from PIL import Image
 from ranks import resident
 
 from convert import load_checkpoint
-from sample import BODY, Chat, Server, held_out
+from sample import BODY, Chat, Server, Slot, held_out
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "assets" / "tiny"
@@ -290,9 +290,9 @@ def test_an_error_of_the_model_ends_every_answer(server: Server,
     engine, failed = server.chat, threading.Event()
     forward = engine.forward
 
-    def out_of_memory(numbers: list[int]) -> torch.Tensor:
+    def out_of_memory(slots: list[Slot]) -> torch.Tensor:
         if failed.is_set():
-            return forward(numbers)
+            return forward(slots)
         time.sleep(0.5)  # meanwhile the others begin to wait
         failed.set()
         raise RuntimeError("no memory is left")
