@@ -368,10 +368,9 @@ def find_pieces(path: Path, tensors: dict[str, Stored], layout: Layout,
     """Where a directory has the tensors of each parameter.
     ignored: prefixes or suffixes of tensors that may be there although the layout lacks them.
     Raises ValueError naming a tensor that is missing, or one that belongs to no parameter."""
-    wanted = dict.fromkeys(chain(*layout.values()))
-    for name in wanted:
-        if name not in tensors:
-            raise ValueError(f"{path} lacks the tensor {name}")
+    wanted = {*chain(*layout.values())}
+    for name in sorted(wanted - tensors.keys()):
+        raise ValueError(f"{path} lacks the tensor {name}")
     # a tensor that nobody reads means that the files are of another model
     for name, piece in tensors.items():
         if not (name in wanted or name.startswith(ignored) or name.endswith(ignored)):
@@ -1210,10 +1209,10 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     merge_flags.add_argument("--seed", type=int, default=0, help="of the merger's weights")
     merge_flags.add_argument("--verify", action="store_true",
                              help="compare the parts with their sources afterwards")
-    export_flags.add_argument("path", type=Path, metavar="RUN")
+    for sub in (export_flags, verify_flags):
+        sub.add_argument("path", type=Path, metavar="DIR")
     export_flags.add_argument("--fp8", action="store_true",
                               help="quantise the decoder's large matrices, for serving")
-    verify_flags.add_argument("path", type=Path, metavar="DIR")
     verify_flags.add_argument("other", type=Path, metavar="DIR2", nargs="?",
                               help="print how far DIR is from it")
 
