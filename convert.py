@@ -39,7 +39,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import cache, partial
 from itertools import chain
@@ -776,13 +776,12 @@ def write_state(path: Path, tensors: dict[str, Tensor], about: dict,
 
     try:
         on_all_ranks(begin, group)
-        try:
-            checkpoint.save(tensors, process_group=group, storage_writer=(
-                checkpoint.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)))
-        except checkpoint.api.CheckpointException as error:
-            raise OSError(first_failure(error)) from error
+        checkpoint.save(tensors, process_group=group, storage_writer=(
+            checkpoint.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)))
         found = on_all_ranks(fingerprints, group)
         on_all_ranks(commit, group)
+    except checkpoint.api.CheckpointException as error:
+        raise OSError(f"{path} cannot be written: {first_failure(error)}") from error
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
@@ -870,7 +869,8 @@ class StateWriter:
             use_pinned_memory=torch.cuda.is_available(), use_shared_memory=False,
             use_async_staging=False, use_non_blocking_copy=torch.cuda.is_available()))
         self.thread = ThreadPoolExecutor(1)
-        self.writing = self.thread.submit(int)  # nothing so far
+        self.writing = Future()
+        self.writing.set_result(None)  # nothing so far
 
     def write(self, step: int, tensors: dict[str, Tensor], about: dict) -> None:
         """Copy the state and begin to write it; first wait for the state before."""

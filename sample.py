@@ -425,7 +425,8 @@ class Chat:
     def forward(self, slots: list[Slot]) -> Tensor:
         """Logits (S, V) behind the tokens that these slots lack: the rest of a prompt, or one."""
         device = self.cache.k.device
-        ids, positions, cuts, lengths = [], [], [], [0]
+        ids, positions = [], []
+        cuts, lengths = [], [0]
         for slot in slots:
             rest = range(slot.filled, len(slot.ids))
             ids += slot.ids[slot.filled:]
@@ -658,13 +659,12 @@ def held_out(per_category: int) -> list[dict]:
     questions = []
     for category, records in held_out_questions(per_category).items():
         for record in records:
-            pictures = iter(record["images"])
             asked, answer = record["messages"]
-            parts = [part if part["type"] == "text" else {"type": "image", "image": next(pictures)}
-                     for part in asked["content"]]
-            questions.append({"id": record["id"], "messages": [{"role": "user", "content": parts}],
-                              "answers": [answer["content"][0]["text"]], "metric": "exact",
-                              "category": category})
+            # pictures stand before the words
+            parts = [{"type": "image", "image": image} for image in record["images"]]
+            messages = [user_turn(parts, asked["content"][-1]["text"])]
+            questions.append({"id": record["id"], "messages": messages, "metric": "exact",
+                              "answers": [answer["content"][0]["text"]], "category": category})
     return questions
 
 

@@ -42,16 +42,12 @@ def greedy(model: LlavaOneVision, tokenizer: Tokenizer, messages: list[dict], mo
     """The answer by passes over the whole sequence, without a cache."""
     request = Request(to_record(messages), tokenizer)
     ids = torch.tensor(request.ids)
-    pictures = {}
-    if request.pictures:
-        patches = torch.cat([cut.patches for cut in request.pictures])
-        pictures = {"patches": sample.normalize_patches(patches),
-                    "grid_thw": torch.cat([cut.grid for cut in request.pictures])}
+    pictures = sample.join_cuts(request.pictures, ids.device)
     answer: list[int] = []
     stops = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
     while len(answer) < most:
         with torch.inference_mode():
-            logits = model(ids, torch.tensor([0, len(ids)]), **pictures)
+            logits = model(ids, torch.tensor([0, len(ids)]), *pictures)
         token = logits[-1].argmax()
         if int(token) in stops:
             break
