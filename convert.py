@@ -1061,7 +1061,7 @@ def merge(flags: argparse.Namespace) -> None:
         for name, distance in apart.items():
             if distance:
                 raise ValueError(f"{name} of {flags.out} is not what it was in {path}")
-        print(f"{path}: makes {len(apart)} tensors of {flags.out}, equal as {flags.dtype}")
+        print(f"{path} makes {len(apart)} tensors of {flags.out}, equal as {flags.dtype}")
 
 
 def fp8_names(model: LlavaOneVision) -> tuple[set[str], dict]:

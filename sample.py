@@ -717,7 +717,6 @@ def read_body(body: bytes, name: str) -> tuple[list, dict, bool, bool]:
 class Server(ThreadingHTTPServer):
     """The page and OpenAI's API, on a thread for each connection; one thread runs the model."""
 
-    daemon_threads = True
     request_queue_size = 256  # connections that wait to be accepted
 
     def __init__(self, host: str, port: int, chat: Chat, name: str, queue: int = 64) -> None:
@@ -858,7 +857,7 @@ class Handler(BaseHTTPRequestHandler):
         if origin and (foreign or origin.partition("://")[2] != host):
             raise Refusal(403, f"requests from pages of {origin[:80]} are not answered")
         length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]+", length):
+        if not length.isdecimal():
             raise Refusal(411, "a request must have a Content-Length")
         if int(length) > BODY:
             raise Refusal(413, f"a request may have {BODY:,} bytes, this one has {length[:20]}")
@@ -931,7 +930,7 @@ class Flags:
     serve: int = 0  # port of a page to chat in, and of OpenAI's API under /v1
     evaluate: str = ""  # file of JSON lines: ask its questions, and print scores
     host: str = "127.0.0.1"  # address that --serve listens on; 127.0.0.1 is for this machine alone
-    predictions: str = ""  # file where --evaluate keeps its answers, to go on if interrupted
+    predictions: str = os.devnull  # where --evaluate keeps its answers, to go on if interrupted
     checkpoint: str = ""  # directory, or OWNER/NAME at Hugging Face; else runs/'s newest, or ours
     max_pixels: int = MAX_PIXELS  # largest area of a picture
     context: int = 8192  # tokens of a conversation at most
@@ -1144,7 +1143,7 @@ def run(inputs: list[str], flags: Flags, settings: Settings) -> None:
               f"the model {name}", file=sys.stderr, flush=True)
         server.serve_forever()
     else:
-        print_scores(chat, questions, flags.predictions or os.devnull, path, settings)
+        print_scores(chat, questions, flags.predictions, path, settings)
 
 
 def main() -> None:
