@@ -368,9 +368,10 @@ def find_pieces(path: Path, tensors: dict[str, Stored], layout: Layout,
     """Where a directory has the tensors of each parameter.
     ignored: prefixes or suffixes of tensors that may be there although the layout lacks them.
     Raises ValueError naming a tensor that is missing, or one that belongs to no parameter."""
-    wanted = {*chain(*layout.values())}
-    for name in sorted(wanted - tensors.keys()):
-        raise ValueError(f"{path} lacks the tensor {name}")
+    wanted = dict.fromkeys(chain(*layout.values()))
+    for name in wanted:
+        if name not in tensors:
+            raise ValueError(f"{path} lacks the tensor {name}")
     # a tensor that nobody reads means that the files are of another model
     for name, piece in tensors.items():
         if not (name in wanted or name.startswith(ignored) or name.endswith(ignored)):
