@@ -487,11 +487,11 @@ class LlavaOneVision(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
-    def init_weights(self, zero_outputs: bool = False) -> "LlavaOneVision":
+    def init_weights(self, from_scratch: bool = False) -> "LlavaOneVision":
         """Draw fresh weights from torch's global generator, as upstream but for patch_embed.
 
-        zero_outputs: layers add nothing to x at first.  Then gradients pass them unchanged, and
-        training from random weights learns sooner.
+        from_scratch: layers add nothing to x at first.  Then gradients pass them unchanged, and
+        training from random weights learns sooner.  Attention begins as sharp as in wide heads.
         """
         for module in self.modules():
             init_linear(module, self.config.initializer_range)
@@ -501,8 +501,12 @@ class LlavaOneVision(nn.Module):
         nn.init.normal_(self.visual.class_embedding, std=self.config.vision.embed_dim**-0.5)
         nn.init.normal_(self.visual.class_pos_emb)
         for name, parameter in self.named_parameters():
-            if zero_outputs and name.endswith(OUTPUTS):
+            if from_scratch and name.endswith(OUTPUTS):
                 nn.init.zeros_(parameter)
+            # A score is at most the root of the head's width, 5.7 for 32.  Twice as much lets a
+            # narrow head choose one token among many, as heads of width 128 can.
+            if from_scratch and name.endswith("q_norm.weight"):
+                nn.init.constant_(parameter, (128 / self.config.head_dim) ** 0.5)
         return self
 
     def embed(self, input_ids: Tensor, patches: Tensor | None, grid_thw: Tensor | None,

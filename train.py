@@ -251,7 +251,11 @@ TINY = {
     "mid": TINY_MID,
     "instruct": replace(TINY_MID, data=("mixed",), steps=2500, lr=8e-4, min_lr=2e-5),
 }
-RECIPES = {"tiny": TINY, "quick": QUICK, "full": FULL}
+TINY_LONG = TINY | {  # of the shipped checkpoint
+    "mid": replace(TINY["mid"], steps=1200),
+    "instruct": replace(TINY["instruct"], steps=8000),
+}
+RECIPES = {"tiny": TINY, "tiny-long": TINY_LONG, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
 FROM_SCRATCH = ("tiny", "tiny-moe")  # presets that may start from random weights; default the first
 SMALL = 100e6  # models of fewer parameters use the recipe tiny by default
@@ -392,7 +396,7 @@ def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) ->
         # the model is sharded while it is empty, so each rank reads only its own slices
         return load_model(start, torch.float32, ranks.device, prepare)
     torch.manual_seed(config.seed)
-    model = LlavaOneVision(sizes_of(config, start)).init_weights(zero_outputs=True)
+    model = LlavaOneVision(sizes_of(config, start)).init_weights(from_scratch=True)
     model = model.to(ranks.device)
     prepare(model)
     return model

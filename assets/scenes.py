@@ -118,6 +118,10 @@ def objects_scene(rng: random.Random) -> Scene:
     def draw(rng: random.Random) -> Image.Image:
         image = Image.new("RGB", (84, 84), BACKGROUNDS[background])
         canvas = ImageDraw.Draw(image)
+        # the lines of the board: what a patch shows says where on the board it is
+        for at in (28, 56):
+            canvas.line((at, 0, at, 84), fill=GREY, width=2)
+            canvas.line((0, at, 84, at), fill=GREY, width=2)
         for cell, colour, shape in objects:
             # cells are numbered like words on a page, three in a line
             x = 28 * (cell % 3) + 14 + rng.randint(-2, 2)
@@ -225,14 +229,15 @@ def chart_scene(rng: random.Random) -> Scene:
     return Scene(("chart", *bars), draw, caption, questions)
 
 
-# Objects have the most questions.  Digits are learnt last, and with fewer signs sometimes never.
 SCENES = (objects_scene, objects_scene, sign_scene, sign_scene, chart_scene)
+# Training has more boards: where something is, and how many there are, is learnt last.
+TRAINED_SCENES = (objects_scene, objects_scene, sign_scene, chart_scene)
 
 
 def draw_scene(rng: random.Random, held_out: bool) -> Scene:
     """A random scene of the training set or of the held-out tenth."""
     while True:
-        scene = rng.choice(SCENES)(rng)
+        scene = rng.choice(SCENES if held_out else TRAINED_SCENES)(rng)
         if scene.held_out == held_out:
             return scene
 

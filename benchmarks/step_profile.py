@@ -49,7 +49,7 @@ def main() -> None:
     torch.manual_seed(0)
     ranks, config = find_ranks("cpu", ""), PRESETS["tiny"]
     recipe = replace(TINY["instruct"], steps=10 + 2 * flags.steps)
-    model = LlavaOneVision(config).init_weights(zero_outputs=True)
+    model = LlavaOneVision(config).init_weights(from_scratch=True)
     tokenizer = train_tokenizer(drawn_texts(0), config.vocab_size)
     data = DrawnData(recipe.data[0], tokenizer, recipe.seq_length, 0)
     state = State(model, recipe)

@@ -25,7 +25,7 @@ def losses(steps: int) -> list[float]:
     """Losses of the first steps of `mid`, on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = LlavaOneVision(PRESETS["tiny"]).init_weights(zero_outputs=True)
+    model = LlavaOneVision(PRESETS["tiny"]).init_weights(from_scratch=True)
     tokenizer = train_tokenizer(drawn_texts(0), PRESETS["tiny"].vocab_size)
     ranks, found = Ranks(torch.device("cpu"), torch.float32), []
     for name, count in (("align", 20), ("mid", steps)):
