@@ -56,7 +56,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from data import (STRUCTURE, flag_parser, load_json, refuse_in_one_sentence, sha256_of,
+from data import (STRUCTURE, facts_of, flag_parser, load_json, refuse_in_one_sentence,
                   show_progress)
 from fp8_kernel import BLOCK, Fp8Linear, convert_to_fp8, quantize_fp8
 from model import LlavaOneVision, ModelConfig, init_linear, meta_model
@@ -739,7 +739,7 @@ def newest_checkpoint() -> tuple[Path, str]:
 
 def fingerprint(file: Path) -> list:
     """Size and sha256 of a file, as a manifest has them."""
-    return [file.stat().st_size, sha256_of(file)]
+    return [*facts_of(file, digest=True).values()]
 
 
 def write_state(path: Path, tensors: dict[str, Tensor], about: dict,
