@@ -103,8 +103,8 @@ from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
@@ -261,7 +261,11 @@ FROM_SCRATCH = ("tiny", "tiny-moe")  # presets that may start from random weight
 SMALL = 100e6  # models of fewer parameters use the recipe tiny by default
 GPUS = {"A100": (312e12, 80e9), "A800": (312e12, 80e9), "H100": (989e12, 80e9),  # dense bf16
         "H800": (989e12, 80e9), "H200": (989e12, 141e9), "B200": (2250e12, 180e9)}  # FLOP/s, bytes
-RECOMPUTE = ("none", "selective", "layer")  # selective: all of a layer except its attention
+RECOMPUTE = {  # what of the layers the backward pass computes again, by names of forward_flops
+    "none": (),
+    "selective": ("vision", "decoder"),  # all but attention
+    "layer": ("vision", "decoder", "vision attention", "decoder attention"),
+}
 
 
 @dataclass(frozen=True)
@@ -653,11 +657,14 @@ def gathered(entries: dict) -> dict:
 # ------------------------------------------------------------------------------------- accounting
 
 
-def training_flops(forward: dict[str, float], trainable: tuple[str, ...],
-                   recompute: str) -> dict[str, float]:
-    """FLOPs of a training step: all that the hardware does, and the part that MFU counts."""
+def training_flops(loads: dict[str, Any], config: ModelConfig, trainable: tuple[str, ...],
+                   recompute: str) -> dict[str, Any]:
+    """FLOPs of training on rows: all that the hardware does, and the part that MFU counts.
+
+    loads: sums over the samples, see data.LOADS; each is a number, or an array of several rows.
+    """
     total = {"hardware_flops": 0.0, "model_flops": 0.0}
-    for name, flops in forward.items():
+    for name, flops in forward_flops(config, loads).items():
         part = "decoder" if name == "head" else name.split()[0]
         if part in trainable:
             passes = 3  # forward, gradient of the input, gradient of the weights
@@ -667,21 +674,11 @@ def training_flops(forward: dict[str, float], trainable: tuple[str, ...],
             passes = 2  # the weights are frozen, but gradients pass through
         total["model_flops"] += passes * flops
 
-        # computed again: the head's logits always, the merger never, layers with a backward pass as
-        # told
-        again = name == "head"
-        if passes > 1 and part != "merger" and name != "head":
-            again = recompute == "layer" or recompute == "selective" and "attention" not in name
-        if again:
+        # the head's logits are always computed again, layers with a backward pass as told
+        if name == "head" or passes > 1 and name in RECOMPUTE[recompute]:
             passes += 1
         total["hardware_flops"] += passes * flops
     return total
-
-
-def rows_cost(loads: dict[str, np.ndarray], config: ModelConfig, trainable: tuple[str, ...],
-              recompute: str) -> dict[str, np.ndarray]:
-    """FLOPs of training on rows; loads: see data.LOADS."""
-    return training_flops(forward_flops(config, loads), trainable, recompute)
 
 
 def matrix_rate(ranks: Ranks) -> tuple[float, str]:
@@ -1134,7 +1131,8 @@ def row_loader(data: FileData | DrawnData, sizes: ModelConfig, recipe: Recipe, w
         # neighbours read the same rows, and each cuts its own part of them
         cut = partial(share_row, rank=ranks.rank % ranks.context, ranks=ranks.context,
                       visual_ids=[sizes.image_token_id, sizes.video_token_id])
-    cost = partial(rows_cost, config=sizes, trainable=recipe.trainable, recompute=recipe.recompute)
+    cost = partial(training_flops, config=sizes, trainable=recipe.trainable,
+                   recompute=recipe.recompute)
     rows = Rows(data, recipe.rows, ranks.rank // ranks.context, ranks.data_ranks, cost, cut)
     of_rank = recipe.rows // ranks.data_ranks
     return DataLoader(rows, batch_size=None, num_workers=workers,

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from data import flag_parser, refuse_in_one_sentence
 from fp8_kernel import convert_to_fp8
-from model import (LOSS_CHUNK, PRESETS, ModelConfig, forward_flops, meta_model,
-                   parameters_by_part)
+from model import LOSS_CHUNK, PRESETS, ModelConfig, meta_model, parameters_by_part
 from parallel import check_division
 from train import (ALL, GPUS, Recipe, TrainConfig, check_experts, name_of, parse_flags, sizes_of,
                    training_flops)
@@ -125,8 +124,7 @@ def sample_flops(config: ModelConfig, recompute: str) -> dict[str, float]:
     loads = {"tokens": SAMPLE_TOKENS, "pairs": SAMPLE_TOKENS * (SAMPLE_TOKENS + 1) / 2,
              "labels": round((SAMPLE_TOKENS - visual) / 2), "patches": 4 * visual,
              "frame_pairs": (4 * visual)**2}
-    forward = forward_flops(config, loads)
-    flops = training_flops(forward, ALL, recompute)
+    flops = training_flops(loads, config, ALL, recompute)
     return {name: n / SAMPLE_TOKENS for name, n in flops.items()}
 
 

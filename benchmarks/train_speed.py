@@ -22,8 +22,8 @@ from data import LOADS, Sample, flag_parser, lay_out, load_of
 from fp8_kernel import check_device, convert_to_fp8
 from model import PRESETS, LlavaOneVision, ModelConfig
 from parallel import Ranks, find_ranks, join_ranks, shard, share_row
-from train import (QUICK, RECOMPUTE, State, Step, matrix_rate, peak_memory, rows_cost,
-                   train_step)
+from train import (QUICK, RECOMPUTE, State, Step, matrix_rate, peak_memory, train_step,
+                   training_flops)
 
 SAMPLE, PICTURE = 600, 560  # tokens of a sample; a picture's side, 400 visual tokens
 
@@ -42,7 +42,7 @@ def random_step(config: ModelConfig, seq_length: int, rows: int, ranks: Ranks,
     samples = [sample] * (seq_length // tokens)
     loads = {name: float(value) * len(samples) * rows
              for name, value in zip(LOADS, load_of(sample))}
-    sums = loads | rows_cost(loads, config, QUICK["mid"].trainable, recompute)
+    sums = loads | training_flops(loads, config, QUICK["mid"].trainable, recompute)
     row = lay_out(samples)
     if ranks.context > 1:
         row = share_row(samples, ranks.rank % ranks.context, ranks.context,

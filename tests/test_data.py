@@ -29,7 +29,7 @@ from data import (IGNORE, LOADS, STRUCTURE, DrawnData, FileData, Index, Row, Row
                   chat_tokens, deal, encode, lay_out, load_of, read_records)
 from model import PRESETS
 from parallel import share_row
-from train import ALL, parse_flags, rows_cost
+from train import ALL, parse_flags, training_flops
 from vision import MAX_PIXELS, MIN_PIXELS, content_of, patch_grid
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -259,7 +259,8 @@ def test_ranks_finish_together(rows: int) -> None:
     rows that the ranks do at the same time."""
     packed = row_lists(random_samples(0, 2000), 8192)[:rows]
     loads = np.array([np.sum([load_of(sample) for sample in row], 0) for row in packed])
-    costs = rows_cost(dict(zip(LOADS, loads.T)), PRESETS["4b"], ALL, "layer")["hardware_flops"]
+    flops = training_flops(dict(zip(LOADS, loads.T)), PRESETS["4b"], ALL, "layer")
+    costs = flops["hardware_flops"]
 
     def balances(dealt: list[list[int]]) -> tuple[float, float]:
         assert sorted(i for items in dealt for i in items) == list(range(rows))

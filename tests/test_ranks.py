@@ -513,13 +513,14 @@ def test_flops_are_those_of_the_products() -> None:
     row, model = lay_out(samples), LlavaOneVision(SMALL).init_weights()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.loss(targets=row.targets, **row.inputs())
-    found = forward_flops(SMALL, dict(zip(LOADS, np.sum([load_of(s) for s in samples], 0))))
+    loads = dict(zip(LOADS, np.sum([load_of(s) for s in samples], 0)))
+    found = forward_flops(SMALL, loads)
     products = sum(n for name, n in found.items() if "attention" not in name)
     class_tokens = 2 * parameters_by_part(SMALL, matrices=True)["vision"] - 2 * 588 * 64
     assert counter.get_total_flops() == products + class_tokens  # which are not counted: one here
     pairs = sum(n * (n + 1) / 2 for n in (40, 100))
     assert found["decoder attention"] == 4 * SMALL.num_hidden_layers * 64 * pairs
-    step = training_flops(found, ("vision", "merger", "decoder"), "layer")
+    step = training_flops(loads, SMALL, ("vision", "merger", "decoder"), "layer")
     again = sum(n for name, n in found.items() if name != "merger")
     assert step["model_flops"] == 3 * sum(found.values())
     assert step["hardware_flops"] == step["model_flops"] + again
