@@ -105,6 +105,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
@@ -413,7 +414,7 @@ def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over the parts that the stage trains; freezes the others."""
     factors = {"vision": recipe.vision_lr_factor, "merger": recipe.merger_lr_factor,
                "experts": recipe.expert_lr_factor, "decoder": 1.0}
-    groups: dict[tuple[str, bool], dict] = {}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(part in recipe.trainable)
@@ -421,25 +422,19 @@ def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
             continue
         if ".experts." in name:
             part = "experts"
-        is_matrix = parameter.dim() > 1
         # vectors (norms, biases) do not decay
-        decay = recipe.weight_decay if is_matrix else 0.0
-        group = groups.setdefault((part, is_matrix), {
-            "params": [], "lr_factor": factors[part], "weight_decay": decay})
-        group["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
-                                  eps=recipe.eps, fused=True)
+        decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((part, decay), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "lr_factor": factors[part], "weight_decay": decay}
+         for (part, decay), parameters in groups.items()],
+        lr=recipe.lr, betas=(0.9, recipe.beta2), eps=recipe.eps, fused=True)
     # AdamW would make its moments later: here, so that the state of a run always has them
-    for parameter in trained(optimizer):
+    for parameter in chain.from_iterable(groups.values()):
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),  # float32, as AdamW's own
             "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
     return optimizer
-
-
-def trained(optimizer: torch.optim.AdamW) -> list[nn.Parameter]:
-    """The parameters that an optimizer trains."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def set_balance(model: LlavaOneVision, recipe: Recipe, weight: float) -> None:
@@ -481,14 +476,13 @@ class State:
 
     def tensors(self, rank: int) -> dict[str, Tensor]:
         """The tensors to save; those of a sharded model are shards."""
-        moments = self.optimizer.state
         tensors = {}
         for name, parameter in self.model.named_parameters():
             tensors[name] = parameter.detach()
-            for moment in ("exp_avg", "exp_avg_sq") if parameter in moments else ():
-                tensors[f"{name}.{moment}"] = moments[parameter][moment]
-        # a parameter without a gradient, as of the ViT without pictures, makes no step
-        tensors["steps"] = torch.stack([entry["step"] for entry in moments.values()])
+            # AdamW's moments, and how many steps it has made: none without a gradient, as for the
+            # ViT in steps without pictures
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}.{key}"] = value
         # training draws no random numbers, but a model that somebody changes may
         tensors[f"random.{rank}"] = torch.get_rng_state()
         if parameter.device.type == "cuda":
@@ -504,16 +498,16 @@ class State:
 
         Raises ValueError if it is of another model.
         """
-        about = read_json_object(path / "state.json")
-        rank %= about["ranks"]
+        numbers = read_json_object(path / "state.json")
+        rank %= numbers["ranks"]
         tensors = self.tensors(rank)
         read_state(path, tensors)
-        for entry, steps in zip(self.optimizer.state.values(), tensors["steps"]):
-            entry["step"].copy_(steps)
         torch.set_rng_state(tensors[f"random.{rank}"])
         if f"random.cuda.{rank}" in tensors:
             torch.cuda.set_rng_state(tensors[f"random.cuda.{rank}"])
-        self.step, self.refused, self.lost = about["step"], about["refused"], {*about["lost"]}
+        self.step = numbers["step"]
+        self.refused = numbers["refused"]
+        self.lost = set(numbers["lost"])
 
 
 @dataclass
@@ -592,12 +586,10 @@ def digest_halves(numbers: list[int]) -> list[float]:
 
     A sum does not depend on order, and float64 holds that of two million halves exactly.
     """
-    halves = [0, 0]
-    for number in numbers:
-        digest = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest()
-        halves[0] += int.from_bytes(digest[:4], "big")
-        halves[1] += int.from_bytes(digest[4:], "big")
-    return [float(half) for half in halves]
+    hashes = [hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest()
+              for number in numbers]
+    halves = np.frombuffer(b"".join(hashes), ">u4").reshape(-1, 2)
+    return halves.sum(0, dtype=np.float64).tolist()
 
 
 def digest_text(upper: float, lower: float) -> str:
@@ -612,7 +604,7 @@ def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> No
     stop: does this rank ask all ranks to stop after the step?
     """
     sums = backward(state.model, step, ranks)
-    parameters = trained(state.optimizer)
+    parameters = list(state.optimizer.state)  # those that are trained
     norm = gradient_norm(parameters, ranks.device)
     # ranks that share a row have the same samples: the first of them counts them
     own = step.numbers if ranks.rank % ranks.context == 0 else []
