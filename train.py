@@ -101,7 +101,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ from vision import MAX_PIXELS, MIN_PIXELS
 
 
 EXIT_CODES = {"stopped": 10, "configuration": 20, "data": 30, "numerics": 40, "storage": 50}
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE = 3  # steps in a row that are not finite end a run
 
 
@@ -156,14 +157,8 @@ def blamed_on(reason: str, common: bool = False) -> Iterator[None]:
 class StopSignals:
     """SIGTERM, SIGUSR1 and Ctrl-C stop a run: after a step is done and saved, elsewhere at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        self.deferring = False
-
-    def install(self) -> None:
-        """Handle the signals in this process from now on."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self.note)
+    asked = False  # has one come?
+    deferring = False  # is it enough to note that one has come?
 
     def note(self, number: int, frame: object) -> None:
         """The handler of the signals."""
@@ -172,23 +167,14 @@ class StopSignals:
             raise RunError("stopped", f"stopped by {signal.Signals(number).name}; the same command "
                            "goes on with what is saved")
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """In here the signals are noted in `asked`, and nothing else."""
-        self.deferring = True
-        try:
-            yield
-        finally:
-            self.deferring = False
-
-    @staticmethod
-    def ignore(worker: int) -> None:
-        """For a worker process of the DataLoader, which ends when its parent does."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-
 
 STOP = StopSignals()
+
+
+def ignore_signals(worker: int) -> None:
+    """For a worker process of the DataLoader, which ends when its parent does."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -531,28 +517,29 @@ class Step:
     stop: bool = False  # is the run to stop?
 
 
+def timed(loader: Iterable[RowOfStep]) -> Iterator[tuple[RowOfStep, float]]:
+    """Rows, each with the seconds until it was there."""
+    before = time.monotonic()
+    with blamed_on("data"):
+        for row in loader:
+            yield row, time.monotonic() - before
+            before = time.monotonic()
+
+
 def steps_of(loader: Iterable[RowOfStep], count: int) -> Iterator[Step]:
     """Steps of `count` rows; a step reads its rows from the loader while they are trained on."""
-    stream = iter(loader)
+    stream = timed(loader)
 
     # a generator: `backward` asks for the next row when it is done with one
-    def read(first: RowOfStep) -> Iterator[Row | RowShare]:
+    def rows_of(step: Step, first: RowOfStep) -> Iterator[Row | RowShare]:
         yield first.row
-        for _ in range(1, count):
-            before = time.monotonic()
-            with blamed_on("data"):
-                row = next(stream).row
-            step.waited += time.monotonic() - before
-            yield row
+        for row, waited in islice(stream, count - 1):
+            step.waited += waited
+            yield row.row
 
-    while True:
-        before = time.monotonic()
-        with blamed_on("data"):
-            first = next(stream, None)
-        if first is None:
-            return
-        step = Step((), count, first.sums, first.balance, time.monotonic() - before)
-        step.rows = read(first)
+    for first, waited in stream:
+        step = Step((), count, first.sums, first.balance, waited)
+        step.rows = rows_of(step, first)
         yield step
 
 
@@ -567,10 +554,12 @@ def backward(model: LlavaOneVision, step: Step, ranks: Ranks) -> Tensor:
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for number, row in enumerate(step.rows, 1):
         whole = forget_lost(row, ranks)
-        step.names += whole.names
-        step.numbers += whole.numbers
-        step.lost |= {whole.numbers[i]: (whole.names[i], reason)
-                      for i, reason in whole.lost.items()}
+        # ranks that share a row have the same samples: the first of them notes these
+        if ranks.rank % ranks.context == 0:
+            step.names += whole.names
+            step.numbers += whole.numbers
+        for i, reason in whole.lost.items():
+            step.lost[whole.numbers[i]] = whole.names[i], reason
         loss = weight * model.loss(**loss_arguments(row, ranks))
         if ranks.mesh is not None:
             # copies of the model add their gradients once, after the last row
@@ -606,9 +595,8 @@ def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> No
     sums = backward(state.model, step, ranks)
     parameters = list(state.optimizer.state)  # those that are trained
     norm = gradient_norm(parameters, ranks.device)
-    # ranks that share a row have the same samples: the first of them counts them
-    own = step.numbers if ranks.rank % ranks.context == 0 else []
-    rest = torch.tensor([*digest_halves(own), stop], dtype=torch.float64, device=ranks.device)
+    rest = torch.tensor([*digest_halves(step.numbers), stop], dtype=torch.float64,
+                        device=ranks.device)
     # all that the ranks tell each other, in one message: a NaN or a wish of one of them is in the
     # sum, and so all decide alike
     message = torch.cat([sums, norm.double()[None], rest])
@@ -627,7 +615,7 @@ def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> No
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad *= share
-        step.lost = gathered(step.lost)
+        step.lost = dict(gathered(step.lost.items()))
     if math.isfinite(step.loss + step.norm):
         clip_gradients(parameters, state.recipe.clip, step.norm)
         lr = learning_rate(state.step, state.recipe)
@@ -641,9 +629,9 @@ def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> No
     state.step += 1
 
 
-def gathered(entries: dict) -> dict:
-    """The entries of all ranks in one dictionary."""
-    return {key: value for part in on_all_ranks(lambda: entries) for key, value in part.items()}
+def gathered(items: Iterable[Any]) -> list[Any]:
+    """The items of all ranks, in one list."""
+    return list(chain(*on_all_ranks(lambda: list(items))))
 
 
 # ------------------------------------------------------------------------------------- accounting
@@ -934,15 +922,13 @@ def note_step(step: Step, stage: str, number: int, run: Run) -> None:
         value = getattr(step, name)
         entry[name] = value if math.isfinite(value) else str(value)  # NaN is no JSON
     if run.config.ledger:
-        own = step.numbers if run.ranks.rank % run.ranks.context == 0 else []
-        entry["numbers"] = sorted(chain(*on_all_ranks(lambda: own)))
+        entry["numbers"] = sorted(gathered(step.numbers))
     run.append("ledger.jsonl", entry)
 
 
 def note_refused(step: Step, state: State, stage: str, run: Run) -> None:
     """Log a step that was not finite, with its samples.  RunError after PATIENCE of them."""
-    # ranks that share a row have the same samples
-    names = list(gathered(dict.fromkeys(step.names)))
+    names = list(dict.fromkeys(gathered(step.names)))
     listed = ", ".join(names[:8])
     if len(names) > 8:
         listed += f" and {len(names) - 8} more, all in log.jsonl"
@@ -1130,7 +1116,7 @@ def row_loader(data: FileData | DrawnData, sizes: ModelConfig, recipe: Recipe, w
     return DataLoader(rows, batch_size=None, num_workers=workers,
                       sampler=range(done * of_rank, recipe.steps * of_rank),
                       prefetch_factor=max(1, 4 // workers) if workers else None,
-                      worker_init_fn=StopSignals.ignore if workers else None,
+                      worker_init_fn=ignore_signals if workers else None,
                       pin_memory=ranks.device.type == "cuda")
 
 
@@ -1346,10 +1332,11 @@ def run(config: TrainConfig) -> Path:
     for name, recipe in recipes.items():
         if model is None:
             model = load_stage(start, recipe, config, ranks)
-        # a signal lets the step, or the checkpoint, be finished
-        with STOP.deferred():
-            train_stage(name, model, recipe, indexes.get(name), name in begun, whole)
-            finish_stage(name, model, whole)
+        # from here on, a signal lets the step or the checkpoint be finished
+        STOP.deferring = True
+        train_stage(name, model, recipe, indexes.get(name), name in begun, whole)
+        finish_stage(name, model, whole)
+        STOP.deferring = False
         start = str(out / name)
         # hooks tie a sharded model into cycles, and the next model needs its memory
         model = None
@@ -1390,7 +1377,8 @@ def end_workers() -> None:
 def main() -> None:
     """Run the command.  A run that ends early says why in one line, and in its exit code."""
     rank = int(os.environ.get("RANK", "0"))
-    STOP.install()
+    for number in SIGNALS:
+        signal.signal(number, STOP.note)
     try:
         run(parse_flags(sys.argv[1:]))
     except (RunError, ValueError, OSError) as error:

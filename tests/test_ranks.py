@@ -378,7 +378,8 @@ def refuse(data: Path) -> list:
     said = []
     log = type("Log", (), {"line": lambda self, text, **values: said.append(text)})()
     run = Run(TrainConfig(), ranks, None, data.parent, log, Threads(TrainConfig(), ranks, log))
-    step.names = [name for share in step.rows for name in share.row.names]  # as `backward` does
+    if ranks.rank == 0:  # as `backward` does: it has the samples of both
+        step.names = [name for share in step.rows for name in share.row.names]
     state = State(LlavaOneVision(SMALL), RECIPE)
     try:
         for state.refused in range(1, 4):
