@@ -80,7 +80,6 @@ minutes on two CPU cores, and prints its accuracies.  A checkpoint of any size:
 all flags; `python -m benchmarks.plan` computes what a run needs.
 """
 
-import errno
 import fcntl
 import gc
 import hashlib
@@ -99,6 +98,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain, islice
@@ -116,7 +116,7 @@ from assets.scenes import drawn_texts, train_tokenizer
 from convert import (StateWriter, find_checkpoint, load_model, load_tokenizer, newest_state,
                      on_all_ranks, read_json_object, read_state, save_checkpoint, sync, write_file)
 from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, add_fields, flag_parser,
-                  lay_out, open_index, reason_of, source_files, weight_of)
+                  lay_out, open_index, reason_of, show_progress, source_files, weight_of)
 from fp8_kernel import check_device, convert_to_fp8
 from model import (PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
                    parameters_by_part, part_of)
@@ -712,63 +712,6 @@ def routing(model: LlavaOneVision, ranks: Ranks) -> dict[str, list[float]]:
             "expert_balance": (balance / passes).tolist()}
 
 
-# the console's line about training steps; Meter.write fills it in
-LOG_LINE = ("loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  {tokens_per_second:,.0f} tok/s  "
-            "{labels_per_second:,.0f} labels/s  {images_per_second:,.0f} images/s  "
-            "pad {padding:.1%}  wait {wait:.0%}  MFU {mfu:.0%}  HFU {hfu:.0%}  "
-            "{memory_gib:.1f} GiB")
-
-
-class Log:
-    """The first rank's log: text on the console, JSON lines in a file, curves for TensorBoard."""
-
-    def __init__(self, out: Path, first: bool, tensorboard: bool) -> None:
-        self.file = open(out / "log.jsonl", "a") if first else None
-        if first:
-            # ranks outlive a torchrun that is killed: two runs would mix their steps and states
-            try:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                # a file system without locks has other errors
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise RunError("configuration", f"another run writes to {out}: end its "
-                                   "processes first, or name another --out") from error
-        self.terminal = first and sys.stdout.isatty()
-        self.board = None
-        if first and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out))
-
-    def line(self, text: str, **values: object) -> None:
-        """Print the text and write the values; nothing on other ranks than the first."""
-        if self.file is None:
-            return
-        if text:
-            bar = "\r\033[K" if self.terminal else ""  # erases the progress bar
-            print(f"{bar}{text}", flush=True)
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
-        if self.board is not None and "stage" in values:
-            self.draw(**values)
-
-    def draw(self, stage: str, step: int, **values: float | list[float]) -> None:
-        """Add a point to each curve; a list has a curve for each layer."""
-        for name, value in values.items():
-            if isinstance(value, list):
-                for layer, number in enumerate(value):
-                    self.board.add_scalar(f"{stage}/{name}/{layer}", number, step)
-            else:
-                self.board.add_scalar(f"{stage}/{name}", value, step)
-        self.board.flush()
-
-    def progress(self, stage: str, step: int, steps: int, left: float) -> None:
-        """Redraw the bar; on a terminal only."""
-        if self.terminal:
-            bar = "#" * (30 * step // steps)
-            print(f"\r\033[K{stage} [{bar:30}] {step}/{steps}, {left:.0f} s left", end="",
-                  flush=True)
-
-
 # -------------------------------------------------------------------------- notes, saving, resuming
 
 
@@ -782,14 +725,14 @@ class Threads:
 
     CHECK, RETRY = 3, 60  # seconds until the next look, and until all threads are tried again
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, log: Log) -> None:
-        self.most = torch.get_num_threads()
-        # who has chosen a number, or how threads wait, or wants the same bits always, keeps that
-        chosen = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-        self.fixed = (ranks.device.type != "cpu" or ranks.count > 1 or config.deterministic
-                      or not chosen.isdisjoint(os.environ))
-        self.log = log
-        self.said = self.most
+    # who has chosen a number of threads, or how they wait, keeps that
+    CHOSEN = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+
+    def __init__(self, run: "Run") -> None:
+        self.run = run
+        self.most = self.said = torch.get_num_threads()
+        self.fixed = (run.ranks.device.type != "cpu" or run.ranks.count > 1
+                      or run.config.deterministic or not self.CHOSEN.isdisjoint(os.environ))
         self.begin()
 
     def begin(self) -> None:
@@ -811,31 +754,73 @@ class Threads:
         cores = (used - self.used) / max(now - self.looked - self.waited, 1e-9)
         self.looked, self.used, self.waited = now, used, 0.0
 
-        threads = torch.get_num_threads()
+        wanted = threads = torch.get_num_threads()
         if threads > 1 and cores < 0.8 * threads:
             wanted = max(1, int(cores))
-            if wanted != self.said:
-                self.log.line(f"{wanted} of {self.most} threads: of the cores it had {cores:.1f}",
-                              threads=wanted)
-                self.said = wanted
-        elif threads < self.most and now - self.changed > self.RETRY:
+        elif now - self.changed > self.RETRY:
             wanted = self.most
-        else:
-            return
-        self.changed = now
-        torch.set_num_threads(wanted)
+        # of more threads it is not known yet whether they have cores: the next look says it
+        if wanted <= threads and wanted != self.said:
+            self.run.say(f"{wanted} of {self.most} threads: of the cores it had {cores:.1f}",
+                         threads=wanted)
+            self.said = wanted
+        if wanted != threads:
+            self.changed = now
+            torch.set_num_threads(wanted)
 
 
-@dataclass(frozen=True)
 class Run:
-    """What the stages of a run share."""
+    """What the stages of a run share, and what the first rank writes of it.
 
-    config: TrainConfig  # the flags
-    ranks: Ranks  # all processes, and which one this is
-    tokenizer: Tokenizer  # the model's
-    out: Path  # the directory that it writes to
-    log: Log  # of the first rank; silent on others
-    threads: Threads  # how many a CPU computes with
+    Its log is text on the console, JSON lines in a file, and curves for TensorBoard.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, tokenizer: Tokenizer, out: Path) -> None:
+        self.config = config  # the flags
+        self.ranks = ranks  # all processes, and which one this is
+        self.tokenizer = tokenizer  # the model's
+        self.out = out  # the directory that it writes to
+        self.board = None  # TensorBoard's
+        if ranks.rank == 0:
+            self.open_log()
+        self.threads = Threads(self)  # how many a CPU computes with
+
+    def open_log(self) -> None:
+        """Begin to log.  Raises RunError if another run does so here."""
+        self.log = open(self.out / "log.jsonl", "a")
+        # ranks outlive a torchrun that is killed: two runs would mix their steps and states
+        try:
+            fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise RunError("configuration", f"another run writes to {self.out}: end its processes "
+                           "first, or name another --out") from error
+        except OSError:
+            pass  # a file system without locks
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(self.out))
+
+    def say(self, text: str, **values: object) -> None:
+        """Print the text and log the values; nothing on other ranks than the first."""
+        if self.ranks.rank:
+            return
+        if text:
+            show_progress(1, 1, "")  # removes the bar
+            print(text, flush=True)
+        self.log.write(json.dumps(values) + "\n")
+        self.log.flush()
+        if self.board is not None and "stage" in values:
+            self.draw(**values)
+
+    def draw(self, stage: str, step: int, **values: float | list[float]) -> None:
+        """Add a point to each curve; a list has a curve for each layer."""
+        for name, value in values.items():
+            if isinstance(value, list):
+                for layer, number in enumerate(value):
+                    self.board.add_scalar(f"{stage}/{name}/{layer}", number, step)
+            else:
+                self.board.add_scalar(f"{stage}/{name}", value, step)
+        self.board.flush()
 
     def append(self, file: str, *entries: dict) -> None:
         """Append JSON lines to a file of the run; the first rank does."""
@@ -848,71 +833,75 @@ class Run:
             raise OSError(f"{self.out / file} cannot be written: {error}") from error
 
 
+# the console's line about training steps; Meter.write fills it in
+LOG_LINE = ("{stage:8} {step:6}/{steps}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
+            "{tokens_per_second:,.0f} tok/s  {labels_per_second:,.0f} labels/s  "
+            "{images_per_second:,.0f} images/s  pad {padding:.1%}  wait {wait:.0%}  MFU {mfu:.0%}  "
+            "HFU {hfu:.0%}  {memory_gib:.1f} GiB  {left} left")
+
+
 class Meter:
     """Sums over the steps of a stage since the last line of the log; writes that line."""
 
     def __init__(self, stage: str, state: State, run: Run) -> None:
         self.stage, self.state, self.run = stage, state, run
-        self.recipe = state.recipe
         run.threads.begin()
         self.rate, source = matrix_rate(run.ranks)
         self.first = state.step
         self.started = self.last = time.monotonic()
         self.seen: Counter[str] = Counter()
-        run.log.line(f"{stage}: {', '.join(self.recipe.trainable)} trained, {self.recipe.steps} "
-                     f"steps of {self.recipe.rows} rows; MFU of {run.ranks.count} x "
-                     f"{self.rate / 1e12:.3g} TFLOP/s ({source})",
-                     recipe=asdict(self.recipe), matrix_rate=self.rate)
+        self.lost: Counter[str] = Counter()  # samples, by what is wrong with them
+        recipe = state.recipe
+        run.say(f"{stage}: {', '.join(recipe.trainable)} trained, {recipe.steps} steps of "
+                f"{recipe.rows} rows; MFU of {run.ranks.count} x {self.rate / 1e12:.3g} TFLOP/s "
+                f"({source})", recipe=asdict(recipe), matrix_rate=self.rate)
 
-    def add(self, step: Step, lost: Counter[str]) -> None:
+    def add(self, step: Step) -> None:
         """Count a step; write a line every --log-every steps, and after the last."""
         self.run.threads.fit(step.waited)
-        self.seen.update({"steps": 1, "waited": step.waited, "balance": step.balance,
-                          "lost": len(step.lost), **step.sums, **lost})
+        self.seen.update(step.sums, steps=1, waited=step.waited, balance=step.balance)
+        self.lost.update(reason_of(reason) for _, reason in step.lost.values())
         if not self.state.refused:
-            self.seen.update({"updates": 1, "loss": step.loss, "norm": step.norm})
-        done = self.state.step
+            self.seen.update(updates=1, loss=step.loss, norm=step.norm)
+        done, steps = self.state.step, self.state.recipe.steps
         now = time.monotonic()
-        left = (now - self.started) / (done - self.first) * (self.recipe.steps - done)
-        if done % self.run.config.log_every == 0 or done == self.recipe.steps:
-            # every rank comes here, since routing sums over the ranks
-            routed = routing(self.state.model, self.run.ranks)
-            self.write(now - self.last, left, routed)
+        left = (now - self.started) / (done - self.first) * (steps - done)
+        if done % self.run.config.log_every == 0 or done == steps:
+            self.write(now - self.last, left)
             self.last = now
             self.seen.clear()
-        self.run.log.progress(self.stage, done, self.recipe.steps, left)
+            self.lost.clear()
+        if self.run.ranks.rank == 0:
+            show_progress(done, steps, f"{self.stage}, {left:.0f} s left")
 
-    def write(self, seconds: float, left: float, routed: dict[str, list[float]]) -> None:
+    def write(self, seconds: float, left: float) -> None:
         """Write the line; seconds: since the last one; left: to the end of the stage."""
-        seen, recipe, ranks = self.seen, self.recipe, self.run.ranks
-        steps = seen["steps"]
-        values = {name: seen[name] / max(1, seen["updates"]) for name in ("loss", "norm")}
-        values["lr"] = learning_rate(self.state.step - 1, recipe)
+        seen, recipe, ranks = self.seen, self.state.recipe, self.run.ranks
+        updates = max(1, seen["updates"])
+        # nothing computes padding: it is the room that samples leave free in the rows
+        room = seen["steps"] * recipe.rows * recipe.seq_length
+        flops = seconds * self.rate * ranks.count  # that were possible
+        values = {"stage": self.stage, "step": self.state.step, "loss": seen["loss"] / updates,
+                  "norm": seen["norm"] / updates, "lr": learning_rate(self.state.step - 1, recipe),
+                  "padding": 1 - seen["tokens"] / room, "wait": seen["waited"] / seconds,
+                  "rank_balance": seen["balance"] / seen["steps"],
+                  "mfu": seen["model_flops"] / flops, "hfu": seen["hardware_flops"] / flops,
+                  "memory_gib": peak_memory(ranks.device) / 2**30,  # of the first rank
+                  "seconds_left": left, "lost": self.lost.total()}
         for name in ("tokens", "labels", "samples", "images"):
             values[f"{name}_per_second"] = seen[name] / seconds
-        # nothing computes padding: it is the room that samples leave free in the rows
-        room = steps * recipe.rows * recipe.seq_length
-        peak = self.rate * ranks.count
-        values |= {"padding": 1 - seen["tokens"] / room, "wait": seen["waited"] / seconds,
-                   "rank_balance": seen["balance"] / steps,
-                   "mfu": seen["model_flops"] / seconds / peak,
-                   "hfu": seen["hardware_flops"] / seconds / peak,
-                   "memory_gib": peak_memory(ranks.device) / 2**30,  # of the first rank
-                   "seconds_left": left, "lost": seen["lost"]}
-
-        minutes, rest = divmod(round(left), 60)
-        text = f"{LOG_LINE.format(**values)}  {minutes // 60}:{minutes % 60:02}:{rest:02} left"
-        kinds = [f"{seen[kind]} {kind.removeprefix('lost ')}" for kind in seen
-                 if kind.startswith("lost ")]
-        if kinds:
+        text = LOG_LINE.format(**values, steps=recipe.steps, left=timedelta(seconds=round(left)))
+        if self.lost:
+            kinds = [f"{count} {kind}" for kind, count in self.lost.items()]
             text += f"  lost: {', '.join(kinds)}"
+        # on all ranks, whose numbers it sums
+        routed = routing(self.state.model, ranks)
         if routed:
             balances = routed["expert_balance"]
             text += (f"  expert load {min(routed['expert_least']):.2f}-"
                      f"{max(routed['expert_most']):.2f}, balance "
                      f"{sum(balances) / len(balances):.3f}")
-        self.run.log.line(f"{self.stage:8} {self.state.step:6}/{recipe.steps}  {text}",
-                          stage=self.stage, step=self.state.step, **values, **routed)
+        self.run.say(text, **values, **routed)
 
 
 def note_step(step: Step, stage: str, number: int, run: Run) -> None:
@@ -934,32 +923,29 @@ def note_refused(step: Step, state: State, stage: str, run: Run) -> None:
         listed += f" and {len(names) - 8} more, all in log.jsonl"
     said = (f"the loss of step {state.step} of stage {stage} is {step.loss}, its gradient norm "
             f"{step.norm}; no weight was changed; its samples are {listed}")
-    run.log.line(said, samples=names, loss=str(step.loss), norm=str(step.norm))
+    run.say(said, samples=names, loss=str(step.loss), norm=str(step.norm))
     if state.refused == PATIENCE:
         raise RunError("numerics", f"{PATIENCE} steps in a row were not finite; {said}", True)
 
 
-def note_lost(step: Step, state: State, data: FileData | DrawnData, stage: str, run: Run,
-              ) -> Counter[str]:
-    """Add the step's lost samples to rejects.jsonl; returns their kinds, for the log.
+def note_lost(step: Step, state: State, data: FileData | DrawnData, stage: str, run: Run) -> None:
+    """Add the samples that a step has lost to rejects.jsonl.
 
     Raises RunError if more than --max-bad of all samples are lost; one may always be.
     """
     if not step.lost:
-        return Counter()
-    # a later epoch meets the same samples again
-    new = {number: found for number, found in step.lost.items() if number not in state.lost}
-    state.lost.update(new)
-    run.append("rejects.jsonl", *(
-        {"stage": stage, "step": state.step, "sample": number, "record": name, "reason": reason}
-        for number, (name, reason) in new.items()))
+        return
+    for number, (name, reason) in step.lost.items():
+        # a later epoch meets the same samples again
+        if number not in state.lost:
+            state.lost.add(number)
+            run.append("rejects.jsonl", {"stage": stage, "step": state.step, "sample": number,
+                                         "record": name, "reason": reason})
     samples = len(data.index.table)
     if len(state.lost) > max(1, run.config.max_bad * samples):
-        _, reason = list(step.lost.values())[-1]
         raise RunError("data", f"{len(state.lost)} of {samples:,} samples are lost, more than "
                        f"--max-bad {run.config.max_bad} allows: see {run.out / 'rejects.jsonl'}; "
                        f"the last: {reason}", common=True)
-    return Counter(f"lost {reason_of(reason)}" for _, reason in step.lost.values())
 
 
 def settings_of(config: TrainConfig, recipe: Recipe, ranks: Ranks) -> dict[str, object]:
@@ -1012,7 +998,7 @@ def save(state: State, writer: StateWriter, settings: dict[str, object], run: Ru
         sync(run.out / "ledger.jsonl")
     with blamed_on("storage", common=True):
         writer.write(state.step, state.tensors(run.ranks.rank), about)
-    run.log.line("", saved_step=state.step, paused=time.monotonic() - started)
+    run.say("", saved_step=state.step, paused=time.monotonic() - started)
 
 
 def drop_after(file: Path, stage: str, step: int) -> None:
@@ -1033,10 +1019,10 @@ def go_on(state: State, stage: str, run: Run) -> None:
     """Read the newest whole state of a stage that was begun, if there is one."""
     path, damaged = newest_state(run.out / f"{stage}-state")
     for sentence in damaged:
-        run.log.line(f"{sentence}: it is not used")
+        run.say(f"{sentence}: it is not used")
     if path is not None:
         state.read(path, run.ranks.rank)
-        run.log.line(f"{stage}: goes on after step {state.step}, from {path}", resumed=state.step)
+        run.say(f"{stage}: goes on after step {state.step}, from {path}", resumed=state.step)
     if run.ranks.rank == 0:
         drop_after(run.out / "ledger.jsonl", stage, state.step)
         drop_after(run.out / "rejects.jsonl", stage, state.step)
@@ -1120,14 +1106,14 @@ def row_loader(data: FileData | DrawnData, sizes: ModelConfig, recipe: Recipe, w
                       pin_memory=ranks.device.type == "cuda")
 
 
-def describe_data(name: str, data: FileData, recipe: Recipe, epochs: float, log: Log) -> Recipe:
+def describe_data(name: str, data: FileData, recipe: Recipe, run: Run) -> Recipe:
     """Log what an epoch is; returns the recipe, with the steps of `epochs` where that is given."""
     rows, samples = data.rows_in(0), sum(map(len, data.sources))
-    if epochs:
-        whole, part = divmod(epochs, 1)
+    if run.config.epochs:
+        whole, part = divmod(run.config.epochs, 1)
         seen_rows = sum(data.rows_in(epoch) for epoch in range(int(whole))) + part * rows
         recipe = replace(recipe, steps=math.ceil(seen_rows / recipe.rows))
-    log.line(f"{name}: an epoch is {samples:,} samples in {rows:,} rows"
+    run.say(f"{name}: an epoch is {samples:,} samples in {rows:,} rows"
              f"{' as they were packed' if data.packed else ''}, "
              f"{rows / recipe.rows:,.1f} steps; left out: {data.too_long:,} samples longer "
              f"than a row, {len(data.index.rejects):,} bad records, what is damaged of "
@@ -1144,7 +1130,7 @@ def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, index: Index |
     with blamed_on("data"):
         data = stage_data(name, recipe, index, begun, run)
         if isinstance(data, FileData):
-            recipe = describe_data(name, data, recipe, config.epochs, run.log)
+            recipe = describe_data(name, data, recipe, run)
     state = State(model, recipe)
     set_balance(model, recipe, config.expert_balance)
     writer = StateWriter(run.out / f"{name}-state")
@@ -1161,7 +1147,8 @@ def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, index: Index |
         note_step(step, name, state.step, run)
         if state.refused:
             note_refused(step, state, name, run)
-        meter.add(step, note_lost(step, state, data, name, run))
+        note_lost(step, state, data, name, run)
+        meter.add(step)
 
         due = config.save_every and state.step % config.save_every == 0
         if step.stop or due and state.step < recipe.steps:
@@ -1192,7 +1179,7 @@ def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
                        "goes on", common=True)
 
 
-def report(found: dict[str, list[float]], log: Log) -> None:
+def report(found: dict[str, list[float]], run: Run) -> None:
     """Log the accuracies by category, in per cent, and their means over scenes and over flags."""
     scores = {name: 100 * sum(values) / len(values) for name, values in found.items()}
     flags = {k: v for k, v in scores.items() if k.startswith("flag")}
@@ -1200,7 +1187,7 @@ def report(found: dict[str, list[float]], log: Log) -> None:
     for name, group in (("flags", flags), ("scenes", scenes)):
         mean = sum(group.values()) / len(group)
         detail = "  ".join(f"{k.removeprefix('flag ')} {v:.0f}" for k, v in group.items())
-        log.line(f"held-out {name}: {mean:.1f} %   ({detail})", group=name, mean=mean, **group)
+        run.say(f"held-out {name}: {mean:.1f} %   ({detail})", group=name, mean=mean, **group)
 
 
 def start_of(config: TrainConfig) -> str:
@@ -1320,15 +1307,14 @@ def run(config: TrainConfig) -> Path:
     if recipes:
         model = load_stage(start, next(iter(recipes.values())), config, ranks)
     out = make_directory(config, model_name, ranks)
-    log = Log(out, ranks.rank == 0, config.tensorboard)
-    log.line(f"{model_name}: {sum(parameters_by_part(sizes).values()):,} parameters on "
+    whole = Run(config, ranks, tokenizer, out)
+    whole.say(f"{model_name}: {sum(parameters_by_part(sizes).values()):,} parameters on "
              f"{ranks.count} x {ranks.device.type} ({ranks.replicas} copies, rows shared by "
              f"{ranks.context}, experts by {ranks.experts}), {ranks.dtype}"
              f"{', FP8' if config.fp8 else ''}, torch {torch.__version__}, "
              f"{torch.get_num_threads()} threads -> {out}",
              config=asdict(config))
 
-    whole = Run(config, ranks, tokenizer, out, log, Threads(config, ranks, log))
     for name, recipe in recipes.items():
         if model is None:
             model = load_stage(start, recipe, config, ranks)
@@ -1350,8 +1336,8 @@ def run(config: TrainConfig) -> Path:
         questions = held_out(config.questions)
         # a question and its answer have at most some hundred tokens
         chat = Chat(model, tokenizer, context=512, slots=50)
-        report(evaluate(chat, questions, max_new_tokens=24), log)
-    log.line(f"saved: {start}", saved=start)
+        report(evaluate(chat, questions, max_new_tokens=24), whole)
+    whole.say(f"saved: {start}", saved=start)
     return Path(start)
 
 

@@ -31,7 +31,7 @@ from data import LOADS, FileData, Sample, encode, lay_out, load_of, measure
 from fp8_kernel import convert_to_fp8
 from model import PRESETS, LlavaOneVision, forward_flops, parameters_by_part
 from parallel import Ranks, RowShare, find_ranks, join_ranks, shard, share_row
-from train import (TINY, Run, RunError, State, Step, Threads, TrainConfig, backward, make_optimizer,
+from train import (TINY, Run, RunError, State, Step, TrainConfig, backward, make_optimizer,
                    note_refused, routing, row_loader, set_balance, steps_of, train_step,
                    training_flops)
 from vision import VisionConfig
@@ -376,8 +376,8 @@ def refuse(data: Path) -> list:
     ranks = join_ranks(find_ranks(context=2))
     step, = first_steps(data, 640, 4, Ranks(ranks.device, ranks.dtype, ranks.rank, 2, context=2), 1)
     said = []
-    log = type("Log", (), {"line": lambda self, text, **values: said.append(text)})()
-    run = Run(TrainConfig(), ranks, None, data.parent, log, Threads(TrainConfig(), ranks, log))
+    run = Run(TrainConfig(), ranks, None, data.parent)
+    run.say = lambda text, **values: said.append(text)
     if ranks.rank == 0:  # as `backward` does: it has the samples of both
         step.names = [name for share in step.rows for name in share.row.names]
     state = State(LlavaOneVision(SMALL), RECIPE)
