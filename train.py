@@ -94,7 +94,7 @@ import socket
 import sys
 import time
 import timeit
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -116,7 +116,7 @@ from assets.scenes import drawn_texts, train_tokenizer
 from convert import (StateWriter, find_checkpoint, load_model, load_tokenizer, newest_state,
                      on_all_ranks, read_json_object, read_state, save_checkpoint, sync, write_file)
 from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, add_fields, flag_parser,
-                  lay_out, open_index, reason_of, show_progress, source_files, weight_of)
+                  lay_out, open_index, reason_of, show_progress)
 from fp8_kernel import check_device, convert_to_fp8
 from model import (PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
                    parameters_by_part, part_of)
@@ -134,10 +134,10 @@ PATIENCE = 3  # steps in a row that are not finite end a run
 class RunError(Exception):
     """Why a run ends before its time.
 
-    reason: one of EXIT_CODES; common: all ranks raise it, so one of them will say it.
+    reason: one of EXIT_CODES; common: all ranks raise it, so that one of them says it for all.
     """
 
-    def __init__(self, reason: str, sentence: str, common: bool = False) -> None:
+    def __init__(self, reason: str, sentence: str, common: bool = True) -> None:
         super().__init__(sentence)
         self.code = EXIT_CODES[reason]
         self.common = common
@@ -165,7 +165,7 @@ class StopSignals:
         self.asked = True
         if not self.deferring:
             raise RunError("stopped", f"stopped by {signal.Signals(number).name}; the same command "
-                           "goes on with what is saved")
+                           "goes on with what is saved", common=False)
 
 
 STOP = StopSignals()
@@ -309,11 +309,10 @@ class TrainConfig:
             # a default may be empty: then the stage, the model or the machine decides
             if words and value not in (entry.default, *words):
                 raise ValueError(f"there is no {flag} {value!r}, only {', '.join(words)}")
+            least = 1 if entry.name in positive else 0
             # no comparison with NaN is true
-            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-                raise ValueError(f"{flag} must not be negative or infinite, it is {value}")
-            if entry.name in positive and not value:
-                raise ValueError(f"{flag} must be positive")
+            if isinstance(value, (int, float)) and not least <= value < math.inf:
+                raise ValueError(f"{flag} must be {least} at least, and finite: it is {value}")
         if self.expert_parallel > 1 and self.recompute == "selective":
             raise ValueError("--expert-parallel goes with --recompute none or layer, not selective")
         self.check_data()
@@ -339,9 +338,9 @@ class TrainConfig:
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """The recipe with the values of the flags that are given."""
-        names = ("data", "steps", "rows", "seq_length", "lr", "min_pixels", "max_pixels",
-                 "recompute")
-        changes = {name: getattr(self, name) for name in names if getattr(self, name)}
+        # the flags that are given and have the name of a field of the recipe
+        given = vars(self)
+        changes = {name: given[name] for name in vars(recipe) if given.get(name)}
         # the lowest rate keeps its ratio to the peak; the rates of the parts are factors on it
         lr = self.lr or recipe.lr
         changes["min_lr"] = recipe.min_lr * lr / recipe.lr
@@ -364,16 +363,13 @@ def sizes_of(config: TrainConfig, start: str) -> ModelConfig:
     if not start:
         return preset
     model, _ = find_checkpoint(Path(start))
-    sizes = model.config
-    if config.model:
-        # these three fields tell the presets apart
-        for name in ("hidden_size", "num_hidden_layers", "num_experts"):
-            size = getattr(sizes, name)
-            if size != getattr(preset, name):
-                raise ValueError(f"{start} is not of the size {config.model}: its {name} is {size}"
-                                 f", not {getattr(preset, name)}; without --model any size is "
-                                 "taken")
-    return sizes
+    # these three fields tell the presets apart
+    for name in ("hidden_size", "num_hidden_layers", "num_experts") if config.model else ():
+        size, wanted = getattr(model.config, name), getattr(preset, name)
+        if size != wanted:
+            raise ValueError(f"{start} is not of the size {config.model}: its {name} is {size}, "
+                             f"not {wanted}; without --model any size is taken")
+    return model.config
 
 
 def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) -> LlavaOneVision:
@@ -400,7 +396,7 @@ def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over the parts that the stage trains; freezes the others."""
     factors = {"vision": recipe.vision_lr_factor, "merger": recipe.merger_lr_factor,
                "experts": recipe.expert_lr_factor, "decoder": 1.0}
-    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(part in recipe.trainable)
@@ -410,7 +406,7 @@ def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
             part = "experts"
         # vectors (norms, biases) do not decay
         decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((part, decay), []).append(parameter)
+        groups[part, decay].append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": parameters, "lr_factor": factors[part], "weight_decay": decay}
          for (part, decay), parameters in groups.items()],
@@ -595,11 +591,11 @@ def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> No
     sums = backward(state.model, step, ranks)
     parameters = list(state.optimizer.state)  # those that are trained
     norm = gradient_norm(parameters, ranks.device)
-    rest = torch.tensor([*digest_halves(step.numbers), stop], dtype=torch.float64,
-                        device=ranks.device)
+    halves = digest_halves(step.numbers)  # meanwhile a GPU computes
     # all that the ranks tell each other, in one message: a NaN or a wish of one of them is in the
     # sum, and so all decide alike
-    message = torch.cat([sums, norm.double()[None], rest])
+    message = torch.tensor([*sums.tolist(), float(norm), *halves, stop], dtype=torch.float64,
+                           device=ranks.device)
     if ranks.count > 1:
         dist.all_reduce(message)
     step.loss, labels, norms, upper, lower, wishes = message.tolist()
@@ -627,6 +623,14 @@ def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> No
         state.refused += 1
     state.optimizer.zero_grad()
     state.step += 1
+
+
+def listed(items: list[str], others: str) -> str:
+    """The first eight items, for a sentence; others: says where the others are."""
+    text = "; ".join(items[:8])
+    if len(items) > 8:
+        text += f"; and {len(items) - 8} more: {others}"
+    return text
 
 
 def gathered(items: Iterable[Any]) -> list[Any]:
@@ -904,12 +908,13 @@ class Meter:
         self.run.say(text, **values, **routed)
 
 
-def note_step(step: Step, stage: str, number: int, run: Run) -> None:
+def note_step(step: Step, state: State, stage: str, run: Run) -> None:
     """Add to the ledger what a step has trained on, and what came of it."""
-    entry = {"stage": stage, "step": number, "samples": step.sums["samples"], "digest": step.digest}
-    for name in ("loss", "norm"):
-        value = getattr(step, name)
-        entry[name] = value if math.isfinite(value) else str(value)  # NaN is no JSON
+    loss, norm = step.loss, step.norm
+    if state.refused:  # NaN is no JSON
+        loss, norm = str(loss), str(norm)
+    entry = {"stage": stage, "step": state.step, "samples": step.sums["samples"],
+             "digest": step.digest, "loss": loss, "norm": norm}
     if run.config.ledger:
         entry["numbers"] = sorted(gathered(step.numbers))
     run.append("ledger.jsonl", entry)
@@ -918,14 +923,12 @@ def note_step(step: Step, stage: str, number: int, run: Run) -> None:
 def note_refused(step: Step, state: State, stage: str, run: Run) -> None:
     """Log a step that was not finite, with its samples.  RunError after PATIENCE of them."""
     names = list(dict.fromkeys(gathered(step.names)))
-    listed = ", ".join(names[:8])
-    if len(names) > 8:
-        listed += f" and {len(names) - 8} more, all in log.jsonl"
     said = (f"the loss of step {state.step} of stage {stage} is {step.loss}, its gradient norm "
-            f"{step.norm}; no weight was changed; its samples are {listed}")
+            f"{step.norm}; no weight was changed; its samples are "
+            f"{listed(names, 'log.jsonl has all')}")
     run.say(said, samples=names, loss=str(step.loss), norm=str(step.norm))
     if state.refused == PATIENCE:
-        raise RunError("numerics", f"{PATIENCE} steps in a row were not finite; {said}", True)
+        raise RunError("numerics", f"{PATIENCE} steps in a row were not finite; {said}")
 
 
 def note_lost(step: Step, state: State, data: FileData | DrawnData, stage: str, run: Run) -> None:
@@ -945,7 +948,7 @@ def note_lost(step: Step, state: State, data: FileData | DrawnData, stage: str, 
     if len(state.lost) > max(1, run.config.max_bad * samples):
         raise RunError("data", f"{len(state.lost)} of {samples:,} samples are lost, more than "
                        f"--max-bad {run.config.max_bad} allows: see {run.out / 'rejects.jsonl'}; "
-                       f"the last: {reason}", common=True)
+                       f"the last: {reason}")
 
 
 def settings_of(config: TrainConfig, recipe: Recipe, ranks: Ranks) -> dict[str, object]:
@@ -963,11 +966,14 @@ def is_begun(stage: str, settings: dict[str, object], config: TrainConfig) -> bo
     Raises ValueError if it has, but with other settings or without leave to go on.
     """
     file = Path(config.out, f"{stage}.json")
-    if not config.out or not file.exists():
-        # a checkpoint alone does not say how it was made
-        if config.out and file.with_suffix("").exists():
-            raise ValueError(f"{file.with_suffix('')} is there already, but no {file} says with "
-                             "which settings it was made")
+    if not config.out:
+        return False
+    if not file.exists():
+        # they alone do not say how they were made
+        for path in (file.with_suffix(""), Path(config.out, f"{stage}-state")):
+            if path.exists():
+                raise ValueError(f"{path} is there already, but no {file} says with which settings "
+                                 "it was made")
         return False
     if not config.resume:
         raise ValueError(f"{config.out} has a stage {stage} already: --no-resume forbids to go on")
@@ -983,10 +989,8 @@ def is_begun(stage: str, settings: dict[str, object], config: TrainConfig) -> bo
 @cache  # of the files as they were when the run began to save, and read once
 def code_version() -> str:
     """A digest of the source files that a run executes."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def save(state: State, writer: StateWriter, settings: dict[str, object], run: Run) -> None:
@@ -1024,8 +1028,8 @@ def go_on(state: State, stage: str, run: Run) -> None:
         state.read(path, run.ranks.rank)
         run.say(f"{stage}: goes on after step {state.step}, from {path}", resumed=state.step)
     if run.ranks.rank == 0:
-        drop_after(run.out / "ledger.jsonl", stage, state.step)
-        drop_after(run.out / "rejects.jsonl", stage, state.step)
+        for file in ("ledger.jsonl", "rejects.jsonl"):
+            drop_after(run.out / file, stage, state.step)
 
 
 # ------------------------------------------------------------------------------- a run, end to end
@@ -1035,56 +1039,64 @@ def check_index(index: Index, skip_bad: bool) -> None:
     """Raise ValueError for records and files that cannot be used, unless they are to be skipped."""
     bad = [*index.damaged, *(reject["reason"] for reject in index.rejects)]
     if bad and not skip_bad:
-        listed = "; ".join(bad[:8])
-        if len(bad) > 8:
-            listed += f"; and {len(bad) - 8} more, which `python data.py inspect --all` lists"
         raise ValueError(f"{len(bad)} records or files of the data cannot be used (--skip-bad goes "
-                         f"on without them): {listed}")
+                         "on without them): "
+                         f"{listed(bad, '`python data.py inspect --all` lists all')}")
 
 
-def open_indexes(recipes: dict[str, Recipe], begun: set[str], tokenizer: Tokenizer,
-                 config: TrainConfig, ranks: Ranks) -> dict[str, Index]:
-    """The index of each stage's data, made by the first rank; the others read it from a file later.
+def open_data(recipes: dict[str, Recipe], begun: list[str], tokenizer: Tokenizer,
+              config: TrainConfig) -> dict[str, FileData]:
+    """The data of the stages that are trained on files, and have not begun.
 
-    A stage that was begun has its index beside the run.  Raises OSError, on all ranks, for data
-    that cannot be used.
+    Raises ValueError or OSError for data that cannot be used.
     """
-    indexes: dict[str, Index] = {}
+    @cache  # stages with the same limits share an index
+    def index_of(pixels: tuple[int, int]) -> Index:
+        index = open_index(config.data, tokenizer, config.images, pixels, os.cpu_count() or 1)
+        check_index(index, config.skip_bad)
+        return index
 
-    def open_all() -> None:
-        for name, recipe in recipes.items():
-            if ranks.rank or recipe.data[0] in DRAWN:
-                continue
-            if name in begun:
-                indexes[name] = Index.load(Path(config.out, f"{name}-data"))
-                continue
-            pixels = (recipe.min_pixels, recipe.max_pixels)
-            same = [index for index in indexes.values() if index.settings["pixels"] == list(pixels)]
-            indexes[name] = same[0] if same else open_index(
-                recipe.data, tokenizer, config.images, pixels, os.cpu_count() or 1)
-            check_index(indexes[name], config.skip_bad)
-            FileData(indexes[name], tokenizer, recipe.seq_length, config.seed)  # refuses short rows
-
-    on_all_ranks(open_all)
-    return indexes
+    found = {}
+    for name, recipe in recipes.items():
+        if name not in begun and recipe.data[0] not in DRAWN:
+            index = index_of((recipe.min_pixels, recipe.max_pixels))
+            found[name] = FileData(index, tokenizer, recipe.seq_length, config.seed)
+    return found
 
 
-def stage_data(name: str, recipe: Recipe, index: Index | None, begun: bool,
-               run: Run) -> FileData | DrawnData:
-    """The data of a stage.  The first rank keeps its index beside the run, where others find it."""
-    config, ranks = run.config, run.ranks
+def stage_data(name: str, recipe: Recipe, data: FileData | None,
+               run: Run) -> tuple[FileData | DrawnData, Recipe]:
+    """The data of a stage, and its recipe, with the steps of --epochs if that is given.
+
+    data: what the first rank has just opened.  It keeps the index beside the run, where the other
+    ranks find it, and all ranks when the stage goes on.
+    """
+    seed = run.config.seed
     if recipe.data[0] in DRAWN:
-        return DrawnData(recipe.data[0], run.tokenizer, recipe.seq_length, config.seed, recipe.rows,
-                         (recipe.min_pixels, recipe.max_pixels))
+        return DrawnData(recipe.data[0], run.tokenizer, recipe.seq_length, seed, recipe.rows,
+                         (recipe.min_pixels, recipe.max_pixels)), recipe
     folder = run.out / f"{name}-data"
-    if ranks.rank == 0 and not begun:
+    if data is not None:
         folder.mkdir(exist_ok=True)
-        index.save(folder)
-    if ranks.count > 1:
+        data.index.save(folder)
+    if run.ranks.count > 1:
         dist.barrier()
     # all ranks plan with the same table, whatever has become of the files
-    index = index if ranks.rank == 0 else Index.load(folder)
-    return FileData(index, run.tokenizer, recipe.seq_length, config.seed)
+    data = data or FileData(Index.load(folder), run.tokenizer, recipe.seq_length, seed)
+
+    rows = data.rows_in(0)
+    if run.config.epochs:
+        # epochs differ a little in their rows; of the last one, a part may be wanted
+        whole, part = divmod(run.config.epochs, 1)
+        seen_rows = sum(map(data.rows_in, range(int(whole)))) + part * rows
+        recipe = replace(recipe, steps=math.ceil(seen_rows / recipe.rows))
+    packed = " as they were packed" if data.packed else ""
+    run.say(f"{name}: an epoch is {data.total:,} samples in {rows:,} rows{packed}, "
+            f"{rows / recipe.rows:,.1f} steps; left out: {data.too_long:,} samples longer than a "
+            f"row, {len(data.index.rejects):,} bad records, what is damaged of "
+            f"{len(data.index.damaged)} files",
+            samples=data.total, rows=rows, too_long=data.too_long, damaged=data.index.damaged)
+    return data, recipe
 
 
 def row_loader(data: FileData | DrawnData, sizes: ModelConfig, recipe: Recipe, workers: int,
@@ -1102,65 +1114,44 @@ def row_loader(data: FileData | DrawnData, sizes: ModelConfig, recipe: Recipe, w
     return DataLoader(rows, batch_size=None, num_workers=workers,
                       sampler=range(done * of_rank, recipe.steps * of_rank),
                       prefetch_factor=max(1, 4 // workers) if workers else None,
-                      worker_init_fn=ignore_signals if workers else None,
+                      worker_init_fn=ignore_signals,
                       pin_memory=ranks.device.type == "cuda")
 
 
-def describe_data(name: str, data: FileData, recipe: Recipe, run: Run) -> Recipe:
-    """Log what an epoch is; returns the recipe, with the steps of `epochs` where that is given."""
-    rows, samples = data.rows_in(0), sum(map(len, data.sources))
-    if run.config.epochs:
-        whole, part = divmod(run.config.epochs, 1)
-        seen_rows = sum(data.rows_in(epoch) for epoch in range(int(whole))) + part * rows
-        recipe = replace(recipe, steps=math.ceil(seen_rows / recipe.rows))
-    run.say(f"{name}: an epoch is {samples:,} samples in {rows:,} rows"
-             f"{' as they were packed' if data.packed else ''}, "
-             f"{rows / recipe.rows:,.1f} steps; left out: {data.too_long:,} samples longer "
-             f"than a row, {len(data.index.rejects):,} bad records, what is damaged of "
-             f"{len(data.index.damaged)} files",
-             samples=samples, rows=rows, too_long=data.too_long, damaged=data.index.damaged)
-    return recipe
-
-
-def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, index: Index | None, begun: bool,
+def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, data: FileData | None,
                 run: Run) -> None:
     """Train the model, in place, with the recipe of one stage."""
     config, ranks = run.config, run.ranks
     settings = settings_of(config, recipe, ranks)
     with blamed_on("data"):
-        data = stage_data(name, recipe, index, begun, run)
-        if isinstance(data, FileData):
-            recipe = describe_data(name, data, recipe, run)
+        data, recipe = stage_data(name, recipe, data, run)
     state = State(model, recipe)
     set_balance(model, recipe, config.expert_balance)
-    writer = StateWriter(run.out / f"{name}-state")
-    if begun:
-        go_on(state, name, run)
-    elif ranks.rank == 0:
+    if ranks.rank == 0:
         write_file(run.out / f"{name}.json", json.dumps(settings, indent=1))
+    writer = StateWriter(run.out / f"{name}-state")
+    go_on(state, name, run)
     # nothing is replayed: the loader begins at the next step
     loader = row_loader(data, model.config, recipe, config.workers, ranks, state.step)
     meter = Meter(name, state, run)
-    stopped = False
     for step in steps_of(loader, recipe.rows // ranks.data_ranks):
         train_step(state, step, ranks, stop=STOP.asked or writer.failed())
-        note_step(step, name, state.step, run)
+        note_step(step, state, name, run)
         if state.refused:
             note_refused(step, state, name, run)
         note_lost(step, state, data, name, run)
         meter.add(step)
 
         due = config.save_every and state.step % config.save_every == 0
-        if step.stop or due and state.step < recipe.steps:
+        if (step.stop or due) and state.step < recipe.steps:
             save(state, writer, settings, run)
-        stopped = step.stop
-        if stopped:
+        if step.stop:
             break
     with blamed_on("storage", common=True):
         writer.wait()
-    if stopped:
+    if state.step < recipe.steps:
         raise RunError("stopped", f"stopped and saved after step {state.step} of stage {name}; "
-                       "the same command goes on", common=True)
+                       "the same command goes on")
 
 
 def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
@@ -1171,23 +1162,24 @@ def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
     try:
         save_checkpoint(model, run.tokenizer, run.out / name)
     except ValueError as error:
-        raise RunError("numerics", str(error), common=True) from error
+        raise RunError("numerics", str(error)) from error
     if run.ranks.rank == 0:
         shutil.rmtree(run.out / f"{name}-state")
     if any(on_all_ranks(lambda: STOP.asked)):
         raise RunError("stopped", f"stopped after stage {name}, which is saved; the same command "
-                       "goes on", common=True)
+                       "goes on")
 
 
 def report(found: dict[str, list[float]], run: Run) -> None:
     """Log the accuracies by category, in per cent, and their means over scenes and over flags."""
     scores = {name: 100 * sum(values) / len(values) for name, values in found.items()}
-    flags = {k: v for k, v in scores.items() if k.startswith("flag")}
-    scenes = {k: v for k, v in scores.items() if k not in flags}
-    for name, group in (("flags", flags), ("scenes", scenes)):
-        mean = sum(group.values()) / len(group)
-        detail = "  ".join(f"{k.removeprefix('flag ')} {v:.0f}" for k, v in group.items())
-        run.say(f"held-out {name}: {mean:.1f} %   ({detail})", group=name, mean=mean, **group)
+    flags = {name for name in scores if name.startswith("flag")}
+    for group, names in (("flags", flags), ("scenes", scores.keys() - flags)):
+        part = {name: score for name, score in scores.items() if name in names}
+        mean = sum(part.values()) / len(part)
+        detail = [f"{name.removeprefix('flag ')} {score:.0f}" for name, score in part.items()]
+        run.say(f"held-out {group}: {mean:.1f} %   ({'  '.join(detail)})", group=group, mean=mean,
+                **part)
 
 
 def start_of(config: TrainConfig) -> str:
@@ -1227,10 +1219,10 @@ def check_experts(config: TrainConfig, sizes: ModelConfig) -> None:
 
 
 def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
-              recipes: dict[str, Recipe]) -> tuple[Tokenizer, set[str]]:
+              recipes: dict[str, Recipe]) -> tuple[Tokenizer, list[str]]:
     """Raise ValueError for what cannot run, before a model is loaded or a file is written.
 
-    Returns the tokenizer, and the stages that the run has begun.
+    Returns the tokenizer, and the stages that the run has begun, in order.
     """
     check_experts(config, sizes)
     if config.fp8:
@@ -1238,16 +1230,13 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
         convert_to_fp8(meta_model(sizes))  # refuses widths that FP8 cannot take
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not config.out:
         raise ValueError("a run that torchrun restarts must be named by --out, to go on")
-    begun = set()
+    begun = []
     for name, recipe in recipes.items():
         if is_begun(name, settings_of(config, recipe, ranks), config):
-            begun.add(name)
+            begun.append(name)
         if recipe.rows % ranks.data_ranks:
             raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
-        if recipe.data[0] not in DRAWN:
-            with blamed_on("data"):  # they must be there
-                source_files(*(weight_of(source)[0] for source in recipe.data))
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
 
@@ -1265,24 +1254,13 @@ def make_deterministic() -> None:
     torch.set_num_threads(1)
 
 
-def make_directory(config: TrainConfig, model_name: str, ranks: Ranks) -> Path:
+def make_directory(config: TrainConfig, model_name: str) -> Path:
     """The directory that a run writes to, the same on all ranks."""
-    names = [config.out or f"runs/{model_name}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    if ranks.count > 1:
-        # clocks differ: the first rank's list replaces the lists of the others
-        dist.broadcast_object_list(names)
-    out = Path(names[0])
+    name = config.out or f"runs/{model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # clocks differ: all ranks take the name of the first one
+    out = Path(on_all_ranks(lambda: name)[0])
     out.mkdir(parents=True, exist_ok=True)
     return out
-
-
-def finished_stages(begun: set[str], config: TrainConfig, ranks: Ranks) -> list[str]:
-    """The stages that an earlier command has finished, in order."""
-    finished = [name for name in STAGES if name in begun and Path(config.out, name).is_dir()]
-    for name in finished if ranks.rank == 0 else ():
-        # a run that was killed may have left its states
-        shutil.rmtree(Path(config.out, f"{name}-state"), ignore_errors=True)
-    return finished
 
 
 def run(config: TrainConfig) -> Path:
@@ -1297,35 +1275,41 @@ def run(config: TrainConfig) -> Path:
     recipes = config.recipes(sizes)
     tokenizer, begun = check_run(config, ranks, start, sizes, recipes)
     ranks = join_ranks(ranks)
-    for name in finished_stages(begun, config, ranks):
-        start = str(Path(config.out, name))
-        del recipes[name]
-    # bad data and a damaged checkpoint are refused here, before the run has a directory
+    for name in begun:
+        directory = Path(config.out, name)
+        if directory.is_dir():  # an earlier command has finished this stage
+            start = str(directory)
+            del recipes[name]
+            # but it may have been killed before it removed the states
+            shutil.rmtree(f"{directory}-state", ignore_errors=True)
+    data: dict[str, FileData] = {}
+
+    def open_all() -> None:
+        if ranks.rank == 0:
+            data.update(open_data(recipes, begun, tokenizer, config))
+
+    # bad data are refused here, before the run has a directory
     with blamed_on("data", common=True):
-        indexes = open_indexes(recipes, begun, tokenizer, config, ranks)
-    model = None
-    if recipes:
-        model = load_stage(start, next(iter(recipes.values())), config, ranks)
-    out = make_directory(config, model_name, ranks)
+        on_all_ranks(open_all)
+    out = make_directory(config, model_name)
     whole = Run(config, ranks, tokenizer, out)
     whole.say(f"{model_name}: {sum(parameters_by_part(sizes).values()):,} parameters on "
-             f"{ranks.count} x {ranks.device.type} ({ranks.replicas} copies, rows shared by "
-             f"{ranks.context}, experts by {ranks.experts}), {ranks.dtype}"
-             f"{', FP8' if config.fp8 else ''}, torch {torch.__version__}, "
-             f"{torch.get_num_threads()} threads -> {out}",
-             config=asdict(config))
+              f"{ranks.count} x {ranks.device.type} ({ranks.replicas} copies, rows shared by "
+              f"{ranks.context}, experts by {ranks.experts}), {ranks.dtype}"
+              f"{', FP8' if config.fp8 else ''}, torch {torch.__version__}, "
+              f"{torch.get_num_threads()} threads -> {out}",
+              config=asdict(config))
 
     for name, recipe in recipes.items():
-        if model is None:
-            model = load_stage(start, recipe, config, ranks)
+        model = load_stage(start, recipe, config, ranks)
         # from here on, a signal lets the step or the checkpoint be finished
         STOP.deferring = True
-        train_stage(name, model, recipe, indexes.get(name), name in begun, whole)
+        train_stage(name, model, recipe, data.get(name), whole)
         finish_stage(name, model, whole)
         STOP.deferring = False
         start = str(out / name)
         # hooks tie a sharded model into cycles, and the next model needs its memory
-        model = None
+        del model
         gc.collect()
 
     if ranks.mesh is not None:
@@ -1333,10 +1317,9 @@ def run(config: TrainConfig) -> Path:
     if ranks.rank == 0 and config.questions and not config.data:
         whole.threads.begin()
         model = load_model(start, ranks.dtype, ranks.device)
-        questions = held_out(config.questions)
         # a question and its answer have at most some hundred tokens
         chat = Chat(model, tokenizer, context=512, slots=50)
-        report(evaluate(chat, questions, max_new_tokens=24), whole)
+        report(evaluate(chat, held_out(config.questions), max_new_tokens=24), whole)
     whole.say(f"saved: {start}", saved=start)
     return Path(start)
 
@@ -1370,7 +1353,7 @@ def main() -> None:
     except (RunError, ValueError, OSError) as error:
         STOP.deferring = True  # a second signal must not break off the end
         reason = "storage" if isinstance(error, OSError) else "configuration"
-        end = error if isinstance(error, RunError) else RunError(reason, str(error))
+        end = error if isinstance(error, RunError) else RunError(reason, str(error), common=False)
         # before the ranks join, all of them find the same error
         if rank and (end.common or not dist.is_initialized()):
             time.sleep(2)  # torchrun ends all ranks as soon as one ends: the first must report

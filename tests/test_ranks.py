@@ -393,7 +393,7 @@ def test_ranks_refuse_a_step_together(records_file: Path) -> None:
     first, second = in_ranks(2, refuse, records_file)
     assert first == second and first[-2:] == [40, True] and len(first) == 6
     for said in first[:4]:
-        names = re.search(r"its samples are (.*?) and \d+ more", said)[1].split(", ")
+        names = re.search(r"its samples are (.*?); and \d+ more", said)[1].split("; ")
         assert len(names) == len(set(names)) == 8, said
 
 
