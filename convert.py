@@ -667,6 +667,8 @@ def write_directory(path: Path, tensors: Tensors, contents: dict[str, object]) -
         raise ValueError(f"{path} is there already")
     if not path.parent.is_dir():
         raise ValueError(f"there is no directory {path.parent}")
+    for left in path.parent.glob(f"{path.name}.[0-9]*.partial"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
     unfinished.mkdir()
     # renaming is one step for the file system: `path` is complete or does not exist

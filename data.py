@@ -852,6 +852,14 @@ def reason_of(sentence: str) -> str:
     return next((reason for reason in REASONS if reason in sentence), "other")
 
 
+def listed(items: list[str], others: str) -> str:
+    """The first eight items, for a sentence; others: says where the others are."""
+    text = "; ".join(items[:8])
+    if len(items) > 8:
+        text += f"; and {len(items) - 8} more: {others}"
+    return text
+
+
 def load_of(sample: Sample) -> list[int]:
     """The numbers of LOADS of a sample."""
     tokens = len(sample.input_ids)
@@ -917,6 +925,14 @@ class Index:
                 # of packed data relative to the folder
                 entry["file"] = os.path.abspath(folder / entry["file"])
         return cls(files, table, settings, list(map(json.loads, rejects)))
+
+    def check(self, skip_bad: bool) -> None:
+        """Raise ValueError for records and files that cannot be used, unless these are skipped."""
+        bad = [*self.damaged, *(reject["reason"] for reject in self.rejects)]
+        if bad and not skip_bad:
+            others = "`python data.py inspect --all` lists all"
+            raise ValueError(f"{len(bad)} records or files of the data cannot be used (--skip-bad "
+                             f"goes on without them): {listed(bad, others)}")
 
     def leave_out_damaged(self, digests: bool = False) -> None:
         """Note files that are missing or not as they were, and leave out their samples.

@@ -116,7 +116,7 @@ from assets.scenes import drawn_texts, train_tokenizer
 from convert import (StateWriter, find_checkpoint, load_model, load_tokenizer, newest_state,
                      on_all_ranks, read_json_object, read_state, save_checkpoint, sync, write_file)
 from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, add_fields, flag_parser,
-                  lay_out, open_index, reason_of, show_progress)
+                  lay_out, listed, open_index, reason_of, show_progress)
 from fp8_kernel import check_device, convert_to_fp8
 from model import (PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
                    parameters_by_part, part_of)
@@ -144,11 +144,12 @@ class RunError(Exception):
 
 
 @contextmanager
-def blamed_on(reason: str, common: bool = False) -> Iterator[None]:
-    """Turn a ValueError or OSError into a RunError with this reason."""
+def blamed_on(reason: str, kinds: Any = (ValueError, OSError),
+              common: bool = False) -> Iterator[None]:
+    """Turn an error of these kinds into a RunError."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         # an error of a worker process comes with its traceback; the last line says what is wrong
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RunError(reason, lines[-1].removeprefix("ValueError: "), common) from error
@@ -394,8 +395,6 @@ def load_stage(start: str, recipe: Recipe, config: TrainConfig, ranks: Ranks) ->
 
 def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over the parts that the stage trains; freezes the others."""
-    factors = {"vision": recipe.vision_lr_factor, "merger": recipe.merger_lr_factor,
-               "experts": recipe.expert_lr_factor, "decoder": 1.0}
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         part = part_of(name)
@@ -403,12 +402,14 @@ def make_optimizer(model: LlavaOneVision, recipe: Recipe) -> torch.optim.AdamW:
         if not parameter.requires_grad:
             continue
         if ".experts." in name:
-            part = "experts"
+            part = "expert"
         # vectors (norms, biases) do not decay
         decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
         groups[part, decay].append(parameter)
+    # the decoder has no factor of its own
     optimizer = torch.optim.AdamW(
-        [{"params": parameters, "lr_factor": factors[part], "weight_decay": decay}
+        [{"params": parameters, "weight_decay": decay,
+          "lr_factor": getattr(recipe, f"{part}_lr_factor", 1.0)}
          for (part, decay), parameters in groups.items()],
         lr=recipe.lr, betas=(0.9, recipe.beta2), eps=recipe.eps, fused=True)
     # AdamW would make its moments later: here, so that the state of a run always has them
@@ -625,14 +626,6 @@ def train_step(state: State, step: Step, ranks: Ranks, stop: bool = False) -> No
     state.step += 1
 
 
-def listed(items: list[str], others: str) -> str:
-    """The first eight items, for a sentence; others: says where the others are."""
-    text = "; ".join(items[:8])
-    if len(items) > 8:
-        text += f"; and {len(items) - 8} more: {others}"
-    return text
-
-
 def gathered(items: Iterable[Any]) -> list[Any]:
     """The items of all ranks, in one list."""
     return list(chain(*on_all_ranks(lambda: list(items))))
@@ -743,20 +736,19 @@ class Threads:
         """Before a stage, and before the evaluation: all threads."""
         self.changed = self.looked = time.monotonic()
         self.used = time.process_time()
-        self.waited = 0.0
         if not self.fixed:
             torch.set_num_threads(self.most)
 
     def fit(self, waited: float) -> None:
         """After a step, which waited so many seconds for its rows: choose the number of threads."""
-        self.waited += waited
+        self.looked += waited  # leaves out time in which nothing is computed
         now = time.monotonic()
         if self.fixed or now - self.looked < self.CHECK:
             return
-        # the cores that this process had, on average, while it computed
+        # the cores that this process had, on average
         used = time.process_time()
-        cores = (used - self.used) / max(now - self.looked - self.waited, 1e-9)
-        self.looked, self.used, self.waited = now, used, 0.0
+        cores = (used - self.used) / (now - self.looked)
+        self.looked, self.used = now, used
 
         wanted = threads = torch.get_num_threads()
         if threads > 1 and cores < 0.8 * threads:
@@ -936,8 +928,6 @@ def note_lost(step: Step, state: State, data: FileData | DrawnData, stage: str, 
 
     Raises RunError if more than --max-bad of all samples are lost; one may always be.
     """
-    if not step.lost:
-        return
     for number, (name, reason) in step.lost.items():
         # a later epoch meets the same samples again
         if number not in state.lost:
@@ -954,8 +944,8 @@ def note_lost(step: Step, state: State, data: FileData | DrawnData, stage: str, 
 def settings_of(config: TrainConfig, recipe: Recipe, ranks: Ranks) -> dict[str, object]:
     """What a stage that is resumed must have in common with the one that was begun."""
     flags = ("model", "start_from", "images", "epochs", "skip_bad", "expert_balance", "fp8", "seed")
-    settings = {flag: getattr(config, flag) for flag in flags} | asdict(recipe)
-    settings |= {"dtype": str(ranks.dtype), "device": ranks.device.type}
+    settings = {flag: getattr(config, flag) for flag in flags} | asdict(recipe) | {
+        "dtype": str(ranks.dtype), "device": ranks.device.type}
     del settings["recompute"]  # it changes no number
     return json.loads(json.dumps(settings))  # as it comes back from a file
 
@@ -1009,13 +999,10 @@ def drop_after(file: Path, stage: str, step: int) -> None:
     """Remove the lines of a stage after a step: these steps will come again."""
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text().splitlines(keepends=True):
-        # the last line may have been cut
-        if line.endswith("\n"):
-            entry = json.loads(line)
-            if entry["stage"] != stage or entry["step"] <= step:
-                kept.append(line)
+    lines = file.read_text().splitlines(keepends=True)
+    # the last line may have been cut
+    entries = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    kept = [line for line, entry in entries if entry["stage"] != stage or entry["step"] <= step]
     write_file(file, "".join(kept))
 
 
@@ -1035,32 +1022,27 @@ def go_on(state: State, stage: str, run: Run) -> None:
 # ------------------------------------------------------------------------------- a run, end to end
 
 
-def check_index(index: Index, skip_bad: bool) -> None:
-    """Raise ValueError for records and files that cannot be used, unless they are to be skipped."""
-    bad = [*index.damaged, *(reject["reason"] for reject in index.rejects)]
-    if bad and not skip_bad:
-        raise ValueError(f"{len(bad)} records or files of the data cannot be used (--skip-bad goes "
-                         "on without them): "
-                         f"{listed(bad, '`python data.py inspect --all` lists all')}")
-
-
 def open_data(recipes: dict[str, Recipe], begun: list[str], tokenizer: Tokenizer,
-              config: TrainConfig) -> dict[str, FileData]:
-    """The data of the stages that are trained on files, and have not begun.
+              config: TrainConfig, ranks: Ranks) -> dict[str, FileData]:
+    """On the first rank, the data of the stages that are trained on files, and have not begun.
 
-    Raises ValueError or OSError for data that cannot be used.
+    Raises OSError, on all ranks, for data that cannot be used.
     """
+    found = {}
+
     @cache  # stages with the same limits share an index
     def index_of(pixels: tuple[int, int]) -> Index:
         index = open_index(config.data, tokenizer, config.images, pixels, os.cpu_count() or 1)
-        check_index(index, config.skip_bad)
+        index.check(config.skip_bad)
         return index
 
-    found = {}
-    for name, recipe in recipes.items():
-        if name not in begun and recipe.data[0] not in DRAWN:
-            index = index_of((recipe.min_pixels, recipe.max_pixels))
-            found[name] = FileData(index, tokenizer, recipe.seq_length, config.seed)
+    def open_all() -> None:
+        for name, recipe in recipes.items():
+            if ranks.rank == 0 and name not in begun and recipe.data[0] not in DRAWN:
+                index = index_of((recipe.min_pixels, recipe.max_pixels))
+                found[name] = FileData(index, tokenizer, recipe.seq_length, config.seed)
+
+    on_all_ranks(open_all)
     return found
 
 
@@ -1139,7 +1121,8 @@ def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, data: FileData
         note_step(step, state, name, run)
         if state.refused:
             note_refused(step, state, name, run)
-        note_lost(step, state, data, name, run)
+        if step.lost:
+            note_lost(step, state, data, name, run)
         meter.add(step)
 
         due = config.save_every and state.step % config.save_every == 0
@@ -1156,13 +1139,8 @@ def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, data: FileData
 
 def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
     """Write the checkpoint of a stage, and remove its states."""
-    if run.ranks.rank == 0:
-        for unfinished in run.out.glob(f"{name}.*.partial"):  # of a run that was killed
-            shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with blamed_on("numerics", ValueError, common=True):
         save_checkpoint(model, run.tokenizer, run.out / name)
-    except ValueError as error:
-        raise RunError("numerics", str(error)) from error
     if run.ranks.rank == 0:
         shutil.rmtree(run.out / f"{name}-state")
     if any(on_all_ranks(lambda: STOP.asked)):
@@ -1172,14 +1150,15 @@ def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
 
 def report(found: dict[str, list[float]], run: Run) -> None:
     """Log the accuracies by category, in per cent, and their means over scenes and over flags."""
-    scores = {name: 100 * sum(values) / len(values) for name, values in found.items()}
-    flags = {name for name in scores if name.startswith("flag")}
-    for group, names in (("flags", flags), ("scenes", scores.keys() - flags)):
-        part = {name: score for name, score in scores.items() if name in names}
-        mean = sum(part.values()) / len(part)
-        detail = [f"{name.removeprefix('flag ')} {score:.0f}" for name, score in part.items()]
+    groups: dict[str, dict[str, float]] = {"flags": {}, "scenes": {}}
+    for name, values in found.items():
+        group = "flags" if name.startswith("flag") else "scenes"
+        groups[group][name] = 100 * sum(values) / len(values)
+    for group, scores in groups.items():
+        mean = sum(scores.values()) / len(scores)
+        detail = [f"{name.removeprefix('flag ')} {score:.0f}" for name, score in scores.items()]
         run.say(f"held-out {group}: {mean:.1f} %   ({'  '.join(detail)})", group=group, mean=mean,
-                **part)
+                **scores)
 
 
 def start_of(config: TrainConfig) -> str:
@@ -1282,15 +1261,9 @@ def run(config: TrainConfig) -> Path:
             del recipes[name]
             # but it may have been killed before it removed the states
             shutil.rmtree(f"{directory}-state", ignore_errors=True)
-    data: dict[str, FileData] = {}
-
-    def open_all() -> None:
-        if ranks.rank == 0:
-            data.update(open_data(recipes, begun, tokenizer, config))
-
     # bad data are refused here, before the run has a directory
     with blamed_on("data", common=True):
-        on_all_ranks(open_all)
+        data = open_data(recipes, begun, tokenizer, config, ranks)
     out = make_directory(config, model_name)
     whole = Run(config, ranks, tokenizer, out)
     whole.say(f"{model_name}: {sum(parameters_by_part(sizes).values()):,} parameters on "
@@ -1349,11 +1322,10 @@ def main() -> None:
     for number in SIGNALS:
         signal.signal(number, STOP.note)
     try:
-        run(parse_flags(sys.argv[1:]))
-    except (RunError, ValueError, OSError) as error:
+        with blamed_on("storage", OSError), blamed_on("configuration", ValueError):
+            run(parse_flags(sys.argv[1:]))
+    except RunError as end:
         STOP.deferring = True  # a second signal must not break off the end
-        reason = "storage" if isinstance(error, OSError) else "configuration"
-        end = error if isinstance(error, RunError) else RunError(reason, str(error), common=False)
         # before the ranks join, all of them find the same error
         if rank and (end.common or not dist.is_initialized()):
             time.sleep(2)  # torchrun ends all ranks as soon as one ends: the first must report

@@ -22,7 +22,6 @@ from tokenizers import Tokenizer
 import data
 from convert import load_tokenizer
 from data import COLUMNS, FileData, Index, Rows, decode_all, measure, open_index
-from train import check_index
 from vision import MAX_PIXELS, MIN_PIXELS, open_image, patch_grid, to_rgb
 
 LENGTH = 512
@@ -372,8 +371,8 @@ def test_packed_shards_are_checked(sources: list[Path], tmp_path: Path,
         assert bool(said) == bool(changed)
         if index.damaged:
             with pytest.raises(ValueError, match=first.name):
-                check_index(index, skip_bad=False)
-        check_index(index, skip_bad=True)
+                index.check(skip_bad=False)
+        index.check(skip_bad=True)
         # nothing is read from what is damaged
         damaged = [path for path in changed if any(str(path) in words for words in index.damaged)]
         assert len(names_in(index)) == sum(entry["samples"] for entry in entries
