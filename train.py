@@ -247,8 +247,8 @@ RECIPES = {"tiny": TINY, "tiny-long": TINY_LONG, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
 FROM_SCRATCH = ("tiny", "tiny-moe")  # presets that may start from random weights; default the first
 SMALL = 100e6  # models of fewer parameters use the recipe tiny by default
-GPUS = {"A100": (312e12, 80e9), "A800": (312e12, 80e9), "H100": (989e12, 80e9),  # dense bf16
-        "H800": (989e12, 80e9), "H200": (989e12, 141e9), "B200": (2250e12, 180e9)}  # FLOP/s, bytes
+GPUS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12,
+        "B200": 2250e12}  # FLOP/s in dense bf16
 RECOMPUTE = {  # what of the layers the backward pass computes again, by names of forward_flops
     "none": (),
     "selective": ("vision", "decoder"),  # all but attention
@@ -322,9 +322,10 @@ class TrainConfig:
         """Raise ValueError for flags about data that do not go together."""
         if self.steps and self.epochs:
             raise ValueError("--steps and --epochs are given: which is meant?")
-        if self.epochs and not set(self.data) - set(DRAWN):
+        drawn = not self.data or set(self.data) & set(DRAWN)
+        if self.epochs and drawn:
             raise ValueError("--epochs is for --data from files: drawn data do not end")
-        if len(self.data) > 1 and set(self.data) & set(DRAWN):
+        if len(self.data) > 1 and drawn:
             raise ValueError(f"--data: {', '.join(DRAWN)} cannot be mixed with others")
         least = self.min_pixels or MIN_PIXELS
         if self.max_pixels and self.max_pixels < least:
@@ -426,10 +427,9 @@ def set_balance(model: LlavaOneVision, recipe: Recipe, weight: float) -> None:
     Frozen routers cannot learn balance: then nothing is added.
     """
     layers = mixtures(model)
-    if "decoder" not in recipe.trainable:
-        weight = 0.0
-    for layer in layers:
-        layer.balance_weight = weight / (len(layers) * recipe.rows)
+    if "decoder" in recipe.trainable:
+        for layer in layers:
+            layer.balance_weight = weight / (len(layers) * recipe.rows)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -472,7 +472,7 @@ class State:
             tensors[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
         return tensors
 
-    def numbers(self) -> dict[str, int | list[int]]:
+    def numbers(self) -> dict[str, Any]:
         """What else to save."""
         return {"step": self.step, "refused": self.refused, "lost": sorted(self.lost)}
 
@@ -502,7 +502,7 @@ class Step:
     sums: dict[str, float]  # over all ranks, from the plan: see data.RowOfStep
     balance: float  # mean over largest cost of the ranks' rows
     waited: float = 0.0  # seconds until the rows were there
-    # of the samples of the rows that were read
+    # of the samples of the rows that were read; of ranks that share a row, the first has them
     names: list[str] = field(default_factory=list)  # of their records
     numbers: list[int] = field(default_factory=list)  # in the data
     # samples that were not learnt: number in the data -> name and reason
@@ -665,7 +665,7 @@ def matrix_rate(ranks: Ranks) -> tuple[float, str]:
     """
     if ranks.device.type == "cuda" and ranks.dtype == torch.bfloat16:
         card = torch.cuda.get_device_name(ranks.device)
-        for name, (rate, _) in GPUS.items():
+        for name, rate in GPUS.items():
             if name in card:
                 return rate, f"data sheet of {name}"
 
@@ -771,11 +771,15 @@ class Run:
     Its log is text on the console, JSON lines in a file, and curves for TensorBoard.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, tokenizer: Tokenizer, out: Path) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks, tokenizer: Tokenizer,
+                 model_name: str) -> None:
         self.config = config  # the flags
         self.ranks = ranks  # all processes, and which one this is
         self.tokenizer = tokenizer  # the model's
-        self.out = out  # the directory that it writes to
+        name = config.out or f"runs/{model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        # clocks differ: all ranks take the name of the first one
+        self.out = Path(on_all_ranks(lambda: name)[0])  # the directory that it writes to
+        self.out.mkdir(parents=True, exist_ok=True)
         self.board = None  # TensorBoard's
         if ranks.rank == 0:
             self.open_log()
@@ -818,13 +822,13 @@ class Run:
                 self.board.add_scalar(f"{stage}/{name}", value, step)
         self.board.flush()
 
-    def append(self, file: str, *entries: dict) -> None:
-        """Append JSON lines to a file of the run; the first rank does."""
+    def append(self, file: str, entry: dict) -> None:
+        """Append a JSON line to a file of the run; the first rank does."""
         if self.ranks.rank:
             return
         try:
             with open(self.out / file, "a") as lines:
-                lines.writelines(json.dumps(entry) + "\n" for entry in entries)
+                lines.write(json.dumps(entry) + "\n")
         except OSError as error:
             raise OSError(f"{self.out / file} cannot be written: {error}") from error
 
@@ -845,8 +849,8 @@ class Meter:
         self.rate, source = matrix_rate(run.ranks)
         self.first = state.step
         self.started = self.last = time.monotonic()
-        self.seen: Counter[str] = Counter()
-        self.lost: Counter[str] = Counter()  # samples, by what is wrong with them
+        self.seen = Counter()  # sums
+        self.lost = Counter()  # samples, by what is wrong with them
         recipe = state.recipe
         run.say(f"{stage}: {', '.join(recipe.trainable)} trained, {recipe.steps} steps of "
                 f"{recipe.rows} rows; MFU of {run.ranks.count} x {self.rate / 1e12:.3g} TFLOP/s "
@@ -902,11 +906,9 @@ class Meter:
 
 def note_step(step: Step, state: State, stage: str, run: Run) -> None:
     """Add to the ledger what a step has trained on, and what came of it."""
-    loss, norm = step.loss, step.norm
-    if state.refused:  # NaN is no JSON
-        loss, norm = str(loss), str(norm)
+    as_json = str if state.refused else float  # NaN is no JSON
     entry = {"stage": stage, "step": state.step, "samples": step.sums["samples"],
-             "digest": step.digest, "loss": loss, "norm": norm}
+             "digest": step.digest, "loss": as_json(step.loss), "norm": as_json(step.norm)}
     if run.config.ledger:
         entry["numbers"] = sorted(gathered(step.numbers))
     run.append("ledger.jsonl", entry)
@@ -1150,7 +1152,7 @@ def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
 
 def report(found: dict[str, list[float]], run: Run) -> None:
     """Log the accuracies by category, in per cent, and their means over scenes and over flags."""
-    groups: dict[str, dict[str, float]] = {"flags": {}, "scenes": {}}
+    groups = {"flags": {}, "scenes": {}}
     for name, values in found.items():
         group = "flags" if name.startswith("flag") else "scenes"
         groups[group][name] = 100 * sum(values) / len(values)
@@ -1233,15 +1235,6 @@ def make_deterministic() -> None:
     torch.set_num_threads(1)
 
 
-def make_directory(config: TrainConfig, model_name: str) -> Path:
-    """The directory that a run writes to, the same on all ranks."""
-    name = config.out or f"runs/{model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    # clocks differ: all ranks take the name of the first one
-    out = Path(on_all_ranks(lambda: name)[0])
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
 def run(config: TrainConfig) -> Path:
     """Train the stages, save a checkpoint after each, evaluate; returns the last checkpoint."""
     if config.deterministic:
@@ -1264,13 +1257,12 @@ def run(config: TrainConfig) -> Path:
     # bad data are refused here, before the run has a directory
     with blamed_on("data", common=True):
         data = open_data(recipes, begun, tokenizer, config, ranks)
-    out = make_directory(config, model_name)
-    whole = Run(config, ranks, tokenizer, out)
+    whole = Run(config, ranks, tokenizer, model_name)
     whole.say(f"{model_name}: {sum(parameters_by_part(sizes).values()):,} parameters on "
               f"{ranks.count} x {ranks.device.type} ({ranks.replicas} copies, rows shared by "
               f"{ranks.context}, experts by {ranks.experts}), {ranks.dtype}"
               f"{', FP8' if config.fp8 else ''}, torch {torch.__version__}, "
-              f"{torch.get_num_threads()} threads -> {out}",
+              f"{torch.get_num_threads()} threads -> {whole.out}",
               config=asdict(config))
 
     for name, recipe in recipes.items():
@@ -1280,7 +1272,7 @@ def run(config: TrainConfig) -> Path:
         train_stage(name, model, recipe, data.get(name), whole)
         finish_stage(name, model, whole)
         STOP.deferring = False
-        start = str(out / name)
+        start = str(whole.out / name)
         # hooks tie a sharded model into cycles, and the next model needs its memory
         del model
         gc.collect()
@@ -1302,7 +1294,8 @@ def parse_flags(arguments: list[str]) -> TrainConfig:
     parser = flag_parser(__doc__.splitlines()[0], arguments)
     add_fields(parser, TrainConfig)
     flags = vars(parser.parse_args(arguments))
-    return TrainConfig(**{**flags, "data": tuple(flags["data"])})
+    flags["data"] = tuple(flags["data"])
+    return TrainConfig(**flags)
 
 
 def end_workers() -> None:

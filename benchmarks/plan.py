@@ -21,6 +21,8 @@ from train import (ALL, GPUS, Recipe, TrainConfig, check_experts, name_of, parse
 
 VISUAL_SHARE = 0.7  # share of visual tokens in an average row
 SAMPLE_TOKENS = 600  # of an average sample; half of its words are learnt
+MEMORY = {"A100": 80e9, "A800": 80e9, "H100": 80e9, "H800": 80e9, "H200": 141e9,
+          "B200": 180e9}  # bytes of a GPU
 SHARE = 0.45  # of the hardware's rate that a run reaches, computing again included (HFU)
 
 
@@ -131,12 +133,13 @@ def sample_flops(config: ModelConfig, recompute: str) -> dict[str, float]:
 def plan(config: TrainConfig, flags: argparse.Namespace) -> Iterator[str]:
     """Lines on what a run needs; of the stage mid and the recipe full where none is named."""
     check_division(flags.gpus, config.replicas, config.context_parallel, config.expert_parallel)
-    model, (rate, capacity) = sizes_of(config, config.start_from), GPUS[flags.gpu.upper()]
+    model, gpu = sizes_of(config, config.start_from), flags.gpu.upper()
+    rate, capacity = GPUS[gpu], MEMORY[gpu]
     check_experts(config, model)
     stage = "mid" if config.stage == "all" else config.stage
     recipe = replace(config, recipe=config.recipe or "full", stage=stage).recipes(model)[stage]
     parts = parameters_by_part(model)
-    yield (f"{name_of(config, config.start_from)} on {flags.gpus} {flags.gpu.upper()} "
+    yield (f"{name_of(config, config.start_from)} on {flags.gpus} {gpu} "
            f"({rate / 1e12:.0f} TFLOP/s in bf16, {capacity / 1e9:.0f} GB): "
            f"{', '.join(recipe.trainable)} trained, recompute {recipe.recompute}")
     yield f"parameters: {', '.join(f'{name} {n:,}' for name, n in parts.items())}"
@@ -168,7 +171,7 @@ def plan(config: TrainConfig, flags: argparse.Namespace) -> Iterator[str]:
 def published() -> Iterator[str]:
     """How the announcement's figures for the 8B fit together; A800s are taken for A100s."""
     flops = sample_flops(PRESETS["8b"], "layer")["hardware_flops"]
-    per_hour = 3600 * SHARE * GPUS["A100"][0] / flops  # tokens of a GPU at 45 % HFU
+    per_hour = 3600 * SHARE * GPUS["A100"] / flops  # tokens of a GPU at 45 % HFU
     budget = 16000 / 0.6  # GPU-hours
     mid = 128 * 3.7 * 24  # GPU-hours
     hours = 64e9 / per_hour

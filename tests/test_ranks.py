@@ -376,7 +376,7 @@ def refuse(data: Path) -> list:
     ranks = join_ranks(find_ranks(context=2))
     step, = first_steps(data, 640, 4, Ranks(ranks.device, ranks.dtype, ranks.rank, 2, context=2), 1)
     said = []
-    run = Run(TrainConfig(), ranks, None, data.parent)
+    run = Run(TrainConfig(out=str(data.parent)), ranks, None, "")
     run.say = lambda text, **values: said.append(text)
     if ranks.rank == 0:  # as `backward` does: it has the samples of both
         step.names = [name for share in step.rows for name in share.row.names]
