@@ -865,6 +865,7 @@ class Meter:
             self.seen.update(updates=1, loss=step.loss, norm=step.norm)
         done, steps = self.state.step, self.state.recipe.steps
         now = time.monotonic()
+        # as long a step as the mean of those since the stage was begun, or gone on with
         left = (now - self.started) / (done - self.first) * (steps - done)
         if done % self.run.config.log_every == 0 or done == steps:
             self.write(now - self.last, left)
