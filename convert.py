@@ -655,8 +655,11 @@ def publish(unfinished: Path, path: Path) -> None:
 def write_file(path: Path, text: str) -> None:
     """Write a text file, or replace it: after a power cut, too, it is the old or the new one."""
     unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text(text, encoding="utf-8")
-    publish(unfinished, path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        publish(unfinished, path)
+    except OSError as error:  # a full disk names no file
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def write_directory(path: Path, tensors: Tensors, contents: dict[str, object]) -> None:
