@@ -239,11 +239,7 @@ TINY = {
     "mid": TINY_MID,
     "instruct": replace(TINY_MID, data=("mixed",), steps=2500, lr=8e-4, min_lr=2e-5),
 }
-TINY_LONG = TINY | {  # of the shipped checkpoint
-    "mid": replace(TINY["mid"], steps=1200),
-    "instruct": replace(TINY["instruct"], steps=8000),
-}
-RECIPES = {"tiny": TINY, "tiny-long": TINY_LONG, "quick": QUICK, "full": FULL}
+RECIPES = {"tiny": TINY, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
 FROM_SCRATCH = ("tiny", "tiny-moe")  # presets that may start from random weights; default the first
 SMALL = 100e6  # models of fewer parameters use the recipe tiny by default
