@@ -475,8 +475,9 @@ def read_parameter(pieces: list[Stored], like: Tensor, dtype: torch.dtype | None
         bottom = min(end - first, lines)
         shape = (lines, *like.shape[1:])
         part = read_piece(opened(piece.file), piece, shape, top, bottom, dtype)
-        parts.append(part.to(device=device, dtype=dtype))
-    local = torch.cat(parts)  # a copy, also of one part: nothing stays mapped
+        # torch.cat copies several parts; a single one is copied here, so that nothing stays mapped
+        parts.append(part.to(device=device, dtype=dtype, copy=len(numbers) == 1))
+    local = torch.cat(parts) if len(parts) > 1 else parts[0]
     if not isinstance(like, DTensor):
         return local
     return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape,
@@ -670,8 +671,6 @@ def write_directory(path: Path, tensors: Tensors, contents: dict[str, object]) -
         raise ValueError(f"{path} is there already")
     if not path.parent.is_dir():
         raise ValueError(f"there is no directory {path.parent}")
-    for left in path.parent.glob(f"{path.name}.[0-9]*.partial"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
     unfinished.mkdir()
     # renaming is one step for the file system: `path` is complete or does not exist

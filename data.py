@@ -459,7 +459,9 @@ def turns_of(raw: dict) -> list[dict]:
         learnt = role == "assistant"
         flags = {key for key in ("weight", "loss", "train", "trainable") if turn.get(key) == learnt}
         refuse_unused(turn, TURN_KEYS | flags)
-        turns.append({"role": role, "content": turn.get("content", turn.get("value"))})
+        # parquet gives the keys that a turn has not as None
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
+        turns.append({"role": role, "content": content})
     return turns
 
 
@@ -1062,11 +1064,13 @@ def open_index(sources: Sequence[str], tokenizer: Tokenizer, images: str,
             continue
         index = Index.load(Path(path))
         index.leave_out_damaged()
-        for name in ("pixels", "tokenizer"):
+        least, most = index.settings["pixels"]
+        packed_with = {"pixels": f"--min-pixels {least} --max-pixels {most}",
+                       "tokenizer": "the tokenizer of another checkpoint"}
+        for name, words in packed_with.items():
             if index.settings[name] != settings[name]:
-                raise ValueError(f"{path} was packed with the {name} {index.settings[name]}, not "
-                                 f"{settings[name]}: give the same, pack it again, or name its "
-                                 f"shards, {path}/*.tar, to measure them anew")
+                raise ValueError(f"{path} was packed with {words}: give the same, pack it again, "
+                                 f"or name its shards, {path}/*.tar, to measure them anew")
         indexes.append(index)
     if len(indexes) == 1:
         return indexes[0]

@@ -629,7 +629,8 @@ def evaluate(chat: Chat, questions: list[dict], done: str | Path = os.devnull,
         texts = [part.get("text") for turn in turns for part in turn["content"]]
         asked.append({**question, "messages": texts, "checkpoint": checkpoint,
                       "settings": settings_read})
-    kept = read_predictions(Path(done), asked)
+    done = Path(done or os.devnull)
+    kept = read_predictions(done, asked)
     with open(done, "a") as file:
         while len(kept) < len(questions):
             group = slice(len(kept), len(kept) + len(chat.slots))
@@ -1024,8 +1025,11 @@ def ask(inputs: list[str], flags: Flags, settings: Settings) -> None:
         *files, prompt = inputs
         messages = [user_turn([*map(media_part, files)], prompt)]
     record = to_record(messages)
+    # a wrong file is refused before a checkpoint is fetched, the rest before its model is loaded
+    for image in record["images"]:
+        if not isinstance(image, Video):
+            open_image(image, decode=False)
     path, said = choose_checkpoint(flags.checkpoint)
-    # what is wrong with the prompt is found before the model is loaded
     request = Request(record, load_tokenizer(path), settings, flags.max_pixels)
     # prompt and answer share the context
     context = len(request.ids) + settings.max_new_tokens

@@ -114,9 +114,10 @@ from torch.utils.data import DataLoader
 
 from assets.scenes import drawn_texts, train_tokenizer
 from convert import (StateWriter, find_checkpoint, load_model, load_tokenizer, newest_state,
-                     on_all_ranks, read_json_object, read_state, save_checkpoint, sync, write_file)
+                     on_all_ranks, read_json_object, read_state, save_checkpoint, states_in, sync,
+                     write_file)
 from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, add_fields, flag_parser,
-                  lay_out, listed, open_index, reason_of, show_progress)
+                  lay_out, listed, open_index, reason_of, show_progress, source_files, weight_of)
 from fp8_kernel import check_device, convert_to_fp8
 from model import (PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
                    parameters_by_part, part_of)
@@ -789,7 +790,7 @@ class Run:
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise RunError("configuration", f"another run writes to {self.out}: end its processes "
-                           "first, or name another --out") from error
+                           "first, or name another --out", common=False) from error
         except OSError:
             pass  # a file system without locks
         if self.config.tensorboard:
@@ -903,9 +904,11 @@ class Meter:
 
 def note_step(step: Step, state: State, stage: str, run: Run) -> None:
     """Add to the ledger what a step has trained on, and what came of it."""
-    as_json = str if state.refused else float  # NaN is no JSON
     entry = {"stage": stage, "step": state.step, "samples": step.sums["samples"],
-             "digest": step.digest, "loss": as_json(step.loss), "norm": as_json(step.norm)}
+             "digest": step.digest}
+    for name in ("loss", "norm"):
+        value = getattr(step, name)
+        entry[name] = value if math.isfinite(value) else str(value)  # NaN is no JSON
     if run.config.ledger:
         entry["numbers"] = sorted(gathered(step.numbers))
     run.append("ledger.jsonl", entry)
@@ -959,7 +962,7 @@ def is_begun(stage: str, settings: dict[str, object], config: TrainConfig) -> bo
         return False
     if not file.exists():
         # they alone do not say how they were made
-        for path in (file.with_suffix(""), Path(config.out, f"{stage}-state")):
+        for path in (file.with_suffix(""), *states_in(Path(config.out, f"{stage}-state"))):
             if path.exists():
                 raise ValueError(f"{path} is there already, but no {file} says with which settings "
                                  "it was made")
@@ -1025,7 +1028,7 @@ def open_data(recipes: dict[str, Recipe], begun: list[str], tokenizer: Tokenizer
               config: TrainConfig, ranks: Ranks) -> dict[str, FileData]:
     """On the first rank, the data of the stages that are trained on files, and have not begun.
 
-    Raises OSError, on all ranks, for data that cannot be used.
+    Raises OSError, on all ranks, for data that cannot be used, also of a stage that has begun.
     """
     found = {}
 
@@ -1037,7 +1040,13 @@ def open_data(recipes: dict[str, Recipe], begun: list[str], tokenizer: Tokenizer
 
     def open_all() -> None:
         for name, recipe in recipes.items():
-            if ranks.rank == 0 and name not in begun and recipe.data[0] not in DRAWN:
+            if ranks.rank or recipe.data[0] in DRAWN:
+                continue
+            if name in begun:
+                # its index is beside the run: that must be whole, and the files must be there
+                Index.load(Path(config.out, f"{name}-data"))
+                source_files(*(weight_of(source)[0] for source in recipe.data))
+            else:
                 index = index_of((recipe.min_pixels, recipe.max_pixels))
                 found[name] = FileData(index, tokenizer, recipe.seq_length, config.seed)
 
@@ -1138,6 +1147,9 @@ def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, data: FileData
 
 def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
     """Write the checkpoint of a stage, and remove its states."""
+    if run.ranks.rank == 0:
+        for left in run.out.glob(f"{name}.*.partial"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
     with blamed_on("numerics", ValueError, common=True):
         save_checkpoint(model, run.tokenizer, run.out / name)
     if run.ranks.rank == 0:
@@ -1266,9 +1278,11 @@ def run(config: TrainConfig) -> Path:
         model = load_stage(start, recipe, config, ranks)
         # from here on, a signal lets the step or the checkpoint be finished
         STOP.deferring = True
-        train_stage(name, model, recipe, data.get(name), whole)
-        finish_stage(name, model, whole)
-        STOP.deferring = False
+        try:
+            train_stage(name, model, recipe, data.get(name), whole)
+            finish_stage(name, model, whole)
+        finally:
+            STOP.deferring = False
         start = str(whole.out / name)
         # hooks tie a sharded model into cycles, and the next model needs its memory
         del model
