@@ -40,6 +40,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cache, partial
 from itertools import chain
@@ -81,8 +82,8 @@ VISION_SIZES = [field.name for field in fields(VisionConfig) if field.type in (i
 VISION_SETTINGS = {"hidden_act": "gelu", "in_channels": 3, "patch_size": 14,
                    "spatial_merge_size": 2, "temporal_patch_size": 1}
 FP8_SETTINGS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-# numbers that need not be whole
-FRACTIONS = {"initializer_range", "layer_norm_eps", "rms_norm_eps", "rope_theta"}
+FRACTIONS = {field.name for part in (ModelConfig, VisionConfig) for field in fields(part)
+             if field.type is float}  # the other numbers are whole
 LARGEST = 2**20  # no size of a model is larger; a product of three of them still has 63 bits
 SHORT = reprlib.Repr()
 SHORT.maxstring = 300
@@ -334,8 +335,8 @@ def tensor_files(path: Path) -> dict[str, Stored]:
         for key in open_tensors(file).keys():
             check_name(file, key)
             # the two published layouts differ in their prefixes
-            name = key.replace("model.visual.", "visual.")
-            name = name.replace("model.language_model.", "model.")
+            name = re.sub(r"^model\.visual\.", "visual.", key)
+            name = re.sub(r"^model\.language_model\.", "model.", name)
             if name in tensors:
                 raise ValueError(f"{file}: {key} is also in {tensors[name].file}")
             if weight_map and weight_map.get(key) != file_name:
@@ -417,18 +418,20 @@ def find_checkpoint(path: Path, side: str = "") -> tuple[LlavaOneVision, Pieces]
 # ------------------------------------------------------------------------------ weights, as read
 
 
-def from_fp8(values: Tensor, first: int, shape: tuple[int, ...], scales: Stored) -> Tensor:
+def from_fp8(values: Tensor, first: int, shape: list[int], scales: Stored) -> Tensor:
     """Lines of an e4m3 matrix, from line `first` on, times the scales of their squares: float32.
     shape: of the whole matrix.  Raises ValueError if the scales do not fit it."""
+    reader = open_tensors(scales.file).get_slice(scales.key)
     # rounded up: the last squares of a line or column may lie half outside of the matrix
-    squares = tuple(-(-size // BLOCK) for size in shape)
-    factors = read_piece(open_tensors(scales.file), scales, squares, 0, squares[0], None)
+    squares = [-(-size // BLOCK) for size in shape]
+    dtype, stored_shape = reader.get_dtype(), reader.get_shape()
+    if len(shape) != 2 or stored_shape != squares or dtype not in ("F32", "BF16"):
+        raise ValueError(f"{scales.file}: {scales.key} is of type {dtype} and shape "
+                         f"{stored_shape}, an FP8 matrix of {shape} needs F32 and {squares}")
     # a scale serves 128 lines and 128 columns; this rank's lines may begin inside a square
     square_of_line = torch.arange(first, first + len(values)) // BLOCK
-    factors = factors.float()[square_of_line]
-    for dimension, size in enumerate(shape[1:], 1):
-        factors = factors.repeat_interleave(BLOCK, dimension).narrow(dimension, 0, size)
-    return values.float() * factors
+    factors = reader[:].float()[square_of_line].repeat_interleave(BLOCK, 1)
+    return values.float() * factors[:, :shape[1]]
 
 
 def read_piece(reader: Any, piece: Stored, shape: tuple[int, ...], begin: int, end: int,
@@ -447,7 +450,7 @@ def read_piece(reader: Any, piece: Stored, shape: tuple[int, ...], begin: int, e
         raise ValueError(f"{place} has numbers of type {stored.get_dtype()}, the model {reason}")
     part = stored[begin:end]
     if piece.scales is not None:
-        part = from_fp8(part, begin, shape, piece.scales).to(dtype or torch.bfloat16)
+        part = from_fp8(part, begin, list(shape), piece.scales).to(dtype or torch.bfloat16)
     return part
 
 
@@ -608,14 +611,21 @@ def file_groups(tensors: Tensors) -> Iterator[dict[str, Tensor]]:
     yield group
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise what fails in here as OSError that names `path`: a full disk names no file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
 def write_files(folder: Path, tensors: Tensors, contents: dict[str, object]) -> None:
     """Write weights, an index if they need several files, and other files to a folder."""
     groups, total = [], 0  # names of the tensors in each file; bytes of all tensors
     for group in file_groups(tensors):
-        try:
+        with writing(folder):
             save_file(group, folder / str(len(groups)), metadata={"format": "pt"})
-        except SafetensorError as error:  # such as a full disk
-            raise OSError(f"{folder} cannot be written: {error}") from error
         total += sum(tensor.nbytes for tensor in group.values())
         groups.append([*group])
         group.clear()  # free this file's tensors before the next file's are read
@@ -656,11 +666,9 @@ def publish(unfinished: Path, path: Path) -> None:
 def write_file(path: Path, text: str) -> None:
     """Write a text file, or replace it: after a power cut, too, it is the old or the new one."""
     unfinished = path.with_name(f"{path.name}.partial")
-    try:
+    with writing(path):
         unfinished.write_text(text, encoding="utf-8")
         publish(unfinished, path)
-    except OSError as error:  # a full disk names no file
-        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def write_directory(path: Path, tensors: Tensors, contents: dict[str, object]) -> None:

@@ -276,7 +276,8 @@ def named(words: str, errors: tuple[type[Exception], ...] = (ValueError,)) -> It
     try:
         yield
     except errors as error:
-        raise ValueError(f"{words}: {error}") from error
+        # a MemoryError has no text
+        raise ValueError(f"{words}: {str(error) or type(error).__name__}") from error
 
 
 @dataclass
@@ -694,12 +695,13 @@ def shard_records(path: Path, place: Place, images: str) -> Found:
     if sample is None:
         return {}  # the file has changed
     # the picture of a member is not read here: its place in the file is kept
-    fields = {name: FilePart(str(path), member.offset_data, member.size)
-              for _, name, member in sample}
+    fields: Fields = {}
     origin = f"{path}:{sample[0][0]}"
     with named(origin):
-        if len(fields) < len(sample):
-            raise ValueError(f"of its members {', '.join(fields)} one is there twice")
+        for _, name, member in sample:
+            if name in fields:
+                raise ValueError(f"it has its member {name!r} twice")
+            fields[name] = FilePart(str(path), member.offset_data, member.size)
         raw = load_json(content_of(member_of(fields, "json")), "its json")
         if raw and is_list_of(raw, dict):
             raw = {"texts": raw, "name": [name for name in fields if name != "json"]}
@@ -946,9 +948,11 @@ class Index:
             path = Path(entry["file"])
             if not path.is_file():
                 damaged[number] = f"{path} is missing"
-            elif not facts_of(path, digests).items() <= entry.items():
-                damaged[number] = (f"{path} has not the {entry['size']:,} bytes that it had, or "
-                                   "they have another sha256")
+                continue
+            for name, value in facts_of(path, digests).items():
+                if value != entry.get(name):
+                    damaged[number] = (f"{path} has changed: its {name} was {entry.get(name)}, now "
+                                       f"it is {value}")
         if damaged:
             self.table = self.table[~np.isin(self.table[:, 0], list(damaged))]
         self.damaged += damaged.values()

@@ -59,7 +59,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from assets.scenes import held_out_questions
-from convert import load_checkpoint, load_tokenizer, newest_checkpoint
+from convert import load_checkpoint, newest_checkpoint
 from data import (Record, add_fields, choose_device, choose_dtype, encode, flag_parser, load_json,
                   refuse_in_one_sentence, render)
 from model import CachedKeys, KVCache, LlavaOneVision, sample_tokens
@@ -1025,17 +1025,18 @@ def ask(inputs: list[str], flags: Flags, settings: Settings) -> None:
         *files, prompt = inputs
         messages = [user_turn([*map(media_part, files)], prompt)]
     record = to_record(messages)
-    # a wrong file is refused before a checkpoint is fetched, the rest before its model is loaded
+    # the pictures first: a wrong file is refused before a checkpoint is fetched and loaded
     for image in record["images"]:
         if not isinstance(image, Video):
             open_image(image, decode=False)
     path, said = choose_checkpoint(flags.checkpoint)
-    request = Request(record, load_tokenizer(path), settings, flags.max_pixels)
+    device = choose_device(flags.device)
+    model, tokenizer = load_checkpoint(path, choose_dtype(flags.dtype, device), device)
+    request = Request(record, tokenizer, settings, flags.max_pixels)
     # prompt and answer share the context
-    context = len(request.ids) + settings.max_new_tokens
-    chat = load_chat(path, flags.device, flags.dtype, context=context, slots=1)
+    chat = Chat(model, tokenizer, len(request.ids) + settings.max_new_tokens, slots=1)
     if flags.trace:
-        trace(chat.model, request)
+        trace(model, request)
     started = time.monotonic()
     say(chat, request)
     print(said, file=sys.stderr)

@@ -115,7 +115,7 @@ from torch.utils.data import DataLoader
 from assets.scenes import drawn_texts, train_tokenizer
 from convert import (StateWriter, find_checkpoint, load_model, load_tokenizer, newest_state,
                      on_all_ranks, read_json_object, read_state, save_checkpoint, states_in, sync,
-                     write_file)
+                     write_file, writing)
 from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, add_fields, flag_parser,
                   lay_out, listed, open_index, reason_of, show_progress, source_files, weight_of)
 from fp8_kernel import check_device, convert_to_fp8
@@ -362,8 +362,10 @@ def sizes_of(config: TrainConfig, start: str) -> ModelConfig:
     if not start:
         return preset
     model, _ = find_checkpoint(Path(start))
+    if not config.model:
+        return model.config
     # these three fields tell the presets apart
-    for name in ("hidden_size", "num_hidden_layers", "num_experts") if config.model else ():
+    for name in ("hidden_size", "num_hidden_layers", "num_experts"):
         size, wanted = getattr(model.config, name), getattr(preset, name)
         if size != wanted:
             raise ValueError(f"{start} is not of the size {config.model}: its {name} is {size}, "
@@ -823,11 +825,8 @@ class Run:
         """Append a JSON line to a file of the run; the first rank does."""
         if self.ranks.rank:
             return
-        try:
-            with open(self.out / file, "a") as lines:
-                lines.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            raise OSError(f"{self.out / file} cannot be written: {error}") from error
+        with writing(self.out / file), open(self.out / file, "a") as lines:
+            lines.write(json.dumps(entry) + "\n")
 
 
 # the console's line about training steps; Meter.write fills it in
@@ -1262,7 +1261,8 @@ def run(config: TrainConfig) -> Path:
             start = str(directory)
             del recipes[name]
             # but it may have been killed before it removed the states
-            shutil.rmtree(f"{directory}-state", ignore_errors=True)
+            if ranks.rank == 0:
+                shutil.rmtree(f"{directory}-state", ignore_errors=True)
     # bad data are refused here, before the run has a directory
     with blamed_on("data", common=True):
         data = open_data(recipes, begun, tokenizer, config, ranks)

@@ -40,6 +40,7 @@ from PIL import Image
 from benchmarks.clock import print_table
 from benchmarks.fuzz import damaged_headers
 from convert import damage_of_state, newest_state, states_in, write_state
+from train import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 300  # seconds until a run that does not do what it should is killed
@@ -48,7 +49,6 @@ SAMPLES = 100
 RUN = {"--start-from": "assets/tiny", "--stage": "mid", "--steps": 24, "--rows": 4,
        "--seq-length": 256, "--save-every": 4, "--log-every": 100, "--device": "cpu"}
 Flags = dict[str, object]  # they replace those of RUN
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 MAY_MOUNT = "FAULTS_MAY_MOUNT"  # set in a process that may mount file systems
 TABLE: list[list[object]] = []
 

@@ -18,7 +18,8 @@ from unittest import mock
 
 import torch
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # train.py handles them
+from train import SIGNALS
+
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train", "sample", "torch.distributed.tensor", "torch._dynamo"])

@@ -637,7 +637,7 @@ def test_fp8_of_any_shape_is_read_from_any_line(tmp_path: Path) -> None:
     save_file({"w": values, "w_scale_inv": scales}, file)
     stored = Stored(file, "w", Stored(file, "w_scale_inv"))
     for begin, end in ((0, 300), (0, 128), (37, 38), (100, 299), (256, 300)):
-        lines = from_fp8(values[begin:end], begin, (300, 200), stored.scales)
+        lines = from_fp8(values[begin:end], begin, [300, 200], stored.scales)
         assert torch.equal(lines, whole[begin:end])
     for dtype in (torch.float32, torch.bfloat16, None):
         read = read_parameter([stored], torch.empty(300, 200, device="meta"), dtype, None)
@@ -648,8 +648,8 @@ def test_fp8_of_any_shape_is_read_from_any_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage, words", [
     (drop(f"{O_PROJ}_scale_inv"), f"{O_PROJ} F8_E4M3 floating point"),
     (drop(O_PROJ), f"lacks the tensor {O_PROJ}"),
-    (replaced(f"{O_PROJ}_scale_inv", lambda x: x[:1]), f"{O_PROJ}_scale_inv (1, 2) (2, 2)"),
-    (replaced(f"{O_PROJ}_scale_inv", lambda x: x.to(torch.int32)), f"{O_PROJ}_scale_inv I32"),
+    (replaced(f"{O_PROJ}_scale_inv", lambda x: x[:1]), f"{O_PROJ}_scale_inv [1, 2] [2, 2]"),
+    (replaced(f"{O_PROJ}_scale_inv", lambda x: x.to(torch.int32)), "I32 F32"),
     (replaced(O_PROJ, lambda x: x.bfloat16()), f"{O_PROJ} BF16 scales"),
     (replaced(f"{O_PROJ}_scale_inv", spoil(torch.nan, 1)), f"{O_PROJ} not finite"),
     (config(quantization_config__quant_method="awq"), "config.json quant_method awq"),
