@@ -640,16 +640,16 @@ def qwen3(layers: int, width: int, mlp_width: int, heads: int, rope_theta: float
 
 
 TINY = ModelConfig(
-    hidden_size=256, intermediate_size=384, num_hidden_layers=3,
-    num_attention_heads=8, num_key_value_heads=8, head_dim=32, rope_theta=1e4,
+    hidden_size=256, intermediate_size=256, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=4, head_dim=32, rope_theta=1e4,
     vocab_size=1024, image_token_id=12, video_token_id=13,
     max_position_embeddings=4096, initializer_range=0.06,
     vision=VisionConfig(depth=4, embed_dim=128, num_heads=4, intermediate_size=512,
                         text_hidden_size=256))
 PRESETS: dict[str, ModelConfig] = {
     "tiny": TINY,
-    # a token passes 3 experts of width 128: 384, as in tiny
-    "tiny-moe": replace(TINY, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=128),
+    # a token passes 2 experts of width 128: 256, as in tiny
+    "tiny-moe": replace(TINY, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128),
     "2b": qwen3(layers=28, width=2048, mlp_width=6144, heads=16, rope_theta=1e6),
     "4b": qwen3(layers=36, width=2560, mlp_width=9728, heads=32, rope_theta=5e6),
     "8b": qwen3(layers=36, width=4096, mlp_width=12288, heads=32, rope_theta=1e6),

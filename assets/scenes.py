@@ -72,7 +72,7 @@ class Scene:
 
     facts: tuple  # all content that questions ask for; decides whether the scene is held out
     draw: Callable[[random.Random], Image.Image]  # sizes and shifts vary
-    caption: str  # all that there is
+    things: list[tuple[str, ...]]  # the words of the caption, those of a thing together
     questions: list[Question]  # in no order that matters
 
     @property
@@ -130,10 +130,10 @@ def objects_scene(rng: random.Random) -> Scene:
             draw_shape(canvas, shape, COLOURS[colour], x, y, radius)
         return image
 
-    caption = ", ".join(f"{colour} {shape} {PLACES[cell]}" for cell, colour, shape in objects)
+    things = [(colour, shape, PLACES[cell]) for cell, colour, shape in objects]
     # the shift and size of a shape are no facts: no answer depends on them
     facts = ("objects", background, *objects)
-    return Scene(facts, draw, caption, object_questions(rng, objects))
+    return Scene(facts, draw, things, object_questions(rng, objects))
 
 
 def object_questions(rng: random.Random, objects: list[tuple[int, str, str]]) -> list[Question]:
@@ -192,9 +192,9 @@ def sign_scene(rng: random.Random) -> Scene:
                  ("number", "Which number is printed?", number),
                  ("colour", "What colour is the word?", word_ink),
                  ("colour", "What colour is the number?", number_ink)]
-    caption = ", ".join(f"{ink} {text}" for text, ink in lines)
+    things = [(ink, text) for text, ink in lines]
     facts = ("sign", background, *lines)
-    return Scene(facts, draw, caption, questions)
+    return Scene(facts, draw, things, questions)
 
 
 def chart_scene(rng: random.Random) -> Scene:
@@ -225,8 +225,8 @@ def chart_scene(rng: random.Random) -> Scene:
         if heights.count(extreme) == 1:
             colour = colours[heights.index(extreme)]
             questions.append(("chart", f"Which bar is the {word}?", colour))
-    caption = ", ".join(f"{colour} bar {height}" for colour, height in bars)
-    return Scene(("chart", *bars), draw, caption, questions)
+    things = [(f"{colour} bar", str(height)) for colour, height in bars]
+    return Scene(("chart", *bars), draw, things, questions)
 
 
 # Objects have the most questions.  Digits are learnt last, and with fewer signs sometimes never.
@@ -259,9 +259,9 @@ def scene_questions(rng: random.Random, held_out: bool, most: int) -> Record:
 
 
 def scene_caption(rng: random.Random, held_out: bool) -> Record:
-    """One scene with its full description: each word of a caption has a label."""
+    """One scene with its full description."""
     scene = draw_scene(rng, held_out)
-    return caption_record(scene.draw(rng), scene.caption, "scene caption")
+    return caption_record(rng, scene.draw(rng), scene.things, "scene caption")
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -344,9 +344,10 @@ def flag_category(question: str) -> str:
 
 def flag_caption(rng: random.Random, flag: Record, held_out: bool) -> Record:
     """A picture of the flag with all three answers as its caption."""
-    answers = [turn["content"] for turn in flag["messages"][1::2]]
+    country, continent, colours = [turn["content"] for turn in flag["messages"][1::2]]
+    things = [(f"flag of {country}",), (continent,), (colours,)]
     image = flag_picture(rng, flag["images"][0], held_out)
-    return caption_record(image, f"flag of {', '.join(answers)}", "flag caption")
+    return caption_record(rng, image, things, "flag caption")
 
 
 # ------------------------------------------------------------------------------------------ records
@@ -375,8 +376,16 @@ def conversation(rng: random.Random, images: list[Image.Image], questions: list[
     return {"messages": messages, "images": images, "category": category}
 
 
-def caption_record(image: Image.Image, caption: str, category: str) -> Record:
-    """The form of upstream's stages 1 and 1.5: the user's turn is the picture and nothing else."""
+def caption_record(rng: random.Random, image: Image.Image, things: list[tuple[str, ...]],
+                   category: str) -> Record:
+    """The form of upstream's stages 1 and 1.5: the user's turn is the picture and nothing else.
+
+    Each word of a caption has a label.  Things and the words of a thing come in any order: in a
+    fixed one the model learns to go from thing to thing, and hardly ever to find a thing by a word,
+    as questions ask for.
+    """
+    things = rng.sample(things, len(things))
+    caption = ", ".join(" ".join(rng.sample(words, len(words))) for words in things)
     messages = [message("user", "", images=1), message("assistant", caption)]
     return {"messages": messages, "images": [image], "category": category}
 

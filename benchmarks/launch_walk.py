@@ -351,7 +351,7 @@ def walk_group(stub: ctypes.CDLL, asked: Counter[int], title: str) -> tuple[int,
             call()
             # Triton does and says nothing if a grid is empty, or is 2^31 programs or more in all
             assert stub.stub_launches() - before == asked[thread], "a grid is empty or too large"
-        except Exception as error:
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise RuntimeError(f"{title}: {name}: {error}") from error
     asked[thread] = 0
     launches, described = stub.stub_launches() - before, checked[thread] - described_before
