@@ -639,6 +639,8 @@ def write_files(folder: Path, tensors: Tensors, contents: dict[str, object]) -> 
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         contents = contents | {INDEX: index}
     for number, file in enumerate(files):
+        # safetensors lets only its owner read a file; the folder's mode has the user's umask
+        (folder / str(number)).chmod(folder.stat().st_mode & 0o666)
         (folder / str(number)).rename(folder / file)
     for name, content in contents.items():
         if not isinstance(content, str):

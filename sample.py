@@ -1,8 +1,8 @@
 """Ask a checkpoint: pictures, videos and words -> an answer, in the terminal, in Python, in a chat.
 
-In: `python sample.py IMAGE... PROMPT` (without IMAGE: plain text), `--chat`, or `--messages` with
-a conversation as JSON on standard input.  Out: the answer on standard output; the checkpoint that
-gave it on standard error.  In Python: `load_chat(DIR)(messages)`.
+In: `python sample.py IMAGE... PROMPT` (without IMAGE: plain text); `--messages`, a conversation as
+JSON on standard input; `--chat`; `--serve PORT`; `--evaluate FILE`.  Out: the answer, a page and
+OpenAI's API, or scores; on standard error, the checkpoint that is asked.  In Python: `load_chat(DIR)(messages)`.
 Called by people, and by `train.py` for its held-out questions; calls `convert.py`, `data.py`,
 `model.py`, `vision.py` and `assets/scenes.py`.
 

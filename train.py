@@ -31,7 +31,8 @@ The learning rate rises linearly, then falls along a cosine from `lr` to `min_lr
 
 Upstream's instruct takes 224 samples a step, unpacked; 24 rows hold about 260, of 753 tokens each.
 Rows and steps of upstream's full run were not published.  Those above show 558 thousand, 85 million
-and 22 million samples of 600 tokens, each once.  `--recipe tiny` is for the tiny preset.
+and 22 million samples of 600 tokens, each once.  `--recipe tiny` is for the tiny preset,
+`tiny-long` the same with more steps.
 
 A mixture of experts adds the mean balance of its layers and rows (model.MixtureOfExperts), times
 `--expert-balance`, to the loss.  The log shows the loss without it.

@@ -5,8 +5,8 @@ form in which `data.py` reads records from files; and the tiny tokenizer.
 Called by `data.py`, `sample.py` and `train.py`; calls `vision.py`, and `data.py` for the flags.
 
 The idea.  A scene is a small picture that is drawn on the fly: shapes on a board, a word and a
-number, a bar chart, or two of these side by side.  One scene in ten is held out for the test; a
-hash of its content decides.  Flags come from `flags.tar`, and each is drawn at many sizes.  The
+number, or a bar chart.  One conversation about scenes in five has two pictures.  One scene in ten
+is held out for the test; a hash of its content decides.  Flags come from `flags.tar`, and each is drawn at many sizes.  The
 test has other sizes, crops and backgrounds than training.
 
 Shapes: a scene has 84 x 84 or 84 x 56 pixels, and a visual token covers 28 x 28 pixels.  So each
@@ -242,7 +242,7 @@ def draw_scene(rng: random.Random, held_out: bool) -> Scene:
 
 
 def scene_questions(rng: random.Random, held_out: bool, most: int) -> Record:
-    """One scene, or two side by side (one record in five), with up to `most` questions."""
+    """One scene, or two as two pictures (one record in five), with up to `most` questions."""
     number = 2 if rng.random() < 0.2 else 1
     scenes = [draw_scene(rng, held_out) for _ in range(number)]
     images = [scene.draw(rng) for scene in scenes]
@@ -380,9 +380,9 @@ def caption_record(rng: random.Random, image: Image.Image, things: list[tuple[st
                    category: str) -> Record:
     """The form of upstream's stages 1 and 1.5: the user's turn is the picture and nothing else.
 
-    Each word of a caption has a label.  Things and the words of a thing come in any order: in a
-    fixed one the model learns to go from thing to thing, and hardly ever to find a thing by a word,
-    as questions ask for.
+    Each word of a caption has a label.  Things and the words of a thing come in any order.  In a
+    fixed order the model learns to go from one thing to the next, and hardly to find a thing by a
+    word.  Questions need the second.
     """
     things = rng.sample(things, len(things))
     caption = ", ".join(" ".join(rng.sample(words, len(words))) for words in things)

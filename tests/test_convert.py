@@ -155,6 +155,7 @@ def test_export_round_trips_bit_for_bit(preset: str, tmp_path: Path, run: Callab
     nest(tmp_path / "once", tmp_path / "nested")
     run("export", tmp_path / "nested", "--out", tmp_path / "back")
     files = sorted((tmp_path / "once").iterdir())
+    assert len({file.stat().st_mode for file in files}) == 1  # all can be read by the same people
     assert len([file for file in files if file.name.startswith("model-0")]) > 1
     for file in files:
         for other in ("twice", "back"):

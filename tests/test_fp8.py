@@ -221,7 +221,7 @@ def test_only_the_large_matrices_of_the_decoder_are_converted() -> None:
         assert {key: id(parameter) for key, parameter in net.named_parameters()} == before
         fast = {path for path, module in net.named_modules() if isinstance(module, Fp8Linear)}
         kind = "mlp.experts" if name == "tiny-moe" else "mlp"
-        assert fast == {f"model.layers.{layer}.{part}_proj" for layer in range(3) for part in (
+        assert fast == {f"model.layers.{layer}.{part}_proj" for layer in range(4) for part in (
             "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", f"{kind}.gate",
             f"{kind}.up", f"{kind}.down")}
 
@@ -242,9 +242,9 @@ def test_each_pass_quantises_the_weights_it_uses(monkeypatch: pytest.MonkeyPatch
     layers = [module for module in net.modules() if isinstance(module, Fp8Linear)]
     ids, starts = torch.arange(30) + 20, torch.tensor([0, 10, 30])
     net.loss(ids, ids, starts).backward()
-    assert len(layers) == 21
-    assert calls.count((True, False)) == calls.count((True, True)) == 21
-    assert calls.count((False, True)) == 2 * 21 and len(calls) == 4 * 21
+    assert len(layers) == 28
+    assert calls.count((True, False)) == calls.count((True, True)) == 28
+    assert calls.count((False, True)) == 2 * 28 and len(calls) == 4 * 28
     net.requires_grad_(False)
     calls.clear()
     net.loss(ids, ids, starts)
