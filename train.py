@@ -231,7 +231,7 @@ FULL = {  # all public data once
 # model forgets how to read.
 # On average an expert sees 2 of 8 tokens.  At half the rate it ends better than at the full rate.
 TINY_MID = Recipe(
-    trainable=ALL, data=("captions",), steps=2200, rows=1, seq_length=1024,
+    trainable=ALL, data=("captions",), steps=1300, rows=1, seq_length=1024,
     lr=1e-3, min_lr=1e-4, weight_decay=0.01, beta2=0.95, eps=1e-8, warmup=0.02,
     vision_lr_factor=0.25, merger_lr_factor=0.25, expert_lr_factor=0.5, recompute="none")
 TINY = {
@@ -240,7 +240,7 @@ TINY = {
         lr=1e-3, min_lr=1e-4, weight_decay=0.0, beta2=0.95, eps=1e-8, warmup=0.1,
         recompute="none"),
     "mid": TINY_MID,
-    "instruct": replace(TINY_MID, data=("mixed",), steps=1500, lr=8e-4, min_lr=2e-5),
+    "instruct": replace(TINY_MID, data=("mixed",), steps=2100, lr=8e-4, min_lr=2e-5),
 }
 TINY_LONG = {  # of assets/tiny
     "align": TINY["align"],
