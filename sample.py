@@ -2,7 +2,8 @@
 
 In: `python sample.py IMAGE... PROMPT` (without IMAGE: plain text); `--messages`, a conversation as
 JSON on standard input; `--chat`; `--serve PORT`; `--evaluate FILE`.  Out: the answer, a page and
-OpenAI's API, or scores; on standard error, the checkpoint that is asked.  In Python: `load_chat(DIR)(messages)`.
+OpenAI's API, or scores; on standard error, the checkpoint that is asked.  In Python:
+`load_chat(DIR)(messages)`.
 Called by people, and by `train.py` for its held-out questions; calls `convert.py`, `data.py`,
 `model.py`, `vision.py` and `assets/scenes.py`.
 

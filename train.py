@@ -75,7 +75,7 @@ again.
 Shapes: T tokens in a packed row, L of a sample or patches of a frame, P patches, C and D width of
 decoder and ViT, H heads, E head width, V vocabulary, X experts.
 
-Run `python train.py`: trains the tiny preset from random weights through all stages, in about 13
+Run `python train.py`: trains the tiny preset from random weights through all stages, in about 12
 minutes on two CPU cores, and prints its accuracies.  A checkpoint of any size:
 `torchrun --nproc-per-node 8 train.py --stage align --start-from DIR --data FILE`.  `--help` lists
 all flags; `python -m benchmarks.plan` computes what a run needs.

@@ -6,8 +6,8 @@ Called by `data.py`, `sample.py` and `train.py`; calls `vision.py`, and `data.py
 
 The idea.  A scene is a small picture that is drawn on the fly: shapes on a board, a word and a
 number, or a bar chart.  One conversation about scenes in five has two pictures.  One scene in ten
-is held out for the test; a hash of its content decides.  Flags come from `flags.tar`, and each is drawn at many sizes.  The
-test has other sizes, crops and backgrounds than training.
+is held out for the test; a hash of its content decides.  Flags come from `flags.tar`, and each is
+drawn at many sizes.  The test has other sizes, crops and backgrounds than training.
 
 Shapes: a scene has 84 x 84 or 84 x 56 pixels, and a visual token covers 28 x 28 pixels.  So each
 cell of a board has its own visual token.
