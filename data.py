@@ -956,6 +956,7 @@ class Index:
             elif not facts.items() <= entry.items():
                 damaged[number] = f"{path} has another sha256 than when it was written"
         if damaged:
+            # a line of the table is a sample, and its first number is that of its file
             self.table = self.table[~np.isin(self.table[:, 0], list(damaged))]
         self.damaged += damaged.values()
 
