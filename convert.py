@@ -624,8 +624,11 @@ def write_files(folder: Path, tensors: Tensors, contents: dict[str, object]) -> 
     """Write weights, an index if they need several files, and other files to a folder."""
     groups, total = [], 0  # names of the tensors in each file; bytes of all tensors
     for group in file_groups(tensors):
+        unnamed = folder / str(len(groups))
         with writing(folder):
-            save_file(group, folder / str(len(groups)), metadata={"format": "pt"})
+            save_file(group, unnamed, metadata={"format": "pt"})
+            # safetensors lets only its owner read it; the folder's mode has the user's umask
+            unnamed.chmod(folder.stat().st_mode & 0o666)
         total += sum(tensor.nbytes for tensor in group.values())
         groups.append([*group])
         group.clear()  # free this file's tensors before the next file's are read
@@ -639,8 +642,6 @@ def write_files(folder: Path, tensors: Tensors, contents: dict[str, object]) -> 
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         contents = contents | {INDEX: index}
     for number, file in enumerate(files):
-        # safetensors lets only its owner read a file; the folder's mode has the user's umask
-        (folder / str(number)).chmod(folder.stat().st_mode & 0o666)
         (folder / str(number)).rename(folder / file)
     for name, content in contents.items():
         if not isinstance(content, str):

@@ -242,8 +242,7 @@ TINY = {
     "mid": TINY_MID,
     "instruct": replace(TINY_MID, data=("mixed",), steps=2100, lr=8e-4, min_lr=2e-5),
 }
-TINY_LONG = {  # of assets/tiny
-    "align": TINY["align"],
+TINY_LONG = TINY | {  # of assets/tiny
     "mid": replace(TINY["mid"], steps=5000),
     "instruct": replace(TINY["instruct"], steps=9000),
 }
@@ -266,7 +265,7 @@ class TrainConfig:
 
     model: str = ""  # a preset of model.py; default the size of --start-from, without it tiny
     stage: str = "all"  # align, mid, instruct, or all three one after the other
-    recipe: str = ""  # one of RECIPES; default quick, but tiny below 100 M parameters
+    recipe: str = ""  # tiny, tiny-long, quick or full; default quick, tiny below 100 M parameters
     start_from: str = ""  # checkpoint directory; default that of the stage before
     out: str = ""  # directory of the run; default runs/MODEL-DATE-TIME
     data: tuple[str, ...] = ()  # captions, questions, mixed, or files and directories, PATH:WEIGHT
