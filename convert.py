@@ -876,14 +876,14 @@ def read_state(path: Path, tensors: dict[str, Tensor]) -> None:
 class StateWriter:
     """Writes the states of a stage while the training goes on, one at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, from_gpu: bool = False) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         # its messages must not mix with those of the training
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.stager = DefaultStager(StagingOptions(
-            use_pinned_memory=torch.cuda.is_available(), use_shared_memory=False,
-            use_async_staging=False, use_non_blocking_copy=torch.cuda.is_available()))
+            use_pinned_memory=from_gpu, use_shared_memory=False, use_async_staging=False,
+            use_non_blocking_copy=from_gpu))
         self.thread = ThreadPoolExecutor(1)
         self.writing = Future()
         self.writing.set_result(None)  # nothing so far

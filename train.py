@@ -1124,7 +1124,7 @@ def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, data: FileData
     set_balance(model, recipe, config.expert_balance)
     if ranks.rank == 0:
         write_file(run.out / f"{name}.json", json.dumps(settings, indent=1))
-    writer = StateWriter(run.out / f"{name}-state")
+    writer = StateWriter(run.out / f"{name}-state", ranks.device.type == "cuda")
     go_on(state, name, run)
     # nothing is replayed: the loader begins at the next step
     loader = row_loader(data, model.config, recipe, config.workers, ranks, state.step)
@@ -1346,6 +1346,9 @@ def main() -> None:
         sys.exit(end.code)
     finally:
         end_workers()
+        # alone, or it would wait for ranks that may be gone; without this NCCL adds a warning
+        if dist.is_initialized() and dist.get_world_size() == 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Run `python -m benchmarks.attention`: on a GPU widths 64 and 128, full and causal, 512 to 16,384
 tokens, then packed rows of text and pictures; on a CPU three packings of 4,096 tokens beside one
 product with a mask.  The last column says how many times faster this project is than the best of
-the others; "plain form" is its own, without warps that only load.
+the others; "plain form" is its own, without warps that only load.  `--without flex` leaves a way
+out: FlexAttention is compiled anew for every shape, which takes longer than all the rest.
 
 Counted are the pairs of query and key that see each other: 4 E operations each and per head in the
 forward pass (two products), 10 E in the backward pass (five), whatever a kernel really computes.
@@ -23,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import attention_kernel
 from attention_kernel import flash_attn_varlen_func, segment_ids
 from benchmarks.clock import attempt, describe_machine, median_ms, print_reasons, print_table
+from data import flag_parser
 
 MEAN = 753  # tokens of a training sample of the instruction data, packed into rows of 8k or 32k
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -174,9 +176,11 @@ def passes_ms(attend: Attend, qkv: list[Tensor], device: str) -> dict[str, float
     return {"forward": forward, "backward": both - forward, "both": both}
 
 
-def print_timings(title: str, shapes: dict[str, Shape], device: str, dtype: torch.dtype) -> None:
+def print_timings(title: str, shapes: dict[str, Shape], device: str, dtype: torch.dtype,
+                  without: list[str]) -> None:
     """A table of TFLOP/s, ours and of the others; last, ours over the best of the others."""
-    others, reasons, lines = competitors(device), {}, []
+    others = {name: way for name, way in competitors(device).items() if name not in without}
+    reasons, lines = {}, []
     for label, shape in shapes.items():
         qkv, rest = random_row(*shape[:4], dtype, device, shape.causal)
         attend = functools.partial(flash_attn_varlen_func, **rest)
@@ -198,6 +202,9 @@ def print_timings(title: str, shapes: dict[str, Shape], device: str, dtype: torc
 
 
 def main() -> None:
+    parser = flag_parser("Attention beside PyTorch's other ways.")
+    parser.add_argument("--without", nargs="*", default=[], help="columns to leave out")
+    without = parser.parse_args().without
     device = describe_machine()
     torch.manual_seed(0)
     if device == "cpu":
@@ -205,7 +212,7 @@ def main() -> None:
                    "8 of 46 to 1,500": [100, 900, 250, 1500, 46, 700, 300, 300]}
         print_timings("4,096 tokens, 8 heads, 2 key heads of 64",
                       {label: Shape(n, 8, 2, 64, True) for label, n in lengths.items()},
-                      device, torch.float32)
+                      device, torch.float32, without)
         return
     for width, heads, key_heads in ((64, 16, 16), (128, 32, 8)):
         for causal in (False, True):
@@ -214,12 +221,12 @@ def main() -> None:
                       for n in (512, 1024, 2048, 4096, 8192, 16384)}
             title = (f"{heads} heads, {key_heads} key heads of {width}, "
                      f"{'causal' if causal else 'full'}")
-            print_timings(title, shapes, device, torch.bfloat16)
+            print_timings(title, shapes, device, torch.bfloat16, without)
     packed = {f"text, {n} tokens of {MEAN} on average": Shape(packed_lengths(n), 32, 8, 128, True)
               for n in (8192, 32768)}
     sizes = random.Random(0).choices((256, 576, 1024, 1296, 2304, 4096), k=16)
     packed[f"pictures, {sum(sizes)} patches, 16 of 64"] = Shape(sizes, 16, 16, 64, False)
-    print_timings("packed", packed, device, torch.bfloat16)
+    print_timings("packed", packed, device, torch.bfloat16, without)
 
 
 if __name__ == "__main__":

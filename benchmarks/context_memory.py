@@ -23,7 +23,7 @@ from train import Step, backward
 def forward_and_backward(tokens: int, recompute: str) -> dict[str, float]:
     """One document without pictures through the tiny model, by as many ranks as there are."""
     count = int(os.environ["WORLD_SIZE"])
-    ranks = join_ranks(find_ranks(context=count))
+    ranks = join_ranks(find_ranks("cpu", context=count))
     torch.manual_seed(0)
     model = LlavaOneVision(PRESETS["tiny"]).init_weights()
     shard(model, recompute, False, ranks)

@@ -2,7 +2,8 @@
 
 Run `python -m benchmarks.train_speed` on a GPU: prints a table over --recompute, --compile and
 --fp8 for the 4b on rows of 8,192 tokens, as many of its decoder layers as --layers says (default:
-all that fit).  `torchrun --nproc-per-node N -m benchmarks.train_speed` does the same on N of them.
+all that fit); `--recompute layer` leaves the other ways out.  `torchrun --nproc-per-node N -m
+benchmarks.train_speed` does the same on N GPUs.
 `--model tiny --seq-length 1024 --dtype float32` tries it on a CPU.
 """
 
@@ -98,6 +99,7 @@ def main() -> None:
     parser = flag_parser("Training speed.")
     parser.add_argument("--model", default="4b", choices=list(PRESETS))
     parser.add_argument("--layers", type=int, default=0)
+    parser.add_argument("--recompute", nargs="*", default=list(RECOMPUTE), choices=RECOMPUTE)
     parser.add_argument("--seq-length", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=1, help="a step, for each rank")
     parser.add_argument("--steps", type=int, default=5)
@@ -118,7 +120,7 @@ def main() -> None:
     except ValueError as error:
         say(error)
         numbers.remove(True)
-    for recompute, compiled, fp8 in itertools.product(RECOMPUTE, (False, True), numbers):
+    for recompute, compiled, fp8 in itertools.product(flags.recompute, (False, True), numbers):
         preset = PRESETS[flags.model]
         layers = flags.layers or that_fit(preset, flags.seq_length, ranks, recompute)
         say(measure(replace(preset, num_hidden_layers=layers), flags.seq_length, flags.rows,

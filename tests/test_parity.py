@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -28,6 +29,10 @@ TOLERANCE = {"vision.": 2e-6, "inputs_embeds": 1e-6, "final_norm": 1e-5,
              "layer.0.router": 1e-5, "layer.1.router": 1e-5, "layer.": 1.5e-6}
 
 
+# a GPU computes the same, in float32, by the kernels
+DEVICES = sorted({"cpu", DEVICE})
+
+
 def load_case(kind: str, name: str) -> dict[str, Tensor]:
     with safe_open(PARITY / kind / "cases.safetensors", framework="pt") as file:
         prefix = name + "/"
@@ -35,8 +40,8 @@ def load_case(kind: str, name: str) -> dict[str, Tensor]:
                 for key in file.keys() if key.startswith(prefix)}
 
 
-def load_model(kind: str, shifted: bool) -> LlavaOneVision:
-    model = LlavaOneVision.from_pretrained(PARITY / kind)
+def load_model(kind: str, shifted: bool, device: str = "cpu") -> LlavaOneVision:
+    model = LlavaOneVision.from_pretrained(PARITY / kind).to(device)
     vision = replace(model.visual.config, released_class_token_shift=shifted)
     model.visual.config = vision
     return model
@@ -82,39 +87,42 @@ CASES = ["text_only", "one_image", "multi_image.fixed", "video.fixed", "left_pad
 @pytest.mark.parametrize("kind, name", [
     *(("dense", name) for name in [*CASES, "multi_image", "video"]),
     *(("moe", name) for name in CASES)])
-def test_taps_logits_and_greedy_tokens(kind: str, name: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_taps_logits_and_greedy_tokens(device: str, kind: str, name: str) -> None:
     recorded = load_case(kind, name)
     inputs = packed(load_case(kind, name.removesuffix(".fixed")))
-    model = load_model(kind, shifted=not name.endswith(".fixed"))
+    inputs = {key: x if x is None else x.to(device) for key, x in inputs.items()}
+    model = load_model(kind, not name.endswith(".fixed"), device)
     taps = record_taps(model)
     with torch.no_grad():
-        logits = model(**inputs)
+        logits = model(**inputs).cpu()
     if "attention_mask" in recorded:
         recorded["logits"] = recorded["logits"][recorded["attention_mask"].bool()]
     torch.testing.assert_close(logits, recorded["logits"].flatten(0, -2), atol=1e-4, rtol=0)
     if name == "one_image":
         cos = recorded["tap.vision.rope_cos"]
-        ours, _ = model.visual.rope(inputs["grid_thw"], torch.arange(len(cos)))
-        torch.testing.assert_close(torch.cat([ours, ours], -1)[:, 0], cos, atol=2e-6, rtol=0)
+        ours, _ = model.visual.rope(inputs["grid_thw"], torch.arange(len(cos), device=device))
+        torch.testing.assert_close(torch.cat([ours, ours], -1)[:, 0].cpu(), cos, atol=2e-6, rtol=0)
     checked = 0
     for key, tensor in recorded.items():
         if key.startswith("tap.") and "rope" not in key:
             tap = key.removeprefix("tap.")
             tolerance = next(t for prefix, t in TOLERANCE.items() if tap.startswith(prefix))
-            ours = taps[tap].view_as(tensor)
+            ours = taps[tap].cpu().view_as(tensor)
             assert (ours - tensor).abs().max() <= tolerance, tap
             checked += 1
     assert checked == sum(key.startswith("tap.") and "rope" not in key for key in recorded)
     steps = model.generate(inputs["input_ids"], inputs["cu_seqlens"], inputs["patches"],
                            inputs["grid_thw"], max_new_tokens=16)
-    assert torch.equal(torch.stack(list(steps), dim=1), recorded["generated_ids"])
+    assert torch.equal(torch.stack(list(steps), dim=1).cpu(), recorded["generated_ids"])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_loss_and_gradients(kind: str) -> None:
-    case = load_case(kind, "one_image")
-    model = load_model(kind, shifted=False)
-    targets = torch.cat([case["labels"][0, 1:], torch.tensor([-100])])
+def test_loss_and_gradients(kind: str, device: str) -> None:
+    case = {key: x.to(device) for key, x in load_case(kind, "one_image").items()}
+    model = load_model(kind, False, device)
+    targets = F.pad(case["labels"][0, 1:], (0, 1), value=-100)
     loss = model.loss(targets=targets, **packed(case)) / (targets >= 0).sum()
     torch.testing.assert_close(loss, case["loss"][0], atol=1e-5, rtol=0)
     loss.backward()

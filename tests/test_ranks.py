@@ -91,7 +91,7 @@ def train(flags: dict, data: Path, steps: int) -> dict:
     """
     config = TrainConfig(**{"rows": 4, "seq_length": 640} | flags)
     steps *= 3 if config.seq_length < 300 else 1
-    ranks = join_ranks(find_ranks("", config.dtype, config.replicas, config.context_parallel,
+    ranks = join_ranks(find_ranks("cpu", config.dtype, config.replicas, config.context_parallel,
                                   config.expert_parallel))
     torch.manual_seed(0)
     size = SMALL_MOE if config.model == "tiny-moe" else SMALL
@@ -211,7 +211,7 @@ LARGER = replace(SMALL_MOE, hidden_size=512, moe_intermediate_size=512, num_hidd
 def load_sharded(path: Path, flags: dict) -> dict:
     """Peak memory of loading over what was there, size of this rank's part, and a fingerprint."""
     convert.FILE_BYTES = 20e6
-    ranks = join_ranks(find_ranks(**flags))
+    ranks = join_ranks(find_ranks("cpu", **flags))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = resident("VmRSS")
@@ -356,7 +356,7 @@ BAD = ("infinite gradient", "NaN gradient", "infinite pixel", "NaN pixel")
 
 
 def meet_all(data: Path) -> list[dict]:
-    ranks = join_ranks(find_ranks())
+    ranks = join_ranks(find_ranks("cpu"))
     return [meet(kind, data, ranks) for kind in BAD]
 
 
@@ -373,7 +373,7 @@ def test_a_bad_step_changes_nothing(count: int, records_file: Path) -> None:
 
 def refuse(data: Path) -> list:
     """What is logged of steps of shared rows that are not finite, and how the rank ends."""
-    ranks = join_ranks(find_ranks(context=2))
+    ranks = join_ranks(find_ranks("cpu", context=2))
     step, = first_steps(data, 640, 4, Ranks(ranks.device, ranks.dtype, ranks.rank, 2, context=2), 1)
     said = []
     run = Run(TrainConfig(out=str(data.parent)), ranks, None, "")
@@ -399,7 +399,7 @@ def test_ranks_refuse_a_step_together(records_file: Path) -> None:
 
 def learn_around_lost(folder: Path, context: int) -> dict:
     """A step on two rows, of which samples have a picture that cannot be decoded."""
-    ranks = join_ranks(find_ranks(context=context))
+    ranks = join_ranks(find_ranks("cpu", context=context))
     tokenizer = load_tokenizer(SHIPPED)
     samples = [encode(drawn_record("mixed", 0, number), tokenizer) for number in range(16)]
     for i in (1, 2, 9):
@@ -451,7 +451,7 @@ SPOILT = (math.nan, math.inf, -math.inf, 3.4e38)  # the last: infinite in bfloat
 
 def save_spoilt(folder: Path) -> list[str]:
     """What a rank is told that saves a model with such a number in the last rank's part."""
-    ranks, said = join_ranks(find_ranks()), []
+    ranks, said = join_ranks(find_ranks("cpu")), []
     model = LlavaOneVision(SMALL).init_weights()
     shard(model, "none", False, ranks)
     local = model.model.layers[1].mlp.up_proj.weight.detach()

@@ -35,7 +35,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def go_on(folder: Path, records: Path, workers: int, moe: bool, flags: dict) -> dict:
     """Read the newest state in the folder, if any, train STEPS steps, and save again."""
-    ranks = join_ranks(find_ranks("", "", **flags))
+    ranks = join_ranks(find_ranks("cpu", "", **flags))
     torch.manual_seed(0)
     model = LlavaOneVision(SMALL_MOE if moe else SMALL).init_weights()
     shard(model, "none", False, ranks)
@@ -157,7 +157,7 @@ def test_without_a_whole_state_nothing_begins_anew(tmp_path: Path) -> None:
 
 def fail_on_a_rank(folder: Path) -> list[str]:
     """What two ranks are told when the second one cannot write its file; once it cannot hash it."""
-    join_ranks(find_ranks())
+    join_ranks(find_ranks("cpu"))
     rank, said = int(os.environ["RANK"]), []
 
     def broken(*arguments: object) -> None:

@@ -65,7 +65,9 @@ def executed(comments: dict[str, dict[int, tuple[str, str]]], work: Callable[[],
         letters = {key: x for key, x in frame.f_locals.items() if type(x) is int}
 
         def line(frame: FrameType, event: str, argument: Any) -> Any:
-            if event in ("line", "return") and before[0] in comments[name]:
+            # Python 3.12 and later tell of a line once more when a comprehension in it is done
+            left = event == "return" or event == "line" and frame.f_lineno != before[0]
+            if left and before[0] in comments[name]:
                 target, text = comments[name][before[0]]
                 values = [argument] if target == "return" else [
                     getattr(frame.f_locals["self"], variable[5:]) if variable[:5] == "self."
