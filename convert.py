@@ -54,7 +54,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.tensor import DTensor
 
 from data import (STRUCTURE, facts_of, flag_parser, load_json, refuse_in_one_sentence,
@@ -881,9 +881,8 @@ class StateWriter:
         folder.mkdir(exist_ok=True)
         # its messages must not mix with those of the training
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self.stager = DefaultStager(StagingOptions(
-            use_pinned_memory=from_gpu, use_shared_memory=False, use_async_staging=False,
-            use_non_blocking_copy=from_gpu))
+        # what is inside of DefaultStager, which PyTorch 2.11 closes after the first state
+        self.stager = StateDictStager(pin_memory=from_gpu)
         self.thread = ThreadPoolExecutor(1)
         self.writing = Future()
         self.writing.set_result(None)  # nothing so far
@@ -891,7 +890,9 @@ class StateWriter:
     def write(self, step: int, tensors: dict[str, Tensor], about: dict) -> None:
         """Copy the state and begin to write it; first wait for the state before."""
         self.wait()
-        copies = self.stager.stage(tensors)
+        copies = self.stager.stage(tensors, non_blocking=self.stager.pin_memory)
+        if self.stager.pin_memory:
+            torch.accelerator.synchronize()
         self.writing = self.thread.submit(self.write_and_tidy, self.folder / f"step-{step:08}",
                                           copies, about)
 

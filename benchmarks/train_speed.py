@@ -123,8 +123,11 @@ def main() -> None:
     for recompute, compiled, fp8 in itertools.product(flags.recompute, (False, True), numbers):
         preset = PRESETS[flags.model]
         layers = flags.layers or that_fit(preset, flags.seq_length, ranks, recompute)
-        say(measure(replace(preset, num_hidden_layers=layers), flags.seq_length, flags.rows,
-                    recompute, compiled, fp8, ranks, flags.steps, rate))
+        try:
+            say(measure(replace(preset, num_hidden_layers=layers), flags.seq_length, flags.rows,
+                        recompute, compiled, fp8, ranks, flags.steps, rate))
+        except torch.OutOfMemoryError:
+            say(f"| {layers} | {recompute} | does not fit the memory | | | | | |")
     if dist.is_initialized():
         dist.destroy_process_group()
 
