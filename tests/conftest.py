@@ -109,7 +109,7 @@ def done(request: pytest.FixtureRequest) -> Any:
     return request.node.stash[BESIDE].result()
 
 
-@pytest.fixture(params=[True, False])
+@pytest.fixture(params=[True, False] if DEVICE == "cpu" else [True])
 def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Run a test twice, with the kernels as `kernels` does and, on a CPU, without them."""
     if request.param and DEVICE == "cpu":
