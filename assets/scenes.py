@@ -110,10 +110,12 @@ def objects_scene(rng: random.Random) -> Scene:
     """One to five shapes on a 3 x 3 board: colour, shape, position, counting."""
     background = rng.choice(list(BACKGROUNDS))
     number = rng.randint(1, 5)
+    # of few kinds, so that there is something to count: of six, most would be there once or never
+    kinds = rng.sample(SHAPES, rng.randint(1, 3))
     objects = []
     for cell in sorted(rng.sample(range(9), number)):
         colour = rng.choice(list(COLOURS))
-        objects.append((cell, colour, rng.choice(SHAPES)))
+        objects.append((cell, colour, rng.choice(kinds)))
 
     def draw(rng: random.Random) -> Image.Image:
         image = Image.new("RGB", (84, 84), BACKGROUNDS[background])
@@ -143,9 +145,9 @@ def object_questions(rng: random.Random, objects: list[tuple[int, str, str]]) ->
     names = {cell: f"{colour} {shape}" for cell, colour, shape in objects}
     number = Counter([*shapes, *colours, *names.values()])
 
-    # ask for the number of two random shapes, which may be 0, and of one shape in the picture
+    # ask for the number of two random shapes, which may be 0, and of all shapes in the picture
     questions = [("count", "How many objects are there?", str(len(objects)))]
-    for shape in rng.sample(SHAPES, 2) + rng.sample(shapes, 1):
+    for shape in dict.fromkeys(rng.sample(SHAPES, 2) + shapes):
         plural = "crosses" if shape == "cross" else f"{shape}s"
         questions.append(("count", f"How many {plural} are there?", str(number[shape])))
 
