@@ -641,7 +641,7 @@ def qwen3(layers: int, width: int, mlp_width: int, heads: int, rope_theta: float
 
 TINY = ModelConfig(
     hidden_size=256, intermediate_size=256, num_hidden_layers=4,
-    num_attention_heads=8, num_key_value_heads=8, head_dim=32, rope_theta=1e4,
+    num_attention_heads=4, num_key_value_heads=4, head_dim=32, rope_theta=1e4,
     vocab_size=1024, image_token_id=12, video_token_id=13,
     max_position_embeddings=4096, initializer_range=0.06,
     vision=VisionConfig(depth=4, embed_dim=128, num_heads=4, intermediate_size=512,

@@ -313,7 +313,7 @@ def test_operators_keep_pytorchs_rules() -> None:
 
 @pytest.mark.parametrize("change, words", [
     ({"hidden_size": 160, "vision": replace(PRESETS["tiny"].vision, text_hidden_size=160)},
-     "model.layers.0.self_attn.q_proj maps 160 to 256 numbers; FP8 takes multiples of 128"),
+     "model.layers.0.self_attn.q_proj maps 160 to 128 numbers; FP8 takes multiples of 128"),
     ({"intermediate_size": 200}, "model.layers.0.mlp.gate_proj maps 256 to 200 numbers"),
     ({"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64},
      "model.layers.0.mlp.experts.gate_proj maps 256 to 64 numbers"),
