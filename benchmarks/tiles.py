@@ -19,7 +19,7 @@ import attention_kernel
 import fp8_kernel
 from attention_kernel import TILES
 from benchmarks.attention import packed_lengths
-from benchmarks.clock import describe_machine, median_ms, print_table
+from benchmarks.clock import attempt, describe_machine, median_ms, print_table
 
 SECONDS = 100  # that a candidate may take to compile and run
 # kernel -> candidates (BLOCK_M, BLOCK_N, warps, stages) for widths up to 64, and for width 128
@@ -106,13 +106,10 @@ def use(kernel: str, width: int, candidate: tuple) -> None:
 def rehearse(kernel: str, width: int, candidate: tuple) -> str:
     """Compile and run a candidate; returns what is wrong with it."""
     use(kernel, width, candidate)
-    try:
-        for call, _ in calls(kernel, width, small=True).values():
-            call()
-        torch.cuda.synchronize()
-    except Exception as error:  # the compiler's own kinds, too
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"
-    return ""
+    reasons = {}
+    for label, (call, _) in calls(kernel, width, small=True).items():
+        attempt(reasons, label, lambda c=call: (c(), torch.cuda.synchronize()))
+    return "; ".join(reasons.values())
 
 
 def main() -> None:
