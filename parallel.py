@@ -40,6 +40,7 @@ Run `torchrun --nproc-per-node 2 train.py --context-parallel 2`: two ranks share
 """
 
 import logging
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -130,6 +131,8 @@ def start_processes(device: torch.device) -> None:
     if "RANK" not in os.environ:
         # started by python, not by torchrun: one process, no address to meet at
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        # NCCL warns about groups that are left.  Of several ranks, one would wait for the others.
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     elif "TORCHELASTIC_RESTART_COUNT" in os.environ:
         # torchrun keeps its store when it restarts the ranks: without names of their own they would
         # find the addresses of the ranks before, which are gone

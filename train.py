@@ -1346,9 +1346,6 @@ def main() -> None:
         sys.exit(end.code)
     finally:
         end_workers()
-        # alone, or it would wait for ranks that may be gone; without this NCCL adds a warning
-        if dist.is_initialized() and dist.get_world_size() == 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

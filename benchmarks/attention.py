@@ -184,7 +184,7 @@ def print_timings(title: str, shapes: dict[str, Shape], device: str, dtype: torc
     for label, shape in shapes.items():
         qkv, rest = random_row(*shape[:4], dtype, device, shape.causal)
         attend = functools.partial(flash_attn_varlen_func, **rest)
-        ours, found = attempt(reasons, "ours", passes_ms, attend, qkv, device), {}
+        ours, found = attempt(reasons, f"ours, {label}", passes_ms, attend, qkv, device), {}
         if ours is None:
             continue
         for name, prepare in others.items():

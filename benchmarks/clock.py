@@ -52,7 +52,7 @@ def attempt(reasons: dict[str, str], name: str, call: Callable, *arguments: Any)
         return call(*arguments)
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError,
             TritonError) as error:
-        reasons[name] = str(error).strip().split("\n")[0][:100]
+        reasons[name] = (str(error).strip() or repr(error)).split("\n")[0][:100]
         return None
 
 

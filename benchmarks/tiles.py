@@ -1,11 +1,12 @@
 """Other tiles than those of attention_kernel.TILES and fp8_kernel.product_options, timed on a GPU.
 
 Run `python -m benchmarks.tiles [KERNEL ...]` on a Hopper GPU: a table for each kernel, fastest
-first; the line of what ships is marked.  KERNEL: specialized, forward, dq, dkdv, product.  Every
-candidate is first compiled and run in a process of its own, many at once, so one that hangs or
-does not compile is left out, and named.
+first; what ships has a star.  KERNEL: specialized, forward, dq, dkdv, product.  Of dq and dkdv the
+whole backward pass is timed.  Every candidate is first compiled and run in a process of its own,
+many at once, so one that hangs or does not compile is left out, and named.
 """
 
+import math
 import multiprocessing
 import os
 import sys
@@ -19,9 +20,10 @@ import attention_kernel
 import fp8_kernel
 from attention_kernel import TILES
 from benchmarks.attention import packed_lengths
-from benchmarks.clock import attempt, describe_machine, median_ms, print_table
+from benchmarks.clock import attempt, describe_machine, median_ms, print_reasons, print_table
 
-SECONDS = 100  # that a candidate may take to compile and run
+SHIPPED_TILES, SHIPPED_OPTIONS = dict(TILES), fp8_kernel.product_options
+SECONDS = 100  # that a candidate may take to compile and run, after the one before it is done
 # kernel -> candidates (BLOCK_M, BLOCK_N, warps, stages) for widths up to 64, and for width 128
 CANDIDATES: dict[str, tuple[list[tuple], list[tuple]]] = {
     "specialized": (
@@ -52,7 +54,7 @@ SHAPES = {  # width -> label -> lengths, query heads, key heads, causal
 
 def attention_call(kernel: str, width: int, lengths: list[int], heads: int, key_heads: int,
                    causal: bool) -> tuple[Callable[[], Any], float]:
-    """A call that ends in the kernel, and its operations: of the passes of the mask it sees."""
+    """A forward or a backward pass, and the operations of its products under the mask."""
     torch.manual_seed(0)
     tokens, longest = sum(lengths), max(lengths)
     q, grad = torch.randn(2, tokens, heads, width, device="cuda", dtype=torch.bfloat16)
@@ -79,7 +81,7 @@ def product_call(tokens: int, inputs: int, outputs: int,
 
 
 def calls(kernel: str, width: int, small: bool) -> dict[str, tuple[Callable[[], Any], float]]:
-    """What to time, by label; small: the same kernels, on little."""
+    """What to time, by label; small: the same kernels, on an eighth of the tokens."""
     if kernel == "product":
         tokens = 256 if small else 8192
         return {"by squares, 2560 to 19456": product_call(tokens, 2560, 19456, True),
@@ -103,9 +105,18 @@ def use(kernel: str, width: int, candidate: tuple) -> None:
     TILES[kernel, "hopper"] = tuple(tiles)
 
 
+def ships(kernel: str, width: int) -> tuple:
+    """The candidate that is not one."""
+    if kernel == "product":
+        options = SHIPPED_OPTIONS(9, True)
+        return tuple(options[name] for name in ("BLOCK_N", "BAND", "num_warps", "num_stages"))
+    return SHIPPED_TILES[kernel, "hopper"][width > 64]
+
+
 def rehearse(kernel: str, width: int, candidate: tuple) -> str:
     """Compile and run a candidate; returns what is wrong with it."""
     use(kernel, width, candidate)
+    attention_kernel.PROGRAMS_WANTED = 0  # several heads a program, as at full size
     reasons = {}
     for label, (call, _) in calls(kernel, width, small=True).items():
         attempt(reasons, label, lambda c=call: (c(), torch.cuda.synchronize()))
@@ -119,7 +130,8 @@ def main() -> None:
     jobs = [(kernel, width, candidate) for kernel in wanted
             for width, candidates in zip((64, 128), CANDIDATES[kernel])
             for candidate in candidates]
-    pool = multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2))
+    pool = multiprocessing.get_context("spawn").Pool(
+        max(1, (os.cpu_count() or 2) - 2), maxtasksperchild=1)
     waiting = [(job, pool.apply_async(rehearse, job)) for job in jobs]
     fit = []
     for job, result in waiting:
@@ -132,24 +144,27 @@ def main() -> None:
         else:
             fit.append(job)
     pool.terminate()
-    shipped, options = dict(TILES), fp8_kernel.product_options
     for kernel in wanted:
         for width in (64, 128):
-            lines = []
+            lines, reasons = [], {}
             for job in fit:
                 if job[:2] != (kernel, width):
                     continue
                 use(*job)
-                found = [(ms := median_ms(call, "cuda"), work / ms / 1e9)
-                         for call, work in calls(kernel, width, small=False).values()]
-                lines.append([" x ".join(map(str, job[2])), *(x for pair in found for x in pair)])
-                TILES.update(shipped)
-                fp8_kernel.product_options = options
+                name = " x ".join(map(str, job[2])) + " *" * (job[2] == ships(kernel, width))
+                line = [name]
+                for call, work in calls(kernel, width, small=False).values():
+                    ms = attempt(reasons, name, median_ms, call, "cuda")
+                    line += [ms, ms and work / ms / 1e9]
+                lines.append(line)
+                TILES.update(SHIPPED_TILES)
+                fp8_kernel.product_options = SHIPPED_OPTIONS
             if lines:
                 labels = [f"{label}, {unit}" for label in calls(kernel, width, small=True)
                           for unit in ("ms", "TFLOP/s")]
                 print_table([f"{kernel}, width {width}", *labels],
-                            sorted(lines, key=lambda line: line[1]))
+                            sorted(lines, key=lambda line: line[1] or math.inf))
+                print_reasons(reasons)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ def main() -> None:
             say(measure(replace(preset, num_hidden_layers=layers), flags.seq_length, flags.rows,
                         recompute, compiled, fp8, ranks, flags.steps, rate))
         except torch.OutOfMemoryError:
-            say(f"| {layers} | {recompute} | does not fit the memory | | | | | |")
+            say(f"| {layers} | {recompute} | {'yes' if compiled else 'no'} "
+                f"| {'yes' if fp8 else 'no'} | does not fit | | | |")
     if dist.is_initialized():
         dist.destroy_process_group()
 

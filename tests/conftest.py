@@ -111,7 +111,7 @@ def done(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(params=[True, False] if DEVICE == "cpu" else [True])
 def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Run a test twice, with the kernels as `kernels` does and, on a CPU, without them."""
+    """Run a test with the kernels, as `kernels` does, and on a CPU once more without them."""
     if request.param and DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     return request.param

@@ -54,7 +54,7 @@ def packed(case: dict[str, Tensor]) -> dict[str, Tensor | None]:
     patches = case.get("pixel_values", case.get("pixel_values_videos"))
     return {"input_ids": ids[keep], "cu_seqlens": F.pad(keep.sum(1).cumsum(0), (1, 0)),
             "patches": patches, "grid_thw": case.get("image_grid_thw", case.get("video_grid_thw")),
-            "position_ids": torch.arange(ids.shape[1]).expand_as(ids)[keep]}
+            "position_ids": torch.arange(ids.shape[1], device=ids.device).expand_as(ids)[keep]}
 
 
 def record_taps(model: LlavaOneVision) -> dict[str, Tensor]:
