@@ -241,7 +241,7 @@ TINY = {
         lr=1e-3, min_lr=1e-4, weight_decay=0.0, beta2=0.95, eps=1e-8, warmup=0.1,
         recompute="none"),
     "mid": TINY_MID,
-    "instruct": replace(TINY_MID, data=("mixed",), steps=2100, lr=8e-4, min_lr=2e-5),
+    "instruct": replace(TINY_MID, data=("mixed",), steps=1950, lr=8e-4, min_lr=2e-5),
 }
 TINY_LONG = TINY | {  # of assets/tiny
     "mid": replace(TINY["mid"], steps=5000, min_lr=1e-4),
