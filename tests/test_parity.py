@@ -27,8 +27,6 @@ from vision import CLIP_MEAN, CLIP_STD, image_to_patches, smart_resize
 PARITY = Path(__file__).parent / "parity"
 TOLERANCE = {"vision.": 2e-6, "inputs_embeds": 1e-6, "final_norm": 1e-5,
              "layer.0.router": 1e-5, "layer.1.router": 1e-5, "layer.": 1.5e-6}
-
-
 # a GPU computes the same, in float32, by the kernels
 DEVICES = sorted({"cpu", DEVICE})
 
@@ -40,8 +38,8 @@ def load_case(kind: str, name: str) -> dict[str, Tensor]:
                 for key in file.keys() if key.startswith(prefix)}
 
 
-def load_model(kind: str, shifted: bool, device: str = "cpu") -> LlavaOneVision:
-    model = LlavaOneVision.from_pretrained(PARITY / kind).to(device)
+def load_model(kind: str, shifted: bool, device: str) -> LlavaOneVision:
+    model = LlavaOneVision.from_pretrained(PARITY / kind, device=device)
     vision = replace(model.visual.config, released_class_token_shift=shifted)
     model.visual.config = vision
     return model
