@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.clock import print_table
+from benchmarks.train_speed import random_sample
 from convert import config_json, pieces_of, released_names, write_directory
-from data import Row, Sample, flag_parser, lay_out, refuse_in_one_sentence
+from data import Row, flag_parser, lay_out, refuse_in_one_sentence
 from model import LlavaOneVision, ModelConfig
 from vision import VisionConfig
 
@@ -38,20 +38,6 @@ CONFIG = ModelConfig(
 TOKENS = (600, 260, 430, 150)  # of the four samples, their pictures included
 SIDES = (280, 168, 224, 140)  # of their pictures, in pixels: 100, 36, 64, 25 visual tokens
 CODE = "llavaonevision1_5"
-
-
-def random_samples() -> list[Sample]:
-    """Samples of random words behind a picture; the second half of each is learnt."""
-    samples = []
-    for tokens, side in zip(TOKENS, SIDES):
-        ids = torch.randint(3, CONFIG.vocab_size, (tokens,))
-        ids[:(side // 28) ** 2] = CONFIG.image_token_id
-        labels = ids.clone()
-        labels[:tokens // 2] = -100
-        grid = torch.tensor([[1, side // 14, side // 14]])
-        samples.append(Sample(ids, labels, [Image.effect_noise((side, side), 64)], grid,
-                              (3136, 10**7), ""))
-    return samples
 
 
 def their_model(folder: Path, ours: LlavaOneVision, place: Path) -> nn.Module:
@@ -108,7 +94,9 @@ def main() -> None:
     flags = parser.parse_args()
     torch.manual_seed(0)
     ours = LlavaOneVision(CONFIG).init_weights()
-    row = lay_out(random_samples())
+    # of each sample the second half is learnt
+    row = lay_out([random_sample(CONFIG, tokens, side, tokens // 2)
+                   for tokens, side in zip(TOKENS, SIDES)])
     inputs = row.inputs()
     with tempfile.TemporaryDirectory() as place:
         theirs = their_model(flags.folder, ours, Path(place))

@@ -29,17 +29,22 @@ from train import (QUICK, RECOMPUTE, State, Step, matrix_rate, peak_memory, trai
 SAMPLE, PICTURE = 600, 560  # tokens of a sample; a picture's side, 400 visual tokens
 
 
+def random_sample(config: ModelConfig, tokens: int, side: int, asked: int) -> Sample:
+    """A picture of side x side pixels, then random words; the first `asked` tokens, those of the
+    picture among them, are not learnt."""
+    ids = torch.randint(20, config.vocab_size // 2, (tokens,))
+    ids[:(side // 28) ** 2] = config.image_token_id
+    labels = torch.where(torch.arange(tokens) < asked, -100, ids)
+    grid = torch.tensor([[1, side // 14, side // 14]])
+    return Sample(ids, labels, [Image.effect_noise((side, side), 64)], grid, (3136, 10**7), "")
+
+
 def random_step(config: ModelConfig, seq_length: int, rows: int, ranks: Ranks,
                 recompute: str) -> Step:
     """A step of full rows of samples with a picture each, a sixth of all tokens learnt."""
     side = PICTURE if seq_length > 2 * SAMPLE else 56
-    visual = (side // 28) ** 2
     tokens = SAMPLE if seq_length > 2 * SAMPLE else seq_length // 8
-    ids = torch.randint(20, config.vocab_size // 2, (tokens,))
-    ids[:visual] = config.image_token_id
-    labels = torch.where(torch.arange(tokens) < tokens * 5 // 6, -100, ids)
-    grid = torch.tensor([[1, side // 14, side // 14]])
-    sample = Sample(ids, labels, [Image.effect_noise((side, side), 64)], grid, (3136, 10**7), "")
+    sample = random_sample(config, tokens, side, tokens * 5 // 6)
     samples = [sample] * (seq_length // tokens)
     loads = {name: float(value) * len(samples) * rows
              for name, value in zip(LOADS, load_of(sample))}
