@@ -92,6 +92,18 @@ def content_of(file: Picture) -> bytes | str | Path:
         return larger.read(file.size)
 
 
+def name_of(file: Picture, kind: str) -> str:
+    """How a message calls a picture or a video: its path, or where it lies; bytes have no name."""
+    if isinstance(file, FilePart):
+        return f"{kind} in {file.file}"
+    return kind if isinstance(file, bytes | Image.Image) else str(file)
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why a file cannot be read.  Pillow's own sentence may hold an address of this process."""
+    return "its format is unknown" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # The end of a PNG without pixels: two empty chunks, each with its length, name and checksum.
 PNG_END = b"\0\0\0\0IDAT\x35\xaf\x06\x1e\0\0\0\0IEND\xae\x42\x60\x82"
@@ -192,11 +204,7 @@ def open_image(image: Picture, decode: bool = True) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         return image
-    name = image
-    if isinstance(image, FilePart):
-        name = f"a picture in {image.file}"
-    elif isinstance(image, bytes):
-        name = "a picture"
+    name = name_of(image, "a picture")
     try:
         image = content_of(image)
         file = io.BytesIO(image) if isinstance(image, bytes) else open(image, "rb")
@@ -212,10 +220,8 @@ def open_image(image: Picture, decode: bool = True) -> Image.Image:
                 return opened
     except FileNotFoundError:
         raise ValueError(f"there is no picture {name}") from None
-    except UnidentifiedImageError:  # Pillow's sentence has an address of this process
-        raise ValueError(f"{name} cannot be read as a picture: its format is unknown") from None
     except UNREADABLE as error:
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+        raise ValueError(f"{name} cannot be read as a picture: {why_unreadable(error)}") from error
 
 
 def exif_orientation(exif: bytes) -> int | None:
@@ -324,7 +330,8 @@ def cut_patches(image: Picture | Video, min_pixels: int = MIN_PIXELS,
         cut = [cut_patches(frame, *video_limits(len(frames))) for frame in frames]
         grids = {grid for _, grid in cut}
         if len(grids) > 1:
-            raise ValueError(f"the frames of {image.file} are not of one size")
+            name = name_of(image.file, "a video")
+            raise ValueError(f"the frames of {name} are not of one size")
         return torch.cat([patches for patches, _ in cut]), (len(frames), *cut[0][1][1:])
 
     image = open_image(image)
@@ -408,7 +415,8 @@ def animation_frames(file: BinaryIO | Path, video: Video) -> list[Image.Image]:
                 frames.append(to_rgb(opened))
             return frames
     except UNREADABLE as error:
-        raise ValueError(f"{video.file} cannot be read as a video: {error}") from error
+        name = name_of(video.file, "a video")
+        raise ValueError(f"{name} cannot be read as a video: {why_unreadable(error)}") from error
 
 
 def film_frames(path: Path) -> list[Image.Image]:

@@ -30,7 +30,8 @@ from data import (IGNORE, LOADS, STRUCTURE, DrawnData, FileData, Index, Row, Row
 from model import PRESETS
 from parallel import share_row
 from train import ALL, parse_flags, training_flops
-from vision import MAX_PIXELS, MIN_PIXELS, content_of, patch_grid
+from vision import (MAX_PIXELS, MIN_PIXELS, FilePart, Video, content_of, open_frames,
+                    patch_grid)
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SHIPPED = Path(__file__).parent.parent / "assets" / "tiny"
@@ -643,6 +644,16 @@ def test_bad_videos_are_named(name: str, words: str, tmp_path: Path, tokenizer: 
     record = only_record(tmp_path, conversation_of("<video>", "Yes.", video=name))
     with pytest.raises(ValueError, match=words):
         encode(record, tokenizer)
+
+
+def test_content_that_is_no_video_is_not_printed(tmp_path: Path) -> None:
+    shard = tmp_path / "v.tar"
+    shard.write_bytes(b"no film")
+    part = FilePart(str(shard), start=3, size=4)
+    for video, name in ((b"no film", "a video"), (part, f"a video in {shard}")):
+        with pytest.raises(ValueError) as raised:
+            open_frames(Video(video))
+        assert str(raised.value) == f"{name} cannot be read as a video: its format is unknown"
 
 
 # ------------------------------------------------------- what other people's records say, and mean
