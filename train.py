@@ -244,8 +244,8 @@ TINY = {
     "instruct": replace(TINY_MID, data=("mixed",), steps=1950, lr=8e-4, min_lr=2e-5),
 }
 TINY_LONG = TINY | {  # of assets/tiny
-    "mid": replace(TINY["mid"], steps=5000, min_lr=1e-4),
-    "instruct": replace(TINY["instruct"], steps=9000),
+    "mid": replace(TINY["mid"], steps=4000),
+    "instruct": replace(TINY["instruct"], steps=11000),
 }
 RECIPES = {"tiny": TINY, "tiny-long": TINY_LONG, "quick": QUICK, "full": FULL}
 STAGES = tuple(QUICK)
