@@ -300,7 +300,6 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(config)
         self.balance_weight = 0.0
         # Sums for the training log, (X + 2,): tokens of each expert, balance, forward passes.
-        # A layer that is recomputed in the backward pass counts twice in all of them.
         self.routed: Tensor | int = 0
 
     @torch.compiler.disable  # the number of tokens of an expert is not known beforehand
@@ -604,13 +603,12 @@ class LlavaOneVision(nn.Module):
         stops = torch.tensor(stop_ids, dtype=torch.int64, device=input_ids.device)
         logits = self.next_logits(input_ids, cu_seqlens, packed_positions(cu_seqlens),
                                   CachedKeys(cache, slots, fresh=True), patches, grid_thw)
-        done = torch.zeros_like(lengths, dtype=torch.bool)  # (S,)
         tokens = sample_tokens(logits)  # (S,)
         # from now on, a row has one token of each prompt: T = S
         each = torch.arange(len(slots) + 1, device=input_ids.device)
         for number in range(max_new_tokens):
             yield tokens
-            done = torch.isin(tokens, stops)
+            done = torch.isin(tokens, stops)  # (S,)
             if done.all() or number == max_new_tokens - 1:
                 return
             logits = self.next_logits(tokens, each, lengths, CachedKeys(cache, slots, fresh=False))

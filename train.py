@@ -46,8 +46,9 @@ see the same files.
 
 Interruptions.  All that training changes is in one State.  It is saved every `--save-every` steps,
 copied at once and written while the training goes on, and after a SIGTERM, SIGUSR1 or Ctrl-C, which
-let the step be finished.  The same command then goes on, with any number of ranks and workers: the
-rows of a step depend on data, seed and the step's number alone.  A directory of a run holds
+let the step be finished.  The same command goes on with what `--out` holds, with any number of
+ranks and workers: the rows of a step depend on data, seed and the step's number alone.  A directory
+of a run holds
 
     mid.json       what a run must have in common with this one to go on
     mid-data/      where the samples are (data.Index), if the data are files
@@ -168,8 +169,8 @@ class StopSignals:
         """The handler of the signals."""
         self.asked = True
         if not self.deferring:
-            raise RunError("stopped", f"stopped by {signal.Signals(number).name}; the same command "
-                           "goes on with what is saved", common=False)
+            raise RunError("stopped", f"stopped by {signal.Signals(number).name}; what was saved "
+                           "before is kept", common=False)
 
 
 STOP = StopSignals()
@@ -191,7 +192,7 @@ class Recipe:
     rows: int  # packed rows per step, of all ranks
     seq_length: int  # tokens in a row at most
     lr: float  # peak learning rate
-    min_lr: float  # learning rate of the last step
+    min_lr: float  # learning rate that the last steps approach
     weight_decay: float  # of matrices only
     beta2: float  # AdamW's second beta; the first is 0.9
     eps: float = 1e-5  # AdamW's epsilon
@@ -468,8 +469,7 @@ class State:
         tensors = {}
         for name, parameter in self.model.named_parameters():
             tensors[name] = parameter.detach()
-            # AdamW's moments, and how many steps it has made: none without a gradient, as for the
-            # ViT in steps without pictures
+            # AdamW's moments, and how many steps it has made
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}.{key}"] = value
         # training draws no random numbers, but a model that somebody changes may
@@ -987,7 +987,8 @@ def is_begun(stage: str, settings: dict[str, object], config: TrainConfig) -> bo
 @cache  # of the files as they were when the run began to save, and read once
 def code_version() -> str:
     """A digest of the source files that a run executes."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("*.py")), here / "assets" / "scenes.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -1073,8 +1074,9 @@ def stage_data(name: str, recipe: Recipe, data: FileData | None,
                          (recipe.min_pixels, recipe.max_pixels)), recipe
     folder = run.out / f"{name}-data"
     if data is not None:
-        folder.mkdir(exist_ok=True)
-        data.index.save(folder)
+        with blamed_on("storage"), writing(folder):
+            folder.mkdir(exist_ok=True)
+            data.index.save(folder)
     if run.ranks.count > 1:
         dist.barrier()
     # all ranks plan with the same table, whatever has become of the files
@@ -1148,7 +1150,7 @@ def train_stage(name: str, model: LlavaOneVision, recipe: Recipe, data: FileData
         writer.wait()
     if state.step < recipe.steps:
         raise RunError("stopped", f"stopped and saved after step {state.step} of stage {name}; "
-                       "the same command goes on")
+                       f"the same command with --out {run.out} goes on")
 
 
 def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
@@ -1162,7 +1164,7 @@ def finish_stage(name: str, model: LlavaOneVision, run: Run) -> None:
         shutil.rmtree(run.out / f"{name}-state")
     if any(on_all_ranks(lambda: STOP.asked)):
         raise RunError("stopped", f"stopped after stage {name}, which is saved; the same command "
-                       "goes on")
+                       f"with --out {run.out} goes on")
 
 
 def report(found: dict[str, list[float]], run: Run) -> None:
@@ -1233,6 +1235,11 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
         if recipe.rows % ranks.data_ranks:
             raise ValueError(f"the {recipe.rows} rows of a step of stage {name} cannot be dealt "
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
+    finished = [name in begun and Path(config.out, name).is_dir() for name in recipes]
+    if finished != sorted(finished, reverse=True):  # a stage would start from a later one
+        names = [name for name, done in zip(recipes, finished) if done]
+        raise ValueError(f"{config.out} has {listed(names, 'other stages')}, but not the stages "
+                         "before: name the --stage that is wanted, or another --out")
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
 
@@ -1338,10 +1345,12 @@ def main() -> None:
             run(parse_flags(sys.argv[1:]))
     except RunError as end:
         STOP.deferring = True  # a second signal must not break off the end
-        # before the ranks join, all of them find the same error
-        if rank and (end.common or not dist.is_initialized()):
+        # most errors before the ranks join are all ranks' errors, too
+        shared = end.common or not dist.is_initialized()
+        if rank and shared:
             time.sleep(2)  # torchrun ends all ranks as soon as one ends: the first must report
-        else:
+        # it has reported if this rank was asked to stop meanwhile
+        if rank == 0 or not shared or not (end.common or STOP.asked):
             place = f"rank {rank} on {socket.gethostname()}: " if rank else ""
             print(f"train.py: {place}{end}", file=sys.stderr, flush=True)
         sys.exit(end.code)

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from dataclasses import replace
 from importlib.util import find_spec
@@ -133,13 +135,23 @@ def test_an_fp8_run_writes_ordinary_checkpoints(tmp_path: Path) -> None:
     pytest.param(["--tensorboard"], 1, "pip install tensorboard", marks=pytest.mark.skipif(
         find_spec("tensorboard") is not None, reason="it is installed")),
 ])
-def test_training_refusals(tmp_path: Path, arguments: list[str], ranks: int, message: str) -> None:
-    """Before any work, in one sentence of the first rank alone."""
-    for rank in {0, ranks - 1}:
+def test_training_refusals(tmp_path: Path, arguments: list[str], ranks: int, message: str,
+                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work, in one sentence.  Another rank than the first waits before it says it, and
+    says nothing if torchrun meanwhile ends it, as it does when the first has reported and ended."""
+    def end_rank(seconds: float) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    cases = [(0, time.sleep, 1)]
+    if ranks > 1:
+        cases += [(ranks - 1, end_rank, 0), (ranks - 1, lambda seconds: None, 1)]
+    for rank, sleep, lines in cases:
+        monkeypatch.setattr(time, "sleep", sleep)
         done = command_here(tmp_path, "train.py", *arguments, RANK=str(rank), LOCAL_RANK=str(rank),
                             WORLD_SIZE=str(ranks))
         assert done.returncode == 20, done.stdout + done.stderr
-        assert done.stderr.count("\n") == (rank == 0) and (message in done.stderr or rank)
+        assert done.stderr.count("\n") == lines and (message in done.stderr) == (lines == 1)
+        assert (f"rank {rank} on " in done.stderr) == (rank > 0 and lines == 1)
         assert not list(tmp_path.iterdir())
 
 

@@ -208,6 +208,19 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
         is_begun("align", settings, config)
 
 
+def test_stages_are_not_run_backwards(tmp_path: Path) -> None:
+    """A later stage is done: the stages before it would start from it."""
+    config = train.TrainConfig(out=str(tmp_path), start_from=str(SHIPPED))
+    sizes, ranks = train.sizes_of(config, config.start_from), find_ranks("cpu")
+    recipes = config.recipes(sizes)
+    (tmp_path / "mid").mkdir()
+    (tmp_path / "mid.json").write_text(json.dumps(train.settings_of(config, recipes["mid"], ranks)))
+    with pytest.raises(ValueError, match="has mid, but not the stages before"):
+        train.check_run(config, ranks, config.start_from, sizes, recipes)
+    del recipes["align"]
+    assert train.check_run(config, ranks, config.start_from, sizes, recipes)[1] == ["mid"]
+
+
 def test_the_digest_is_of_the_set_of_samples() -> None:
     numbers = list(range(1000, 1600))
     whole_set = digest_text(*digest_halves(numbers))
