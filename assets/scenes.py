@@ -231,14 +231,16 @@ def chart_scene(rng: random.Random) -> Scene:
     return Scene(("chart", *bars), draw, things, questions)
 
 
-# Objects have the most questions.  Digits are learnt last, and with fewer signs sometimes never.
+# Kinds of scenes in captions, and in the test.  With fewer signs digits are learnt late, or never.
 SCENES = (objects_scene, objects_scene, sign_scene, sign_scene, chart_scene)
+# In questions of the training set: what is asked about objects needs the most practice.
+ASKED_SCENES = (objects_scene, objects_scene, objects_scene, sign_scene, chart_scene)
 
 
-def draw_scene(rng: random.Random, held_out: bool) -> Scene:
+def draw_scene(rng: random.Random, held_out: bool, kinds: tuple[Callable, ...] = SCENES) -> Scene:
     """A random scene of the training set or of the held-out tenth."""
     while True:
-        scene = rng.choice(SCENES)(rng)
+        scene = rng.choice(kinds)(rng)
         if scene.held_out == held_out:
             return scene
 
@@ -246,7 +248,8 @@ def draw_scene(rng: random.Random, held_out: bool) -> Scene:
 def scene_questions(rng: random.Random, held_out: bool, most: int) -> Record:
     """One scene, or two as two pictures (one record in five), with up to `most` questions."""
     number = 2 if rng.random() < 0.2 else 1
-    scenes = [draw_scene(rng, held_out) for _ in range(number)]
+    kinds = SCENES if held_out else ASKED_SCENES
+    scenes = [draw_scene(rng, held_out, kinds) for _ in range(number)]
     images = [scene.draw(rng) for scene in scenes]
     if number == 1:
         return conversation(rng, images, scenes[0].questions, most)

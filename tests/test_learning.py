@@ -47,4 +47,4 @@ def test_training_learns_as_it_did(done: subprocess.CompletedProcess[str]) -> No
     found = json.loads(done.stdout)
     assert found[:60] == pytest.approx(RECORDED["losses"], rel=1e-3)
     end = sum(found[-20:]) / 20
-    assert end < 1.25, end  # recorded: 1.173
+    assert end < 1.25, end  # recorded: 1.182
