@@ -74,8 +74,8 @@ from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vision import (MALFORMED, MAX_PIXELS, MIN_PIXELS, PATCH, PATCH_NUMBERS, UNREADABLE, FilePart,
-                    Picture, Video, content_of, cut_patches, normalize_patches,
+from vision import (ANIMATIONS, MALFORMED, MAX_PIXELS, MIN_PIXELS, PATCH, PATCH_NUMBERS, UNREADABLE,
+                    FilePart, Picture, Video, content_of, cut_patches, normalize_patches,
                     open_frames, open_image, patch_grid, to_rgb, visual_tokens)
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -802,7 +802,8 @@ def expand_braces(pattern: str) -> list[str]:
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if ends:
         first, last = ends.groups()
-        words = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+        low, high = sorted((int(first), int(last)))
+        words = [f"{i:0{len(first)}}" for i in range(low, high + 1)]
     return [name for word in words for name in expand_braces(pattern.replace(braces[0], word, 1))]
 
 
@@ -912,7 +913,10 @@ class Index:
             file.writelines(json.dumps(reject) + "\n" for reject in self.rejects)
         head = {"columns": COLUMNS, "samples": len(self.table), "settings": self.settings,
                 "files": self.files}
-        (folder / "index.json").write_text(json.dumps(head, indent=1))
+        # its name says that the index is whole
+        unfinished = folder / "index.json.partial"
+        unfinished.write_text(json.dumps(head, indent=1))
+        unfinished.replace(folder / "index.json")
 
     @classmethod
     def load(cls, folder: Path) -> "Index":
@@ -1450,6 +1454,9 @@ def inspect(flags: argparse.Namespace) -> None:
     pixels = (flags.min_pixels, flags.max_pixels)
 
     if flags.sources[0] in DRAWN:
+        if flags.sources[1:]:
+            raise ValueError(f"{flags.sources[0]} are drawn, and looked at alone, without "
+                             f"{flags.sources[1]}")
         data = DrawnData(flags.sources[0], tokenizer, flags.length, 0, 16, pixels)
         members, _ = data.epoch(0)
         print(f"{len(members):,} of endless samples")
@@ -1506,9 +1513,10 @@ def check_packable(sample: Sample, length: int) -> None:
     videos = [media.file for media in sample.images if isinstance(media, Video)]
     if 0 < len(videos) < len(sample.images):
         raise ValueError(f"record {sample.name}: pictures and videos together cannot be packed")
-    if any(isinstance(file, Path) and file.is_dir() for file in videos):
-        raise ValueError(f"record {sample.name}: a folder of frames cannot be packed: make it an "
-                         "animated WebP")
+    # the videos of a shard are animations
+    if any(isinstance(file, Path) and file.suffix.lower() not in ANIMATIONS for file in videos):
+        raise ValueError(f"record {sample.name}: a film or a folder of frames cannot be packed: "
+                         "make it an animated WebP")
 
 
 def shard_fields(record: Record) -> dict[str, bytes]:
@@ -1516,15 +1524,11 @@ def shard_fields(record: Record) -> dict[str, bytes]:
     fields, kind = {}, "text"
     for i, media in enumerate(record["images"]):
         kind = "video" if isinstance(media, Video) else "image"
-        file = media.file if kind == "video" else media
-        content = content_of(file)
+        content = content_of(media.file if kind == "video" else media)
         if not isinstance(content, bytes):
             content = Path(content).read_bytes()
-        # a video of a shard is an animation, which opens as a picture; a film does not
-        if kind == "video" and isinstance(file, Path):
-            ending = file.suffix[1:]
-        else:
-            ending = open_image(content, decode=False).format.lower()
+        # a video of a shard is an animation, which opens as a picture
+        ending = open_image(content, decode=False).format.lower()
         fields[f"{i}.{ending}"] = content
     about = {"id": record["id"], "texts": record["messages"], "media": kind, "name": list(fields)}
     # half a surrogate becomes \ud800, as JSON writes it
@@ -1718,7 +1722,7 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"usage: python data.py {{{','.join(COMMANDS)}}} SOURCE...")
     name = arguments[0]
     command, *configs = COMMANDS[name]
-    parser = flag_parser(command.__doc__.splitlines()[0], arguments, f"data.py {name}")
+    parser = flag_parser(command.__doc__.splitlines()[0], arguments, prog=f"data.py {name}")
     parser.add_argument("sources", nargs="*" if name == "inspect" else "+", default=["questions"],
                         help="files, directories, globs or lists in braces of records")
     # a flag of another command is unknown, and so refused
@@ -1726,7 +1730,7 @@ def run(arguments: list[str]) -> None:
         add_fields(parser, config)
     flags = parser.parse_args(arguments[1:])
     for key, value in vars(flags).items():
-        least = 1 if key in ("length", "keep", "min_pixels") else 0
+        least = 1 if key in ("length", "keep", "min_pixels", "max_pixels") else 0
         if isinstance(value, int) and value < least:
             raise ValueError(f"--{key.replace('_', '-')} must be at least {least}")
     command(flags)
@@ -1736,10 +1740,11 @@ def run(arguments: list[str]) -> None:
 
 
 def flag_parser(description: str, arguments: Sequence[str] = (),
-                prog: str | None = None) -> argparse.ArgumentParser:
+                **options: Any) -> argparse.ArgumentParser:
     """A parser that raises ValueError with one sentence; argparse would print its usage.
 
     arguments: a flag that stands twice in them is refused; argparse would use the second.
+    options: others of ArgumentParser, which passes its own to the parsers of subcommands.
     """
     def refuse(message: str) -> None:
         raise ValueError(message)
@@ -1750,7 +1755,7 @@ def flag_parser(description: str, arguments: Sequence[str] = (),
     for flag, times in Counter(flags).items():
         if times > 1:
             refuse(f"{flag} is given {times} times: once is meant")
-    parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, **options)
     parser.error = refuse
     return parser
 
@@ -1773,12 +1778,20 @@ def add_fields(parser: argparse.ArgumentParser, config: type) -> None:
         parser.add_argument(flag, default=entry.default, required=required, help=comment, **options)
 
 
+def sentence_of(error: Exception) -> str:
+    """What an error says.  That of a worker process says it in the last line of a traceback."""
+    text = str(error).strip() or type(error).__name__
+    if "Traceback" in text:
+        text = re.sub(r"^\w+: ", "", text.splitlines()[-1])
+    return text
+
+
 def refuse_in_one_sentence(script: str, command: Callable[[], None]) -> None:
     """Run a command.  An error that the user can cause ends it with one line and exit code 2."""
     try:
         command()
     except (ValueError, OSError) as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {sentence_of(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + 2, the number of the signal, as shells have it

@@ -49,6 +49,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -135,7 +136,7 @@ def read_source(source: Any, local: bool) -> Picture:
         try:
             with urllib.request.urlopen(source, timeout=30) as answer:
                 content = answer.read(DOWNLOAD + 1)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise ValueError(f"{source} cannot be fetched: {error}") from error
         if len(content) > DOWNLOAD:
             raise ValueError(f"{source} has more than {DOWNLOAD:,} bytes")
@@ -1078,6 +1079,8 @@ def read_questions(file: Path) -> list[dict]:
     """The questions of a JSON-lines file.  Raises ValueError with the line."""
     questions = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         place = f"{file}, line {number}"
         entry = load_json(line, place)
         try:

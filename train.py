@@ -120,7 +120,8 @@ from convert import (StateWriter, find_checkpoint, load_model, load_tokenizer, n
                      on_all_ranks, read_json_object, read_state, save_checkpoint, states_in, sync,
                      write_file, writing)
 from data import (DRAWN, DrawnData, FileData, Index, Row, RowOfStep, Rows, add_fields, flag_parser,
-                  lay_out, listed, open_index, reason_of, show_progress, source_files, weight_of)
+                  lay_out, listed, open_index, reason_of, sentence_of, show_progress, source_files,
+                  weight_of)
 from fp8_kernel import check_device, convert_to_fp8
 from model import (PRESETS, LlavaOneVision, ModelConfig, forward_flops, meta_model,
                    parameters_by_part, part_of)
@@ -154,9 +155,7 @@ def blamed_on(reason: str, kinds: Any = (ValueError, OSError),
     try:
         yield
     except kinds as error:
-        # an error of a worker process comes with its traceback; the last line says what is wrong
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RunError(reason, lines[-1].removeprefix("ValueError: "), common) from error
+        raise RunError(reason, sentence_of(error), common) from error
 
 
 class StopSignals:

@@ -58,6 +58,7 @@ CELL = PATCH * MERGE  # 28 pixels a side of a visual token
 MIN_PIXELS = 56 * 56
 MAX_PIXELS = 1600 * 1600
 MAX_ASPECT = 200
+ANIMATIONS = (".gif", ".webp", ".png")  # videos that Pillow opens; PyAV opens the others
 VIDEO_FRAMES = 768  # at most
 VIDEO_TOKENS = 0.9 * 128_000  # visual tokens of a video at most
 # Mean and standard deviation of red, green and blue (0 to 1) in the pictures CLIP was trained on.
@@ -397,7 +398,7 @@ def open_frames(video: Video) -> list[Image.Image]:
         if not pictures:
             raise ValueError(f"{path} holds no frames")
         return [open_image(pictures[i]) for i in sampled_frames(len(pictures), 2.0)]
-    if path.suffix.lower() in (".gif", ".webp", ".png"):
+    if path.suffix.lower() in ANIMATIONS:
         return animation_frames(path, video)
     return film_frames(path)
 
@@ -406,6 +407,7 @@ def animation_frames(file: BinaryIO | Path, video: Video) -> list[Image.Image]:
     """The sampled frames of an animated picture, each on white where it is transparent."""
     try:
         with Image.open(file) as opened:
+            opened.load()  # a WebP says only then how long a frame is shown
             total = getattr(opened, "n_frames", 1)
             # milliseconds that the first frame is shown; browsers show it 100 if the file says 0
             duration = opened.info.get("duration") or 100

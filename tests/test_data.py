@@ -1,5 +1,6 @@
 """Template, labels, packing, the plan, readers and the default data set."""
 
+import errno
 import importlib.util
 import io
 import itertools
@@ -8,6 +9,7 @@ import random
 import re
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ from assets.scenes import (CATEGORIES, draw_scene, drawn_record, drawn_texts, he
                            train_tokenizer)
 from convert import load_tokenizer
 from data import (IGNORE, LOADS, STRUCTURE, DrawnData, FileData, Index, Row, Rows, Sample,
-                  chat_tokens, deal, encode, lay_out, load_of, read_records)
+                  chat_tokens, check_packable, deal, encode, in_order, lay_out, load_of,
+                  read_records, refuse_in_one_sentence)
 from model import PRESETS
 from parallel import share_row
 from train import ALL, parse_flags, training_flops
@@ -569,7 +572,8 @@ def test_parquet_needs_a_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source, names", [
     ("d", "b.jsonl sub/a.tar"), ("d/*.jsonl", "b.jsonl"), ("d/**/*.tar", "sub/a.tar"),
     ("d/sub/{a,c}.tar", "sub/a.tar sub/c.tar"), ("d/s-{08..11}.tar", "s-08.tar s-09.tar s-10.tar "
-                                                                    "s-11.tar")])
+                                                                    "s-11.tar"),
+    ("d/{2..0}.tar", "0.tar 1.tar 2.tar")])
 def test_sources_are_found(source: str, names: str, tmp_path: Path) -> None:
     """Files of a directory, of a glob, of a list in braces."""
     for name in ("index.json", "index.npy", *names.split()):
@@ -589,8 +593,8 @@ def test_weights_of_sources(source: str, weight: tuple[str, float]) -> None:
 # ------------------------------------------------------------------------------------------ videos
 
 
-def write_video(folder: Path, kind: str, frames: int = 8) -> Path:
-    """Frames of rising grey, at four a second."""
+def write_video(folder: Path, kind: str, frames: int = 8, milliseconds: int = 250) -> Path:
+    """Frames of rising grey."""
     pictures = [Image.new("RGB", (224, 112), (20 * i, 20 * i, 20 * i)) for i in range(frames)]
     path = folder / f"clip.{kind}"
     if kind == "folder":
@@ -599,7 +603,8 @@ def write_video(folder: Path, kind: str, frames: int = 8) -> Path:
             picture.save(path / f"{i:03}.png")
     else:
         more = {"lossless": True} if kind == "webp" else {}
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=250, **more)
+        pictures[0].save(path, save_all=True, append_images=pictures[1:],
+                         duration=milliseconds, **more)
     return path
 
 
@@ -644,6 +649,32 @@ def test_bad_videos_are_named(name: str, words: str, tmp_path: Path, tokenizer: 
     record = only_record(tmp_path, conversation_of("<video>", "Yes.", video=name))
     with pytest.raises(ValueError, match=words):
         encode(record, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_slow_animations_are_seen_whole(kind: str, tmp_path: Path) -> None:
+    """Of two frames a second none is left out."""
+    path = write_video(tmp_path, kind, frames=12, milliseconds=500)
+    assert len(open_frames(Video(path))) == len(open_frames(Video(path.read_bytes()))) == 12
+
+
+def test_films_are_not_packed() -> None:
+    """A shard could hold their bytes, but nothing would read these."""
+    blank = torch.zeros(3, dtype=torch.int64)
+    sample = Sample(blank, blank, [Video(Path("a.mp4"))], blank[:0].view(0, 3), (1, 1), "r 1")
+    with pytest.raises(ValueError, match="record r 1: a film or a folder of frames cannot be"):
+        check_packable(sample, 10)
+    check_packable(replace(sample, images=[Video(Path("a.webp"))]), 10)
+
+
+def fail(item: int) -> None:
+    raise OSError(errno.ENOSPC, f"no room for {item}")
+
+
+def test_an_error_of_a_worker_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        refuse_in_one_sentence("data.py", lambda: list(in_order(fail, [4, 4, 4], 2, "made")))
+    assert capsys.readouterr().err == "data.py: [Errno 28] no room for 4\n"
 
 
 def test_content_that_is_no_video_is_not_printed(tmp_path: Path) -> None:
