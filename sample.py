@@ -624,12 +624,15 @@ def evaluate(chat: Chat, questions: list[dict], done: str | Path = os.devnull,
     it keeps `checkpoint`, the model's name, and the settings, which must then be the same.
     """
     asked = []
-    settings_read = json.loads(json.dumps(settings))  # as a file gives them back: lists, no tuples
+    all_settings = settings | {"max_pixels": chat.max_pixels,
+                               "dtype": str(chat.model.lm_head.weight.dtype)}
+    settings_read = json.loads(json.dumps(all_settings))  # as a file gives them back: no tuples
     for question in questions:
-        # of the messages the texts, to know the question again
-        turns = to_record(question["messages"])["messages"]
-        texts = [part.get("text") for turn in turns for part in turn["content"]]
-        asked.append({**question, "messages": texts, "checkpoint": checkpoint,
+        # of the messages the texts and the names of pictures, to know the question again
+        record = to_record(question["messages"])
+        texts = [part.get("text") for turn in record["messages"] for part in turn["content"]]
+        files = [str(image) for image in record["images"] if isinstance(image, Path)]
+        asked.append({**question, "messages": texts, "files": files, "checkpoint": checkpoint,
                       "settings": settings_read})
     done = Path(done or os.devnull)
     kept = read_predictions(done, asked)

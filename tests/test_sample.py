@@ -472,8 +472,8 @@ def test_predictions_of_other_questions_are_refused(tmp_path: Path, loaded: tupl
     """The file stays as it is, also one that holds no predictions."""
     chat, done = Chat(*loaded, context=300, slots=4), tmp_path / "predictions.jsonl"
 
-    def asked(text: str, answer: str) -> list[dict]:
-        entry = {"id": 1, "question": text, "answer": answer}
+    def asked(text: str, answer: str, **more: str) -> list[dict]:
+        entry = {"id": 1, "question": text, "answer": answer, **more}
         return [read_question(entry, 1, tmp_path)]
 
     evaluate(chat, asked("What is this?", "x"), done, max_new_tokens=4)
@@ -484,7 +484,16 @@ def test_predictions_of_other_questions_are_refused(tmp_path: Path, loaded: tupl
     for changed in ({"checkpoint": "other"}, {"stop": ("x",)}):
         with pytest.raises(ValueError, match="checkpoint or settings"):
             evaluate(chat, asked("What is this?", "x"), done, **{"max_new_tokens": 4} | changed)
+    chat.max_pixels = 28 * 28
+    with pytest.raises(ValueError, match="checkpoint or settings"):
+        evaluate(chat, asked("What is this?", "x"), done, max_new_tokens=4)
     assert done.read_text() == kept
+    done.unlink()
+    for name in ("red", "blue"):
+        Image.new("RGB", (56, 56), name).save(tmp_path / f"{name}.png")
+    evaluate(chat, asked("What is this?", "x", image="red.png"), done, max_new_tokens=4)
+    with pytest.raises(ValueError, match="another question"):
+        evaluate(chat, asked("What is this?", "x", image="blue.png"), done, max_new_tokens=4)
     for text in ('{"question": "x"}\n{"question', "[]\n", "no JSON\n"):
         done.write_text(text)
         with pytest.raises(ValueError, match="predictions.jsonl"):
