@@ -801,9 +801,8 @@ def expand_braces(pattern: str) -> list[str]:
     words = braces[1].split(",")
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if ends:
-        first, last = ends.groups()
-        low, high = sorted((int(first), int(last)))
-        words = [f"{i:0{len(first)}}" for i in range(low, high + 1)]
+        first, last = sorted(ends.groups(), key=int)
+        words = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
     return [name for word in words for name in expand_braces(pattern.replace(braces[0], word, 1))]
 
 
@@ -1780,10 +1779,8 @@ def add_fields(parser: argparse.ArgumentParser, config: type) -> None:
 
 def sentence_of(error: Exception) -> str:
     """What an error says.  That of a worker process says it in the last line of a traceback."""
-    text = str(error).strip() or type(error).__name__
-    if "Traceback" in text:
-        text = re.sub(r"^\w+: ", "", text.splitlines()[-1])
-    return text
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\w*Error: ", "", lines[-1])
 
 
 def refuse_in_one_sentence(script: str, command: Callable[[], None]) -> None:

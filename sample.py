@@ -1082,7 +1082,7 @@ def read_questions(file: Path) -> list[dict]:
     """The questions of a JSON-lines file.  Raises ValueError with the line."""
     questions = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        if not line.strip():
+        if not line.strip():  # as editors leave at the end
             continue
         place = f"{file}, line {number}"
         entry = load_json(line, place)

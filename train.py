@@ -1236,9 +1236,9 @@ def check_run(config: TrainConfig, ranks: Ranks, start: str, sizes: ModelConfig,
                              f"to {ranks.data_ranks} ranks or groups of ranks: choose --rows")
     finished = [name in begun and Path(config.out, name).is_dir() for name in recipes]
     if finished != sorted(finished, reverse=True):  # a stage would start from a later one
-        names = [name for name, done in zip(recipes, finished) if done]
-        raise ValueError(f"{config.out} has {listed(names, 'other stages')}, but not the stages "
-                         "before: name the --stage that is wanted, or another --out")
+        names = ", ".join(name for name, done in zip(recipes, finished) if done)
+        raise ValueError(f"{config.out} has {names}, but not the stages before: name the --stage "
+                         "that is wanted, or another --out")
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard")
 
@@ -1344,12 +1344,12 @@ def main() -> None:
             run(parse_flags(sys.argv[1:]))
     except RunError as end:
         STOP.deferring = True  # a second signal must not break off the end
+        reported = False  # by the first rank
         # most errors before the ranks join are all ranks' errors, too
-        shared = end.common or not dist.is_initialized()
-        if rank and shared:
+        if rank and (end.common or not dist.is_initialized()):
             time.sleep(2)  # torchrun ends all ranks as soon as one ends: the first must report
-        # it has reported if this rank was asked to stop meanwhile
-        if rank == 0 or not shared or not (end.common or STOP.asked):
+            reported = end.common or STOP.asked
+        if not reported:
             place = f"rank {rank} on {socket.gethostname()}: " if rank else ""
             print(f"train.py: {place}{end}", file=sys.stderr, flush=True)
         sys.exit(end.code)

@@ -573,7 +573,7 @@ def test_parquet_needs_a_package(tmp_path: Path) -> None:
     ("d", "b.jsonl sub/a.tar"), ("d/*.jsonl", "b.jsonl"), ("d/**/*.tar", "sub/a.tar"),
     ("d/sub/{a,c}.tar", "sub/a.tar sub/c.tar"), ("d/s-{08..11}.tar", "s-08.tar s-09.tar s-10.tar "
                                                                     "s-11.tar"),
-    ("d/{2..0}.tar", "0.tar 1.tar 2.tar")])
+    ("d/{2..0}.tar", "0.tar 1.tar 2.tar"), ("d/{10..8}.tar", "8.tar 9.tar 10.tar")])
 def test_sources_are_found(source: str, names: str, tmp_path: Path) -> None:
     """Files of a directory, of a glob, of a list in braces."""
     for name in ("index.json", "index.npy", *names.split()):

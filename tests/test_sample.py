@@ -264,9 +264,10 @@ def test_foreign_messages_name_no_files(source: object) -> None:
         to_record(user({"type": "image", "image": source}), local=False)
 
 
-def test_a_url_that_cannot_be_fetched_is_named() -> None:
-    with pytest.raises(ValueError, match="http://127.0.0.1:9/a.png cannot be fetched"):
-        to_record(user({"type": "image", "image": "http://127.0.0.1:9/a.png"}))
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/a.png", "http://127.0.0.1:9/my cat.png"])
+def test_a_url_that_cannot_be_fetched_is_named(url: str) -> None:
+    with pytest.raises(ValueError, match=f"{url} cannot be fetched"):
+        to_record(user({"type": "image", "image": url}))
 
 
 def test_python_like_the_quick_start() -> None:
