@@ -1258,7 +1258,7 @@ class DrawnData:
     pixels: Pixels = PIXELS  # least and largest area of a picture
     too_long = 0  # samples, as in FileData
 
-    @lru_cache(maxsize=2**11)  # 50 MB, several epochs of the default run  # noqa: B019
+    @lru_cache(maxsize=2**11)  # 50 MB, two epochs of the default run  # noqa: B019
     def sample(self, number: int) -> Sample:
         """Draw a sample; seed and number decide it."""
         from assets.scenes import drawn_record  # here, because scenes.py imports this file

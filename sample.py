@@ -367,8 +367,12 @@ class Chat:
                  slots: int = 8, max_pixels: int = MAX_PIXELS) -> None:
         self.model, self.tokenizer, self.max_pixels = model, tokenizer, max_pixels
         self.capacity = min(context, model.config.max_position_embeddings)
-        self.cache = KVCache(model.config, slots, self.capacity,
-                             like=model.model.embed_tokens.weight)
+        try:
+            self.cache = KVCache(model.config, slots, self.capacity,
+                                 like=model.model.embed_tokens.weight)
+        except RuntimeError as error:  # of PyTorch's allocators
+            raise ValueError(f"{slots} x {self.capacity} tokens of a cache do not fit into memory: "
+                             "lower --slots, --context or --max-new-tokens") from error
         self.slots = [*map(Slot, range(slots))]
         self.waiting: deque[Request] = deque()
         # <|im_end|> ends a turn of a conversation, <|endoftext|> a plain text

@@ -396,10 +396,11 @@ def caption_record(rng: random.Random, image: Image.Image, things: list[tuple[st
 
 
 def draw_record(rng: random.Random, data: str, flags: list[Record], held_out: bool = False,
-                most: int = 5, flag_share: float = 0.45) -> Record:
+                most: int = 3, flag_share: float = 0.45) -> Record:
     """A record of `captions`, `questions`, or both `mixed`, about a drawn scene or a flag.
 
-    The arguments alone decide the record.  A conversation has at most `most` questions.
+    The arguments alone decide the record.  A conversation has at most `most` questions: with fewer
+    a row has more pictures.
     """
     # only mixed data take a random number for this choice
     captions = data == "captions"

@@ -4,7 +4,7 @@ Run `python -m benchmarks.train_speed` on a GPU: prints a table over --recompute
 --fp8 for the 4b on rows of 8,192 tokens, as many of its decoder layers as --layers says (default:
 all that fit).  `python -m benchmarks.train_speed --recompute layer` leaves the other ways out,
 `torchrun --nproc-per-node N -m benchmarks.train_speed` does the same on N GPUs.
-`--model tiny --seq-length 1024 --dtype float32` tries it on a CPU.
+`--model tiny --seq-length 2048 --dtype float32` tries it on a CPU.
 """
 
 import gc

@@ -163,6 +163,11 @@ def test_streams_have_whole_characters_and_no_stop_strings(loaded: tuple) -> Non
     assert "".join(pieces).startswith("a") and "".join(pieces).endswith("\ufffd")
 
 
+def test_a_cache_beyond_memory_is_refused(loaded: tuple) -> None:
+    with pytest.raises(ValueError, match="1000000000 x 4096 tokens of a cache do not fit"):
+        Chat(*loaded, slots=10**9)
+
+
 def test_draws_depend_on_the_seed_alone(loaded: tuple) -> None:
     """The same seed draws the same answer, whatever is answered beside it."""
     record = to_record(conversations(3)[0])

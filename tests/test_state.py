@@ -184,7 +184,8 @@ def test_all_ranks_hear_of_a_failed_save(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
+def test_a_run_of_another_configuration_is_refused(tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """The sentence lists each difference; what changes no number may change."""
     config = train.TrainConfig(out=str(tmp_path), stage="mid", seed=3)
     recipe = config.recipes(train.sizes_of(config, ""))["mid"]
@@ -200,6 +201,12 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"lr was {recipe.lr} and is 1.0, seed was 3 and is 4, "
                                          f"steps was {recipe.steps} and is 7; give"):
         is_begun("mid", other, config)
+    # a later version of the code may draw other samples
+    (tmp_path / "scenes.py").write_text("")
+    monkeypatch.setattr(train, "SCENES", tmp_path / "scenes.py")
+    with pytest.raises(ValueError, match="configuration: scenes was '.*' and is '.*'; give"):
+        is_begun("mid", train.settings_of(config, recipe, ranks), config)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="--no-resume"):
         is_begun("mid", settings, replace(config, resume=False))
     # a checkpoint of which nobody knows how it was made is not overwritten
