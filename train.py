@@ -952,6 +952,11 @@ def note_lost(step: Step, state: State, data: FileData | DrawnData, stage: str, 
                        f"the last: {reason}")
 
 
+def digest_of(files: list[Path]) -> str:
+    """16 digits of the sha256 of the files, one after another."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def settings_of(config: TrainConfig, recipe: Recipe, ranks: Ranks) -> dict[str, object]:
     """What a stage that is resumed must have in common with the one that was begun."""
     flags = ("model", "start_from", "images", "epochs", "skip_bad", "expert_balance", "fp8", "seed")
@@ -959,7 +964,7 @@ def settings_of(config: TrainConfig, recipe: Recipe, ranks: Ranks) -> dict[str, 
         "dtype": str(ranks.dtype), "device": ranks.device.type}
     del settings["recompute"]  # it changes no number
     if recipe.data[0] in DRAWN:  # the code decides what is drawn, and so the tokens
-        settings["scenes"] = hashlib.sha256(SCENES.read_bytes()).hexdigest()[:16]
+        settings["scenes"] = digest_of([SCENES])
     return json.loads(json.dumps(settings))  # as it comes back from a file
 
 
@@ -993,8 +998,7 @@ def is_begun(stage: str, settings: dict[str, object], config: TrainConfig) -> bo
 def code_version() -> str:
     """A digest of the source files that a run executes."""
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), SCENES]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return digest_of([*sorted(here.glob("*.py")), SCENES])
 
 
 def save(state: State, writer: StateWriter, settings: dict[str, object], run: Run) -> None:
